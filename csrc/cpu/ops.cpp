@@ -1,0 +1,177 @@
+#include "ops.h"
+
+#include "queue.h"
+#include "strided.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace cwclip::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+DType dtype_of(const Tensor& grad) {
+  switch (grad.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    default: STD_TORCH_CHECK(false, "grads: expected float32, bfloat16, float16 or float64");
+  }
+}
+
+// Sorts the dimensions by stride and joins what lies seamlessly together; one dimension of stride 1 is dense.
+Layout layout_of(const Tensor& grad, size_t index) {
+  if (grad.is_contiguous()) return {};
+  const auto sizes = grad.sizes(), strides = grad.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < grad.dim(); ++d) {
+    if (sizes[d] == 0) return {};
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  Layout layout;
+  int64_t span = 0;
+  for (const auto& [stride, size] : dims) {
+    STD_TORCH_CHECK(stride > span, "grads[", index, "] has several elements on one place in memory");
+    span += stride * (size - 1);
+    if (!layout.sizes.empty() && stride == layout.strides.back() * layout.sizes.back()) {
+      layout.sizes.back() *= size;
+    } else {
+      layout.sizes.push_back(size);
+      layout.strides.push_back(stride);
+    }
+  }
+  const bool dense = layout.sizes.empty() || (layout.sizes.size() == 1 && layout.strides[0] == 1);
+  return dense ? Layout{} : layout;
+}
+
+const int64_t* owners_of(const Tensor& components, size_t count) {
+  STD_TORCH_CHECK(components.scalar_type() == ScalarType::Long && components.is_cpu() && components.is_contiguous() &&
+                      static_cast<size_t>(components.numel()) == count,
+                  "components: expected one int64 on the CPU for each gradient");
+  return components.const_data_ptr<int64_t>();
+}
+
+const double* doubles_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_cpu() && tensor.is_contiguous(), name,
+                  ": expected contiguous float64 on the CPU");
+  return tensor.const_data_ptr<double>();
+}
+
+// Two threads must not scale one gradient, and nobody may scale it twice.
+void check_distinct(const std::vector<Segment>& segments) {
+  std::vector<std::pair<const void*, size_t>> places;
+  places.reserve(segments.size());
+  for (size_t i = 0; i < segments.size(); ++i) {
+    if (segments[i].numel > 0) places.emplace_back(segments[i].data, i);
+  }
+  std::sort(places.begin(), places.end());
+  const auto same = std::adjacent_find(places.begin(), places.end(),
+                                       [](const auto& a, const auto& b) { return a.first == b.first; });
+  STD_TORCH_CHECK(same == places.end(), "grads[", same == places.end() ? 0 : same->second, "] and grads[",
+                  same == places.end() ? 0 : std::next(same)->second, "] are the same memory");
+}
+
+// Everything is checked here, before the first byte is written.
+std::vector<Segment> segments_of(const std::vector<Tensor>& grads, const Tensor& components, int64_t count) {
+  const int64_t* owners = owners_of(components, grads.size());
+  std::vector<Segment> segments;
+  segments.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& grad = grads[i];
+    STD_TORCH_CHECK(grad.is_cpu(), "grads[", i, "] is not on the CPU");
+    STD_TORCH_CHECK(0 <= owners[i] && owners[i] < count, "components[", i, "] is outside [0, ", count, ")");
+    segments.push_back({grad.mutable_data_ptr(), grad.numel(), dtype_of(grad), static_cast<int32_t>(owners[i]),
+                        layout_of(grad, i)});
+  }
+  check_distinct(segments);
+  return segments;
+}
+
+Order order_of(double norm_type) {
+  STD_TORCH_CHECK(norm_type == 1 || norm_type == 2 || std::isinf(norm_type), "norm_type: expected 1, 2 or inf");
+  return norm_type == 1 ? Order::one : norm_type == 2 ? Order::two : Order::inf;
+}
+
+// Runs work() once on each of torch's threads, in one parallel region; alone where a second thread can't pay.
+template <class Work>
+void on_all_threads(const Tiles& tiles, const Work& work) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.bytes / kTileBytes);
+  if (threads <= 1) return work();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work();
+  });
+}
+
+// For work without an order: each(index) for every tile.
+template <class Each>
+void for_each_tile(const Tiles& tiles, const Each& each) {
+  std::atomic<int64_t> next{0};
+  const int64_t count = static_cast<int64_t>(tiles.tiles.size());
+  on_all_threads(tiles, [&] {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) each(i);
+  });
+}
+
+Tensor to_tensor(const std::vector<double>& values, bool wide) {
+  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())},
+                                       wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) {
+    std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
+  } else {
+    std::transform(values.begin(), values.end(), result.mutable_data_ptr<float>(),
+                   [](double v) { return static_cast<float>(v); });
+  }
+  return result;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, int64_t count, Tensor caps,
+                                 double norm_type, double eps, int64_t nonfinite, bool wide_norms) {
+  STD_TORCH_CHECK(caps.dim() == 0 || (caps.dim() == 1 && caps.numel() == count), "caps: expected shape [] or [", count,
+                  "]");
+  STD_TORCH_CHECK(0 <= nonfinite && nonfinite <= 2, "nonfinite: expected 0, 1 or 2");
+  const Rule rule{doubles_of(caps, "caps"), caps.dim(), eps, static_cast<NonFinite>(nonfinite), wide_norms};
+  const Order order = order_of(norm_type);
+  const std::vector<Segment> segments = segments_of(grads, components, count);
+  const Tiles tiles(segments, count);
+  std::vector<double> norms(count), coefs(count);
+  ClipQueue queue(segments, tiles, order, rule, norms.data(), coefs.data());
+  on_all_threads(tiles, [&] { queue.work(); });
+  return {to_tensor(norms, wide_norms), to_tensor(coefs, wide_norms)};
+}
+
+Tensor power_sums(std::vector<Tensor> grads, Tensor components, int64_t count, double norm_type) {
+  const Order order = order_of(norm_type);
+  const std::vector<Segment> segments = segments_of(grads, components, count);
+  const Tiles tiles(segments, count);
+  std::vector<double> partials(tiles.tiles.size()), sums(count);
+  for_each_tile(tiles, [&](int64_t i) {
+    const Tile& tile = tiles.tiles[i];
+    partials[i] = power_sum(segments[tile.segment], tile.start, tile.count, order);
+  });
+  for (int64_t c = 0; c < count; ++c) {
+    sums[c] = combine(partials.data() + tiles.first[c], tiles.first[c + 1] - tiles.first[c], order);
+  }
+  return to_tensor(sums, true);
+}
+
+void scale_(std::vector<Tensor> grads, Tensor components, Tensor coefs, bool zero_fill) {
+  const double* factors = doubles_of(coefs, "coefs");
+  const std::vector<Segment> segments = segments_of(grads, components, coefs.numel());
+  const Tiles tiles(segments, coefs.numel());
+  for_each_tile(tiles, [&](int64_t i) {
+    const Tile& tile = tiles.tiles[i];
+    const double coef = factors[tile.component];
+    if (coef == 1) return;
+    scale(segments[tile.segment], tile.start, tile.count, coef, zero_fill && coef == 0);
+  });
+}
+
+}  // namespace cwclip::cpu

@@ -1,0 +1,133 @@
+#include "queue.h"
+
+#include "strided.h"
+
+#include <cmath>
+#include <limits>
+#include <thread>
+
+namespace cwclip::cpu {
+
+Tiles::Tiles(const std::vector<Segment>& segments, int64_t components) : first(components + 1, 0) {
+  const auto tile_elements = [](const Segment& s) { return kTileBytes / size_of(s.dtype); };
+  for (const Segment& s : segments) {
+    bytes += s.numel * size_of(s.dtype);
+    first[s.component + 1] += (s.numel + tile_elements(s) - 1) / tile_elements(s);
+  }
+  for (int64_t c = 0; c < components; ++c) first[c + 1] += first[c];
+  tiles.resize(first[components]);
+  std::vector<int64_t> place(first.begin(), first.end() - 1);
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const Segment& s = segments[i];
+    for (int64_t start = 0; start < s.numel; start += tile_elements(s)) {
+      const int64_t count = std::min(tile_elements(s), s.numel - start);
+      tiles[place[s.component]++] = {static_cast<int32_t>(i), s.component, start, count};
+    }
+  }
+}
+
+double combine(const double* partials, int64_t count, Order order) {
+  double result = 0;
+  for (int64_t i = 0; i < count; ++i) result = merge(result, partials[i], order);
+  return result;
+}
+
+namespace {
+
+// cwclip_kernels/formula.py: coefficients(), for one component.
+double coefficient(double norm, double cap, const Rule& rule) {
+  const double inf = std::numeric_limits<double>::infinity();
+  if (cap == inf) return 1;
+  if (!std::isfinite(norm) && rule.nonfinite != NonFinite::propagate) return rule.nonfinite == NonFinite::skip;
+  if (!(cap >= 0)) return std::numeric_limits<double>::quiet_NaN();
+  const double padded = norm + rule.eps;
+  return padded <= cap ? 1 : cap / padded;
+}
+
+double rounded(double value, bool wide) { return wide ? value : static_cast<double>(static_cast<float>(value)); }
+
+}  // namespace
+
+ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule,
+                     double* norms, double* coefs)
+    : segments_(segments), tiles_(tiles), order_(order), rule_(rule), norms_(norms), coefs_(coefs),
+      partials_(tiles.tiles.size()) {
+  const int64_t components = static_cast<int64_t>(tiles.first.size()) - 1;
+  unmeasured_ = std::make_unique<std::atomic<int64_t>[]>(components);
+  int64_t unfinished = 0;
+  for (int64_t c = 0; c < components; ++c) {
+    const int64_t count = tiles.first[c + 1] - tiles.first[c];
+    unmeasured_[c].store(count, std::memory_order_relaxed);
+    unfinished += count > 0;
+    norms[c] = 0;  // what a component without gradient keeps
+    coefs[c] = 1;
+  }
+  unfinished_.store(unfinished, std::memory_order_relaxed);
+}
+
+void ClipQueue::work() {
+  const int64_t count = static_cast<int64_t>(tiles_.tiles.size());
+  for (int spins = 0;;) {
+    if (scale_open_tile()) continue;
+    if (next_.load(std::memory_order_relaxed) < count) {
+      const int64_t tile = next_.fetch_add(1, std::memory_order_relaxed);
+      if (tile < count) measure(tile);
+      continue;
+    }
+    // What may still open is being measured by threads that run, so waiting for them ends.
+    if (unfinished_.load(std::memory_order_acquire) == 0 && open_count_.load(std::memory_order_acquire) == 0) return;
+    if (++spins % 64 == 0) std::this_thread::yield();
+  }
+}
+
+void ClipQueue::measure(int64_t index) {
+  const Tile& tile = tiles_.tiles[index];
+  partials_[index] = power_sum(segments_[tile.segment], tile.start, tile.count, order_);
+  // The last to arrive sees every partial of the component.
+  if (unmeasured_[tile.component].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(tile.component);
+}
+
+void ClipQueue::finish(int64_t component) {
+  const int64_t begin = tiles_.first[component], end = tiles_.first[component + 1];
+  const double sum = combine(partials_.data() + begin, end - begin, order_);
+  const double norm = rounded(order_ == Order::two ? std::sqrt(sum) : sum, rule_.wide_norms);
+  const double coef = rounded(coefficient(norm, rule_.caps[component * rule_.caps_stride], rule_), rule_.wide_norms);
+  norms_[component] = norm;
+  coefs_[component] = coef;
+  if (coef != 1) {  // NaN included
+    if (end - begin == 1) {
+      scale_tile(tiles_.tiles[begin], coef);
+    } else {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_.push_back({begin, end, coef});
+      open_count_.fetch_add(1, std::memory_order_release);
+    }
+  }
+  unfinished_.fetch_sub(1, std::memory_order_release);
+}
+
+bool ClipQueue::scale_open_tile() {
+  if (open_count_.load(std::memory_order_acquire) == 0) return false;
+  int64_t tile;
+  double coef;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (open_.empty()) return false;
+    Open& newest = open_.back();
+    tile = --newest.next;
+    coef = newest.coef;
+    if (newest.next == newest.first) {
+      open_.pop_back();
+      open_count_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+  scale_tile(tiles_.tiles[tile], coef);
+  return true;
+}
+
+void ClipQueue::scale_tile(const Tile& tile, double coef) const {
+  const bool fill_zeros = coef == 0 && rule_.nonfinite == NonFinite::zero;
+  scale(segments_[tile.segment], tile.start, tile.count, coef, fill_zeros);
+}
+
+}  // namespace cwclip::cpu

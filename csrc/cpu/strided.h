@@ -1,0 +1,100 @@
+// Tensors with gaps between their elements: brought together a buffer at a time, so that the contiguous kernels
+// serve them too and no gradient is ever copied whole.
+#pragma once
+
+#include "../plan.h"
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace cwclip::cpu {
+
+constexpr int64_t kBufferBytes = 8192;
+
+// Calls visit(pointer to the element) for elements [start, start + n) of a segment, in index order.
+template <class Visit>
+void for_each_element(const Segment& segment, int64_t start, int64_t n, const Visit& visit) {
+  const Layout& layout = segment.layout;
+  const size_t dims = layout.sizes.size();
+  const int64_t width = size_of(segment.dtype);
+  std::vector<int64_t> index(dims);
+  int64_t offset = 0;
+  for (size_t d = 0, rest = start; d < dims; ++d) {
+    index[d] = rest % layout.sizes[d];
+    rest /= layout.sizes[d];
+    offset += index[d] * layout.strides[d];
+  }
+  char* const data = static_cast<char*>(segment.data);
+  for (int64_t i = 0; i < n; ++i) {
+    visit(data + offset * width);
+    for (size_t d = 0; d < dims; ++d) {
+      offset += layout.strides[d];
+      if (++index[d] < layout.sizes[d]) break;
+      offset -= layout.sizes[d] * layout.strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+inline double merge(double a, double b, Order order) {
+  if (order != Order::inf) return a + b;
+  return a != a || a > b ? a : b;  // NaN stays NaN
+}
+
+// power_sum of elements [start, start + n) of any segment.
+inline double power_sum(const Segment& segment, int64_t start, int64_t n, Order order) {
+  const int64_t width = size_of(segment.dtype);
+  if (segment.layout.dense()) {
+    return power_sum(static_cast<const char*>(segment.data) + start * width, n, segment.dtype, order);
+  }
+  alignas(64) char buffer[kBufferBytes];
+  const int64_t room = kBufferBytes / width;
+  double result = 0;
+  for (int64_t done = 0; done < n; done += room) {
+    const int64_t count = std::min(room, n - done);
+    char* to = buffer;
+    for_each_element(segment, start + done, count, [&](const char* from) {
+      std::memcpy(to, from, width);
+      to += width;
+    });
+    result = merge(result, power_sum(buffer, count, segment.dtype, order), order);
+  }
+  return result;
+}
+
+// g <- coef * g for elements [start, start + n) of any segment; zeros where `fill_zeros`.
+inline void scale(const Segment& segment, int64_t start, int64_t n, double coef, bool fill_zeros) {
+  const int64_t width = size_of(segment.dtype);
+  if (segment.layout.dense()) {
+    char* const p = static_cast<char*>(segment.data) + start * width;
+    if (fill_zeros) {
+      std::memset(p, 0, n * width);
+    } else {
+      scale(p, n, segment.dtype, coef);
+    }
+    return;
+  }
+  alignas(64) char buffer[kBufferBytes];
+  const int64_t room = kBufferBytes / width;
+  for (int64_t done = 0; done < n; done += room) {
+    const int64_t count = std::min(room, n - done);
+    char* at = buffer;
+    if (fill_zeros) {
+      std::memset(buffer, 0, count * width);
+    } else {
+      for_each_element(segment, start + done, count, [&](const char* from) {
+        std::memcpy(at, from, width);
+        at += width;
+      });
+      scale(buffer, count, segment.dtype, coef);
+    }
+    at = buffer;
+    for_each_element(segment, start + done, count, [&](char* to) {
+      std::memcpy(to, at, width);
+      at += width;
+    });
+  }
+}
+
+}  // namespace cwclip::cpu

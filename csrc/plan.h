@@ -1,0 +1,46 @@
+// What one call works on, in plain structs without a torch header: shared by every kernel.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace cwclip {
+
+enum class DType : int32_t { f32, bf16, f16, f64 };
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// What becomes of a component whose norm is inf or NaN. "error" is decided in Python, between two calls.
+enum class NonFinite : int64_t { propagate = 0, zero = 1, skip = 2 };
+
+// Order of the norm: the sum of |g|, the sum of g^2, the largest |g|.
+enum class Order : int32_t { one, two, inf };
+
+// Sizes and strides (in elements) of a tensor with gaps, innermost dimension first. Empty for a dense tensor,
+// whose elements can be taken in memory order: no result depends on which index they belong to.
+struct Layout {
+  std::vector<int64_t> sizes, strides;
+  bool dense() const { return sizes.empty(); }
+};
+
+// One gradient.
+struct Segment {
+  void* data;
+  int64_t numel;
+  DType dtype;
+  int32_t component;
+  Layout layout;
+};
+
+// How a norm becomes a coefficient.
+struct Rule {
+  const double* caps;  // one, or one for each component
+  int64_t caps_stride;  // 0 or 1
+  double eps;
+  NonFinite nonfinite;
+  bool wide_norms;  // norms and coefficients are float64 rather than float32
+};
+
+}  // namespace cwclip

@@ -1,0 +1,15 @@
+"""Component-wise gradient norm clipping, fused.
+
+    >>> import torch
+    >>> from cwclip_kernels import fused_component_clip_
+    >>> model = torch.nn.Linear(2, 1)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> fused_component_clip_(model, max_norm=0.05)
+    tensor([1.4142, 1.0000])
+"""
+
+from ._version import __version__
+from .api import component_norms, fused_component_clip_
+from .clipper import ClipResult, ComponentClipper
+
+__all__ = ["ClipResult", "ComponentClipper", "__version__", "component_norms", "fused_component_clip_"]

@@ -1,0 +1,94 @@
+"""torch._foreach operations only: works wherever torch does, needs nothing compiled.
+
+Reads every gradient once for its norm, then reads and writes every gradient, clipped or not (3N bytes).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..formula import ClipRule, coefficients, neutral, root, wide_dtype
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+
+
+def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
+    """Serves every device, dtype and order that torch serves."""
+    return None
+
+
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+    """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
+    # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
+    each = torch.stack(
+        torch._foreach_norm(_measurable(grads, norm_type), norm_type, dtype=wide_dtype(bucket.device))
+    )
+    if not math.isinf(norm_type) and norm_type != 0.0:
+        each = each**norm_type
+    levels = bucket.scratch.get("levels")
+    if levels is None:
+        levels = bucket.scratch["levels"] = _merge_levels(bucket)
+    nothing = each.new_full((1,), neutral(norm_type))
+    for level in levels:
+        rows = torch.cat((each, nothing))[level]
+        each = rows.amax(1) if norm_type == math.inf else rows.amin(1) if norm_type == -math.inf else rows.sum(1)
+    return each
+
+
+def _measurable(grads: list[Tensor], norm_type: float) -> list[Tensor]:
+    """Real, and with something in it: torch has no norm of nothing for inf and negative orders."""
+    nothing = math.inf if norm_type < 0 else 0.0  # contributes 0 to a power sum, or an extremum that never wins
+    real = [g.abs() if g.is_complex() else g for g in grads]
+    return [g if g.numel() else g.new_full((1,), nothing) for g in real]
+
+
+_FAN_IN = 32
+
+
+def _merge_levels(bucket: Bucket) -> list[Tensor]:
+    """Gather indices that merge per-tensor values [n] into [K], ``_FAN_IN`` at a time.
+
+    A tree with a fixed shape gives the same bits every run, which a scatter-add on a GPU does not, and stays
+    small however unevenly tensors are spread over components. Index n stands for "nothing".
+    """
+    members: list[list[int]] = [[] for _ in range(bucket.count)]
+    for position, component in enumerate(bucket.components.tolist()):
+        members[component].append(position)
+    size = bucket.components.numel()
+    levels = []
+    while True:
+        chunks = [[m[i : i + _FAN_IN] for i in range(0, max(len(m), 1), _FAN_IN)] for m in members]
+        rows = [chunk for parts in chunks for chunk in parts]
+        width = max(map(len, rows))
+        index = torch.tensor([row + [size] * (width - len(row)) for row in rows], dtype=torch.int64)
+        levels.append(index.to(bucket.device))
+        if len(rows) == bucket.count:
+            return levels
+        row_ids = iter(range(len(rows)))
+        members = [[next(row_ids) for _ in parts] for parts in chunks]
+        size = len(rows)
+
+
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+    """g <- coef * g in place."""
+    components = bucket.scratch.get("components")
+    if components is None:
+        components = bucket.scratch["components"] = bucket.components.to(bucket.device)
+    factors = coefs[components].unbind()
+    torch._foreach_mul_(grads, factors)
+    if zero_fill:
+        for grad, factor in zip(grads, factors, strict=True):
+            grad.masked_fill_(factor == 0, 0.0)
+
+
+def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
+    norms = root(power_sums(bucket, grads, rule.norm_type), rule.norm_type).to(bucket.norm_dtype)
+    coefs = coefficients(norms, caps, rule)
+    scale_(bucket, grads, coefs, rule.zero_fill)
+    return norms, coefs

@@ -1,0 +1,111 @@
+"""The compiled extension ``_C``: csrc/ through torch.ops. Serves CPU tensors."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..formula import ClipRule
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COMPLEX = (torch.complex64, torch.complex128)
+_ORDERS = (1.0, 2.0, math.inf)
+_POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
+
+
+@cache
+def unavailable() -> str | None:
+    """Loads the extension; why it can't be, in plain words, or None."""
+    try:
+        importlib.import_module("cwclip_kernels._C")
+    except ImportError as error:
+        return (
+            f"the compiled extension is missing ({error}); reinstall with a C++ compiler: "
+            "CWCLIP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
+        )
+    _register_fakes()
+    _pass_negative_through()
+    return None
+
+
+def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
+    """Why this backend can't serve such a gradient, or None."""
+    if device.type != "cpu":
+        return f"serves CPU tensors, not {device.type}"
+    if norm_type not in _ORDERS:
+        return f"serves norm_type 1, 2 and inf, not {norm_type:g}"
+    if dtype in _COMPLEX:
+        if norm_type != 2.0:
+            return "serves complex gradients for norm_type 2 only"
+    elif dtype not in _DTYPES:
+        return f"does not serve {dtype}"
+    return unavailable()
+
+
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+    """sum |g|^p of each component, or max |g|: float64 [K]."""
+    sums: Tensor = torch.ops.cwclip_kernels.power_sums(grads, bucket.components, bucket.count, norm_type)
+    return sums
+
+
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+    """g <- coef * g in place; nothing written where coef is 1."""
+    torch.ops.cwclip_kernels.scale_(grads, bucket.components, coefs.double(), zero_fill)
+
+
+def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+    """Norms and coefficients, both [K] in ``bucket.norm_dtype``; each component scaled while still in cache."""
+    norms, coefs = torch.ops.cwclip_kernels.clip_(
+        grads,
+        bucket.components,
+        bucket.count,
+        caps,
+        rule.norm_type,
+        rule.eps,
+        _POLICY_CODES[rule.nonfinite],
+        bucket.norm_dtype == torch.float64,
+    )
+    return norms, coefs
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes for tracing (torch.compile, fake tensors), where no data is there to run on."""
+
+    @torch.library.register_fake("cwclip_kernels::power_sums")
+    def _(grads: list[Tensor], components: Tensor, count: int, norm_type: float) -> Tensor:
+        return components.new_empty(count, dtype=torch.float64)
+
+    @torch.library.register_fake("cwclip_kernels::scale_")
+    def _(grads: list[Tensor], components: Tensor, coefs: Tensor, zero_fill: bool) -> None:
+        return None
+
+    @torch.library.register_fake("cwclip_kernels::clip_")
+    def _(
+        grads: list[Tensor],
+        components: Tensor,
+        count: int,
+        caps: Tensor,
+        norm_type: float,
+        eps: float,
+        nonfinite: int,
+        wide_norms: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if wide_norms else torch.float32
+        return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
+
+
+_library = torch.library.Library("cwclip_kernels", "IMPL")  # its registrations live as long as this does
+
+
+def _pass_negative_through() -> None:
+    """Tensors with a lazy minus sign come as they lie in memory: neither norm nor scaling depends on the sign."""
+    for name in ("clip_", "power_sums", "scale_"):
+        _library.impl(name, torch.library.fallthrough_kernel, "Negative")

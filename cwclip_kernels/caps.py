@@ -1,0 +1,95 @@
+"""The ``max_norm`` argument: checked once, handed out as a float64 tensor on whichever device asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .components import match_patterns
+
+MaxNorm: TypeAlias = float | Tensor | Mapping[str, float]
+
+
+class Caps:
+    """One cap for all components, or one for each.
+
+    Args:
+        max_norm: a number; a floating-point Tensor of shape [] or [K], read anew at every call, so that
+            changing it in place changes the cap; or a mapping of ``fnmatch`` patterns on component
+            names to numbers, where a component that no pattern matches is not clipped.
+        names: the K component names.
+
+    Raises:
+        TypeError: none of these (bool and str included).
+        ValueError: negative or NaN, a shape other than [] or [K], a pattern that matches nothing.
+    """
+
+    def __init__(self, max_norm: MaxNorm, names: tuple[str, ...]) -> None:
+        self._live: Tensor | None = None
+        self._fixed: float | list[float] = math.inf
+        self._on: dict[torch.device, Tensor] = {}
+        if isinstance(max_norm, Tensor):
+            self._live = _checked_tensor(max_norm, len(names))
+        elif isinstance(max_norm, Mapping):
+            values = {_checked_pattern(p): checked_cap(v, f"max_norm[{p!r}]") for p, v in max_norm.items()}
+            self._fixed = match_patterns(names, values, default=math.inf)
+        else:
+            self._fixed = checked_cap(max_norm, "max_norm")
+
+    def on(self, device: torch.device) -> Tensor:
+        """The caps as float64 [] or [K] on ``device``; no host sync."""
+        if self._live is not None:
+            _check_values(self._live)
+            return self._live.detach().to(device, torch.float64, non_blocking=True).contiguous()
+        caps = self._on.get(device)
+        if caps is None:
+            if isinstance(self._fixed, float):
+                caps = torch.full((), self._fixed, dtype=torch.float64, device=device)
+            else:
+                caps = torch.tensor(self._fixed, dtype=torch.float64).to(device)
+            self._on[device] = caps
+        return caps
+
+
+def checked_cap(value: object, name: str) -> float:
+    """A cap as float, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        wanted = "a number, a Tensor of shape [] or [K], or a mapping of patterns to numbers"
+        if name != "max_norm":
+            wanted = "a number"
+        raise TypeError(f"{name}: expected {wanted}, not {type(value).__qualname__}")
+    try:
+        cap = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: {value} is too large for a float; use math.inf to leave norms uncapped") from None
+    if not cap >= 0.0:
+        raise ValueError(f"{name}: expected a number >= 0, not {cap}")
+    return cap
+
+
+def _checked_pattern(pattern: object) -> str:
+    if not isinstance(pattern, str):
+        raise TypeError(f"max_norm: patterns are strings, not {type(pattern).__qualname__}")
+    return pattern
+
+
+def _checked_tensor(max_norm: Tensor, count: int) -> Tensor:
+    if not max_norm.is_floating_point():
+        raise TypeError(f"max_norm: expected a floating-point tensor, not {max_norm.dtype}")
+    if max_norm.shape not in ((), (count,)):
+        raise ValueError(
+            f"max_norm: expected shape [] or [{count}] (one cap for each component), not {list(max_norm.shape)}"
+        )
+    _check_values(max_norm)
+    return max_norm
+
+
+def _check_values(max_norm: Tensor) -> None:
+    # Elsewhere than on the CPU the look would be a host sync; there a bad cap gives NaN coefficients instead.
+    if max_norm.device.type == "cpu" and not bool((max_norm >= 0).all()):
+        raise ValueError(f"max_norm: expected caps >= 0, not {max_norm.detach().min().item()}")

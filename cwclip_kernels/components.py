@@ -1,0 +1,231 @@
+"""Names to components: which tensors are clipped together. Pure Python, no device is touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+Grouping: TypeAlias = str | Callable[[str, Tensor], Hashable | None] | None
+
+WORDS = ("parameter", "module", "layer", "type", "all")
+
+LEFT_ALONE = -1  # component index of a tensor that a callable answered None for
+
+
+@dataclass(frozen=True)
+class NamedTensors:
+    """The parameters of a call: each tensor once, under its first name.
+
+    Attributes:
+        names: unique names; positions "0", "1", ... where the caller gave none.
+        tensors: the parameters, in order.
+        named: False where the names are only positions.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    named: bool
+
+
+@dataclass(frozen=True)
+class Components:
+    """K components and who belongs to them.
+
+    Attributes:
+        names: name of each component, in order of first appearance; K = len(names).
+        index: component of each tensor, ``LEFT_ALONE`` for none.
+        tensor_names: name of each tensor, for error messages.
+    """
+
+    names: tuple[str, ...]
+    index: tuple[int, ...]
+    tensor_names: tuple[str, ...]
+
+
+def named_tensors(parameters: Parameters) -> NamedTensors:
+    """Reads every accepted form of ``parameters``.
+
+    Raises:
+        TypeError: not a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs.
+        ValueError: two tensors under one name, or only plain tensors that can't have gradients.
+    """
+    if isinstance(parameters, nn.Module):
+        pairs = list(parameters.named_parameters())  # a tied parameter comes once, under its first name
+        return NamedTensors(tuple(n for n, _ in pairs), tuple(p for _, p in pairs), named=True)
+    return _from_items(as_items(parameters))
+
+
+_FORMS = "expected an nn.Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs"
+
+
+def as_items(parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[Any]:
+    """The elements of ``parameters``, not yet looked at; a generator is used up by it.
+
+    Raises:
+        TypeError: not a Tensor and not an iterable that could hold parameters.
+    """
+    if isinstance(parameters, list):
+        return parameters
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, str | bytes | Mapping) or not isinstance(parameters, Iterable):
+        hint = "; pass parameters.items()" if isinstance(parameters, Mapping) else ""
+        raise TypeError(f"parameters: {_FORMS}, not {_type_name(parameters)}{hint}")
+    items = list(parameters)
+    if not items and isinstance(parameters, Iterator):
+        warnings.warn(
+            "parameters is an empty or already consumed generator: nothing will be clipped",
+            UserWarning,
+            stacklevel=4,
+        )
+    return items
+
+
+def _from_items(items: list[Any]) -> NamedTensors:
+    named = bool(items) and not isinstance(items[0], Tensor)
+    by_name: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for position, item in enumerate(items):
+        if named and isinstance(item, tuple | list) and len(item) == 2:
+            name, tensor = item
+        else:
+            name, tensor = str(position), item
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or named == (tensor is item):
+            raise TypeError(f"parameters[{position}]: {_FORMS}, not {_type_name(item)}")
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if name in by_name:
+            raise ValueError(f"parameters: two different tensors are named {name!r}")
+        by_name[name] = tensor
+    tensors = tuple(by_name.values())
+    if tensors and all(_is_plain(t) for t in tensors):
+        raise ValueError(
+            f"parameters: none of the {len(tensors)} tensors is a Parameter, requires grad or has a .grad; "
+            "pass the parameters (their .grad is clipped), not the gradients"
+        )
+    return NamedTensors(tuple(by_name), tensors, named)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # A non-leaf's .grad warns when read, and a non-leaf requires grad, so that is asked first.
+    return not (isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.grad is not None)
+
+
+def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
+    """Groups tensors into components.
+
+    Args:
+        parameters: names and tensors.
+        grouping: one of ``WORDS``, None for "parameter", or a callable that gets (name, tensor) and
+            returns a hashable key, None to leave the tensor alone. It is called once for each tensor.
+
+    Raises:
+        TypeError: ``grouping`` is neither a word nor callable, or returned something unhashable.
+        ValueError: unknown word, a word that needs names where there are none, or two keys that look alike.
+    """
+    key_of = _key_function(parameters, grouping)
+    order: dict[Hashable, int] = {}
+    index: list[int] = []
+    for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
+        key = key_of(name, tensor)
+        if key is None:
+            index.append(LEFT_ALONE)
+            continue
+        try:
+            index.append(order.setdefault(key, len(order)))
+        except TypeError:
+            raise TypeError(
+                f"components: the callable returned an unhashable {_type_name(key)} for {name!r}; "
+                "return a string, number or tuple, or None to leave the parameter alone"
+            ) from None
+    names = tuple(map(str, order))
+    if len(set(names)) < len(names):
+        twice = next(n for i, n in enumerate(names) if n in names[:i])
+        raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
+    return Components(names, tuple(index), parameters.names)
+
+
+def _key_function(parameters: NamedTensors, grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]:
+    if grouping is None:
+        grouping = "parameter"
+    if isinstance(grouping, str):
+        if grouping not in WORDS:
+            raise ValueError(f"components: expected one of {', '.join(WORDS)} or a callable, not {grouping!r}")
+        if not parameters.named and parameters.tensors and grouping not in ("parameter", "all"):
+            raise ValueError(
+                f"components={grouping!r} needs names: pass the module or module.named_parameters(), "
+                "not bare tensors"
+            )
+        word = _WORD_KEYS[grouping]
+        return lambda name, _: word(name)
+    if not callable(grouping):
+        raise TypeError(f"components: expected one of {', '.join(WORDS)} or a callable, not {_type_name(grouping)}")
+    return grouping
+
+
+def module_of(name: str) -> str:
+    """The owning module: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3.output.dense"."""
+    return name.rpartition(".")[0]
+
+
+def layer_of(name: str) -> str:
+    """Up to and including the last all-digits part: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3"."""
+    parts = name.split(".")
+    for last in range(len(parts), 0, -1):
+        if parts[last - 1].isdecimal():
+            return ".".join(parts[:last])
+    return module_of(name)
+
+
+def type_of(name: str) -> str:
+    """All-digits parts become "*": "encoder.layer.3.output.dense.bias" -> "encoder.layer.*.output.dense.bias"."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+_WORD_KEYS: dict[str, Callable[[str], str]] = {
+    "parameter": lambda name: name,
+    "module": module_of,
+    "layer": layer_of,
+    "type": type_of,
+    "all": lambda name: "all",
+}
+
+
+def match_patterns(names: tuple[str, ...], values: Mapping[str, float], default: float) -> list[float]:
+    """The value of the first pattern, in the mapping's order, that matches each name.
+
+    Args:
+        names: component names.
+        values: ``fnmatch`` patterns (case-sensitive), or exact names, to values.
+        default: value of a name that no pattern matches.
+
+    Raises:
+        ValueError: a pattern matches no name at all.
+    """
+    found = [default] * len(names)
+    free = set(range(len(names)))
+    for pattern, value in values.items():
+        # Equality first: a name may hold brackets, which fnmatch would read as a character class.
+        hits = [i for i, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        if not hits:
+            raise ValueError(f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{_some(names)}")
+        for i in free.intersection(hits):
+            found[i] = value
+        free.difference_update(hits)
+    return found
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _type_name(value: object) -> str:
+    return type(value).__qualname__

@@ -1,0 +1,83 @@
+"""From power sums to norms to coefficients, in torch operations on whatever device holds them.
+
+The kernels carry the same few lines in their own language; the tests hold all of them to these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POLICIES = ("propagate", "zero", "skip", "error")
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How a norm becomes a coefficient: the scalars of a call, already checked.
+
+    Attributes:
+        norm_type: order p of the norm; ``inf`` for the largest absolute value.
+        eps: added to the norm before the division.
+        nonfinite: one of ``POLICIES``; "error" is decided before anything is scaled.
+    """
+
+    norm_type: float = 2.0
+    eps: float = 1e-6
+    nonfinite: str = "propagate"
+
+    @property
+    def zero_fill(self) -> bool:
+        """Whether a coefficient of 0 writes zeros, so that inf and NaN vanish, rather than multiplies."""
+        return self.nonfinite == "zero"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, the dtype of power sums and of the coefficient's arithmetic, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def merge(sums: Tensor, more: Tensor, norm_type: float) -> Tensor:
+    """Power sums of two disjoint parts of the same components, as one (NaN wins in both branches)."""
+    if norm_type == math.inf:
+        return torch.maximum(sums, more)
+    if norm_type == -math.inf:
+        return torch.minimum(sums, more)
+    return sums + more
+
+
+def neutral(norm_type: float) -> float:
+    """What ``merge`` leaves as it is: the power sum of nothing."""
+    return math.inf if norm_type == -math.inf else 0.0
+
+
+def root(sums: Tensor, norm_type: float) -> Tensor:
+    """(sum |g|^p)^(1/p); the extremum itself for p = +-inf, the number of non-zeros for p = 0."""
+    if norm_type == 2.0:
+        return sums.sqrt()
+    if norm_type in (0.0, 1.0) or math.isinf(norm_type):
+        return sums
+    return sums ** (1.0 / norm_type)
+
+
+def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
+    """coef = min(1, cap / (norm + eps)), with the edges spelled out.
+
+    Args:
+        norms: [K], float32 or float64, as returned to the user.
+        caps: [] or [K] in ``wide_dtype``.
+        rule: eps and the non-finite policy.
+
+    Returns:
+        [K] in the norms' dtype. A cap of inf gives 1 whatever the norm; a norm of inf gives 0 and NaN gives
+        NaN under "propagate"; a cap that is negative or NaN gives NaN: on a device it can't be refused
+        without a sync, so it is made loud.
+    """
+    padded = norms.to(caps.dtype) + rule.eps
+    coefs = torch.where(padded <= caps, 1.0, caps / padded)
+    coefs = torch.where(caps >= 0, coefs, math.nan)
+    if rule.nonfinite in ("zero", "skip"):
+        coefs = torch.where(norms.isfinite(), coefs, 0.0 if rule.nonfinite == "zero" else 1.0)
+    return torch.where(caps == math.inf, 1.0, coefs).to(norms.dtype)

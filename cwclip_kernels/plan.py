@@ -1,0 +1,230 @@
+"""From components and gradients to device buckets: what one call has to do, worked out once.
+
+A plan depends on which gradients exist and on their type, dtype, device and layout, never on their values or
+addresses, so a training loop builds one plan and reuses it at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .components import LEFT_ALONE, Components
+
+Gradients = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """The gradients of one device that one backend serves, in any mix of dtypes.
+
+    Attributes:
+        device: where the gradients live.
+        backend: name of the backend that serves them.
+        reason: why that backend, for ``explain()``.
+        positions: index of each gradient in the call's list of parameters.
+        components: component of each gradient, int64 [n] on the CPU, values in [0, count).
+        count: number of components K of the whole call; every [K] tensor has this length.
+        norm_dtype: float32, or float64 if any gradient of the call is float64.
+        plain: all are real and strided, so that they can be handed over as they are.
+        scratch: static data a backend derives from the bucket once (tile tables and the like).
+    """
+
+    device: torch.device
+    backend: str
+    reason: str
+    positions: tuple[int, ...]
+    components: Tensor
+    count: int
+    norm_dtype: torch.dtype
+    plain: bool
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+    def pick(self, grads: Gradients) -> list[Tensor]:
+        """This bucket's own out of the call's gradients."""
+        return [grads[i] for i in self.positions]  # type: ignore[misc]  # none of these is None
+
+
+@dataclass(frozen=True, eq=False)
+class ClipPlan:
+    """Everything about a call that its gradients' values do not decide.
+
+    Attributes:
+        components: names and members.
+        buckets: disjoint; none where no gradient exists.
+        device: where norms and coefficients are returned.
+        norm_dtype: their dtype.
+        sparse: positions of sparse gradients.
+        strict: whether the signature covers shapes, strides and identities too. The native extension looks at
+            those by itself, at no cost; other backends rely on the plan.
+        signature: what the gradients looked like when the plan was made.
+    """
+
+    components: Components
+    buckets: tuple[Bucket, ...]
+    device: torch.device
+    norm_dtype: torch.dtype
+    sparse: frozenset[int]
+    strict: bool
+    signature: object
+
+
+class Planner:
+    """Keeps the plan of the last call for one set of components; makes another when gradients change shape."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self._plan: ClipPlan | None = None
+        self._request: tuple[float, str | None] | None = None
+
+    def plan(self, grads: Gradients, fallback: torch.device, norm_type: float, backend: str | None) -> ClipPlan:
+        """The plan for these gradients.
+
+        Args:
+            grads: one for each tensor of the components, None where there is none.
+            fallback: device of the results where no gradient exists.
+            norm_type: order of the norm.
+            backend: the user's choice or None.
+
+        Raises:
+            TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
+            RuntimeError: the named backend refuses.
+        """
+        plan = self._plan
+        if plan is None or self._request != (norm_type, backend) or plan.signature != _signature(grads, plan.strict):
+            plan = _build(self.components, grads, fallback, norm_type, backend)
+            self._plan, self._request = plan, (norm_type, backend)
+        return plan
+
+
+_METADATA = tuple(map(attrgetter, ("__class__", "dtype", "device", "layout", "requires_grad")))
+_SHAPE = attrgetter("shape")
+
+
+def _signature(grads: Gradients, strict: bool) -> object:
+    # An attribute of a tensor costs Python 40 ns and there may be thousands of tensors: this is the host's hot
+    # path, so shapes and identities are looked at only for backends that don't look themselves.
+    present = [g for g in grads if g is not None]
+    holes = [i for i, g in enumerate(grads) if g is None] if len(present) < len(grads) else None
+    signature: list[object] = [holes, *(list(map(attribute, present)) for attribute in _METADATA)]
+    if strict:
+        signature += [list(map(_SHAPE, present)), [g.stride() for g in present if g.layout == torch.strided]]
+        signature.append(len(set(map(id, present))))
+    return signature
+
+
+def _build(
+    components: Components,
+    grads: Gradients,
+    fallback: torch.device,
+    norm_type: float,
+    backend: str | None,
+) -> ClipPlan:
+    members: dict[tuple[torch.device, str, str], list[int]] = {}
+    owner_of: dict[int, str] = {}
+    sparse: set[int] = set()
+    norm_dtype = torch.float32
+    device = fallback
+    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
+        if grad is None or component == LEFT_ALONE:
+            continue
+        name = components.tensor_names[position]
+        check_gradient(grad, name)
+        other = owner_of.setdefault(id(grad), name)
+        if other != name:
+            raise ValueError(
+                f"parameters {other!r} and {name!r} share one gradient tensor, which would be scaled twice; "
+                "give each its own, or pass one of them"
+            )
+        if not members:
+            device = grad.device
+        if grad.dtype in (torch.float64, torch.complex128):
+            norm_dtype = torch.float64
+        if grad.layout == torch.sparse_coo:
+            sparse.add(position)
+        members.setdefault((grad.device, *dispatch.choose(grad.device, grad.dtype, norm_type, backend)), []).append(
+            position
+        )
+    buckets = tuple(
+        Bucket(
+            device=place,
+            backend=served_by,
+            reason=reason,
+            positions=tuple(positions),
+            components=torch.tensor([components.index[i] for i in positions], dtype=torch.int64),
+            count=len(components.names),
+            norm_dtype=norm_dtype,
+            plain=not any(_is_special(grads[i]) for i in positions),
+        )
+        for (place, served_by, reason), positions in members.items()
+    )
+    strict = any(b.backend != "cpu" for b in buckets)
+    signature = _signature(grads, strict)
+    return ClipPlan(components, buckets, device, norm_dtype, frozenset(sparse), strict, signature)
+
+
+def _is_special(grad: Tensor | None) -> bool:
+    return grad is not None and (grad.is_complex() or grad.is_sparse)
+
+
+_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_gradient(grad: Tensor, name: str) -> None:
+    """Raises unless ``grad`` is something that can be clipped in place.
+
+    Raises:
+        TypeError: dtype, layout or tensor subclass that isn't served.
+        ValueError: a parameter set as gradient, several elements on one memory place, a meta tensor.
+    """
+    where = f"the gradient of {name!r}"
+    if grad.is_leaf and grad.requires_grad:
+        raise ValueError(
+            f"{where} is itself a parameter (a leaf that requires grad): clipping would change the parameter's "
+            "own data; set p.grad to its gradient, or detach it first"
+        )
+    if type(grad) is not Tensor:
+        raise TypeError(
+            f"{where} is a {type(grad).__qualname__}: sharded and wrapped gradients are not served by this version; "
+            "clip the local tensors"
+        )
+    if grad.dtype not in _DTYPES:
+        raise TypeError(f"{where} is {grad.dtype}: only {', '.join(map(_short, _DTYPES))} are served; convert it first")
+    if grad.layout not in (torch.strided, torch.sparse_coo):
+        raise TypeError(f"{where} has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()")
+    if grad.device.type == "meta":
+        raise ValueError(f"{where} is on the meta device: there is no data to clip")
+    if grad.layout == torch.strided and _overlaps(grad):
+        raise ValueError(
+            f"{where} has several elements on one place in memory (shape {list(grad.shape)}, strides "
+            f"{list(grad.stride())}), which would be scaled more than once; use .contiguous()"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _overlaps(grad: Tensor) -> bool:
+    """Whether two elements may share memory: each stride must step over all that the smaller ones span."""
+    if grad.numel() < 2 or grad.is_contiguous():
+        return False
+    span = 0
+    for stride, size in sorted((st, sz) for st, sz in zip(grad.stride(), grad.shape, strict=True) if sz > 1):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
