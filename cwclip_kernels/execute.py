@@ -90,7 +90,9 @@ def _values(grad: Tensor) -> Tensor:
 
 
 def _memory(grad: Tensor, norm_type: float) -> Tensor:
-    """Complex without lazy conjugation, and for p = 2 as pairs of reals: the same norm, and the same scaling."""
+    """Without lazy conjugation or sign, and for p = 2 complex as pairs of reals: same norm, same scaling."""
     if grad.is_conj():
         grad = grad.conj()
+    if grad.is_neg():
+        grad = torch._neg_view(grad)
     return torch.view_as_real(grad) if grad.is_complex() and norm_type == 2.0 else grad

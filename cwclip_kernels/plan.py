@@ -115,7 +115,7 @@ def _signature(grads: Gradients, strict: bool) -> object:
     signature: list[object] = [holes, *(list(map(attribute, present)) for attribute in _METADATA)]
     if strict:
         signature += [list(map(_SHAPE, present)), [g.stride() for g in present if g.layout == torch.strided]]
-        signature.append(len(set(map(id, present))))
+        signature += [[g.is_neg() for g in present], len(set(map(id, present)))]
     return signature
 
 
@@ -170,7 +170,7 @@ def _build(
 
 
 def _is_special(grad: Tensor | None) -> bool:
-    return grad is not None and (grad.is_complex() or grad.is_sparse)
+    return grad is not None and (grad.is_complex() or grad.is_sparse or grad.is_neg())
 
 
 _DTYPES = (

@@ -1,0 +1,302 @@
+"""Triton kernels: NVIDIA, AMD and Intel GPUs, and CPU tensors under Triton's interpreter.
+
+    clip_        power_sums_kernel for each dtype, then clip_kernel for each dtype
+    power_sums   power_sums_kernel for each dtype, then combine_kernel
+    scale_       scale_kernel for each dtype
+
+and one combine_kernel more where a component is very large. Bytes: each gradient is read once; a clipped one is read
+once more and written. Launches follow one another on the current stream and share nothing else: no atomics,
+no host sync, no copy to the device while the gradients stay where they are.
+
+Gradients without gaps in memory are worked on in place, in whatever order their dimensions lie. Others are copied
+to contiguous scratch and, after scaling, back: always, as the host can't know whether a coefficient is 1.
+
+CUDA graphs: call once before capturing, as for any Triton kernel. Addresses are frozen into the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..formula import ClipRule
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ORDERS = (1.0, 2.0, math.inf)
+
+# Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight. A tile of a few blocks is
+# enough work to pay for a program, and small enough to spread over all processors. Coarser ones for scaling: mostly
+# they find a coefficient of 1 and leave.
+_THREADS = 256
+_ROWS = 8
+_SUM_TILE_BYTES = 64 << 10
+_SCALE_TILE_BYTES = 256 << 10
+# Every program that scales first adds up its component's partials. Beyond this number, tiles grow up to the size of
+# scale tiles, and beyond that partials are merged in a launch of their own.
+_CHUNK = 1024
+
+
+def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
+    """Why this backend can't serve such a gradient, or None."""
+    if norm_type not in _ORDERS:
+        return f"serves norm_type 1, 2 and inf, not {norm_type:g}"
+    if dtype not in _DTYPES and not (dtype in (torch.complex64, torch.complex128) and norm_type == 2.0):
+        return f"does not serve {dtype} for norm_type {norm_type:g}"
+    return unavailable(device)
+
+
+@cache
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton can't run on this device and what to do about it, or None."""
+    if device.type not in ("cuda", "xpu", "cpu"):
+        return f"serves CUDA, ROCm and XPU devices, not {device.type}"
+    if find_spec("triton") is None:
+        return "needs Triton, which is not installed: pip install triton"
+    interpreted = _kernels().INTERPRETED.value
+    if device.type == "cpu" and not interpreted:
+        return (
+            "serves CPU tensors only in Triton's (very slow) interpreter: set TRITON_INTERPRET=1 in the "
+            "environment before triton is first imported"
+        )
+    if device.type != "cpu" and interpreted:
+        return f"can't reach {device.type} memory from Triton's interpreter: unset TRITON_INTERPRET"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return "needs a GPU of compute capability 7.0 or newer"
+    return None
+
+
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+    """sum |g|^p of each component, or max |g|: float64 [K]."""
+    sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
+    call = _prepare(bucket, grads)
+    if call.tables.tiles:
+        with _launching_on(bucket.device):
+            _combine(_partials(call, norm_type), call.tables.spans, sums, norm_type)
+    return sums
+
+
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+    """g <- coef * g in place; nothing written where coef is 1."""
+    call = _prepare(bucket, grads)
+    if call.tables.tiles:
+        with _launching_on(bucket.device):
+            for dtype, tiles in call.tables.scale_tiles:
+                _kernels().scale_kernel[(len(tiles),)](
+                    call.addresses, tiles, coefs.contiguous(), ZERO_FILL=zero_fill, **_block(dtype)
+                )
+        call.copy_back(grads)
+
+
+def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
+    call = _prepare(bucket, grads)
+    # Components without tiles, which no program writes: norm 0, coefficient 1.
+    norms, coefs = (
+        torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+        if call.tables.covers_all
+        else torch.full((bucket.count,), blank, dtype=bucket.norm_dtype, device=bucket.device)
+        for blank in (0.0, 1.0)
+    )
+    if call.tables.tiles:
+        with _launching_on(bucket.device):
+            partials = _partials(call, rule.norm_type)
+            for dtype, tiles in call.tables.scale_tiles:
+                _kernels().clip_kernel[(len(tiles),)](
+                    call.addresses,
+                    tiles,
+                    partials,
+                    call.tables.spans,
+                    caps,
+                    caps.stride(0) if caps.ndim else 0,
+                    norms,
+                    coefs,
+                    ORDER=rule.norm_type,
+                    EPS=rule.eps,
+                    NONFINITE=rule.nonfinite,
+                    CHUNK=_CHUNK,
+                    **_block(dtype),
+                )
+        call.copy_back(grads)
+    return norms, coefs
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Launching
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _partials(call: _Call, norm_type: float) -> Tensor:
+    """Launches the first pass: partial power sums, float64, to be read with ``call.tables.spans``."""
+    tables = call.tables
+    partials = torch.empty(tables.tiles, dtype=torch.float64, device=call.addresses.device)
+    for dtype, tiles in tables.sum_tiles:
+        _kernels().power_sums_kernel[(len(tiles),)](
+            call.addresses, tiles, partials, ORDER=norm_type, **_block(dtype)
+        )
+    if tables.chunks is None:
+        return partials
+    merged = partials.new_empty(len(tables.chunks) - 1)
+    _combine(partials, tables.chunks, merged, norm_type)
+    return merged
+
+
+def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) -> None:
+    _kernels().combine_kernel[(len(sums),)](partials, spans, sums, ORDER=norm_type, CHUNK=_CHUNK, num_warps=4)
+
+
+@cache
+def _kernels() -> Any:
+    """The device code, imported when first needed: Triton may be missing, and takes its time."""
+    from ..kernels import combine, power_sums, scale, tile
+
+    class Kernels:
+        INTERPRETED = tile.INTERPRETED
+        power_sums_kernel = power_sums.power_sums_kernel
+        combine_kernel = combine.combine_kernel
+        scale_kernel = scale.scale_kernel
+        clip_kernel = scale.clip_kernel
+
+    return Kernels
+
+
+@cache
+def _block(dtype: torch.dtype) -> dict[str, Any]:
+    """Launch configuration for gradients of one dtype. Fixed: tuning would scale the gradients over and over."""
+    import triton.language as tl
+
+    warp = 64 if torch.version.hip else 32
+    return {
+        "DTYPE": getattr(tl, str(dtype).removeprefix("torch.")),
+        "ROWS": _ROWS,
+        "COLUMNS": _THREADS * 16 // dtype.itemsize,
+        "num_warps": _THREADS // warp,
+    }
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    if device.type == "cpu":
+        import numpy  # the interpreter computes with it; its warnings of overflow and the like are not ours
+
+        return numpy.errstate(all="ignore")
+    context: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return context
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What the kernels look up: addresses, which move, and tables, which don't
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The static part of a bucket.
+
+    Attributes:
+        tiles: number of sum tiles, hence of partials.
+        sum_tiles: for each dtype int64 [programs, 4]: gradient, start, length, slot among the partials.
+        scale_tiles: for each dtype int64 [programs, 5]: gradient, start, length, component, whether it is the
+            component's first.
+        chunks: int64 [m + 1]; the m runs of partials to merge first, None if no component has too many.
+        spans: int64 [K + 1]; component c has (merged) partials spans[c] to spans[c + 1].
+        covers_all: whether every component has a tile.
+        gapped: indices of gradients with gaps in memory.
+    """
+
+    tiles: int
+    sum_tiles: tuple[tuple[torch.dtype, Tensor], ...]
+    scale_tiles: tuple[tuple[torch.dtype, Tensor], ...]
+    chunks: Tensor | None
+    spans: Tensor
+    covers_all: bool
+    gapped: tuple[int, ...]
+
+    def to(self, device: torch.device) -> _Tables:
+        return replace(
+            self,
+            sum_tiles=tuple((dtype, _upload(t, device)) for dtype, t in self.sum_tiles),
+            scale_tiles=tuple((dtype, _upload(t, device)) for dtype, t in self.scale_tiles),
+            chunks=None if self.chunks is None else _upload(self.chunks, device),
+            spans=_upload(self.spans, device),
+        )
+
+
+@dataclass
+class _Call:
+    """One call's view: tables and addresses (int64 [n]) on the device, and copies of gapped gradients."""
+
+    tables: _Tables
+    addresses: Tensor
+    pointers: tuple[int, ...]
+    staged: list[tuple[int, Tensor]]
+
+    def copy_back(self, grads: list[Tensor]) -> None:
+        for i, copy in self.staged:
+            grads[i].copy_(copy)
+
+
+# What captured graphs read at every replay and nobody else may be holding any more; a few KB each.
+_KEPT_FOR_GRAPHS: list[object] = []
+
+
+def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
+    """Looks up or builds what the kernels need."""
+    # Shapes are constant over a plan's life, except for the values of sparse gradients.
+    layout = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
+    if "tables" not in bucket.scratch or bucket.scratch["layout"] != layout:
+        bucket.scratch.clear()
+        bucket.scratch.update(tables=_build_tables(bucket, grads), layout=layout)
+    # Kept for each stream, on which alone its tables are sure to have arrived.
+    stream = torch.accelerator.current_stream(bucket.device).stream_id if bucket.device.type != "cpu" else 0
+    last: _Call | None = bucket.scratch.get(f"stream {stream}")
+
+    gapped = bucket.scratch["tables"].gapped
+    staged = [(i, grads[i].contiguous()) for i in gapped]
+    if staged:
+        grads = list(grads)
+        for i, copy in staged:
+            grads[i] = copy
+    pointers = tuple(map(Tensor.data_ptr, grads))
+
+    if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _prepare_captured(bucket, last, pointers, staged)
+    tables = last.tables if last else bucket.scratch["tables"].to(bucket.device)
+    if last and last.pointers == pointers:
+        addresses = last.addresses
+    else:
+        addresses = _upload(torch.tensor(pointers, dtype=torch.int64), bucket.device)
+    # The copies of gapped gradients live for this call only; the others' memory is not ours.
+    bucket.scratch[f"stream {stream}"] = _Call(tables, addresses, pointers, [])
+    return _Call(tables, addresses, pointers, staged)
+
+
+def _prepare_captured(
+    bucket: Bucket, last: _Call | None, pointers: tuple[int, ...], staged: list[tuple[int, Tensor]]
+) -> _Call:
+    """Addresses of a graph's own: copied at every replay from host memory that is never touched again."""
+    source = next((v for k, v in bucket.scratch.items() if k.startswith("stream ")), last)
+    if source is None:
+        raise RuntimeError(
+            "the first call was made while a CUDA graph is being captured: call once before the capture, so that "
+            "kernels are compiled and tables are in place"
+        )
+    host = torch.tensor(pointers, dtype=torch.int64).pin_memory()
+    addresses = host.to(bucket.device, non_blocking=True)
+    _KEPT_FOR_GRAPHS.append((host, source.tables))
+    return _Call(source.tables, addresses, pointers, staged)
+
+
+def _upload(table: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it."""
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)

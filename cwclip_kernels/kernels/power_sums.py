@@ -1,0 +1,95 @@
+# mypy: ignore-errors
+"""Partial power sums: the one pass over all gradients that every norm needs."""
+
+import triton
+import triton.language as tl
+
+from .tile import INF, body_lanes, edge_lanes, larger, locate, magnitude_bits, max_of, widen
+
+# A float32 sum of squares is trusted where the tile's largest |x| is in this range: 8 squares of at most 2^120
+# don't overflow, and what 2^20 squares lose by underflow (< 2^-126 each, even where subnormals are flushed) is
+# below 2^-26 of a sum of at least 2^-80. Outside, and there alone, the tile is read again in float64.
+TRUSTED_FROM = tl.constexpr(2.0**-40)
+TRUSTED_TO = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def power_sums_kernel(
+    pointers,
+    tiles,
+    partials,
+    DTYPE: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """partials[slot] = sum |g|^p over one tile, max |g| for p = inf; NaN and inf come out as themselves.
+
+    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: each element once, plus 8 written for each tile.
+    Deterministic: fixed order, one writer for each slot; the order is that of the tile's 16-byte vectors, so equal
+    gradients at addresses that differ modulo 16 may differ in the last bits.
+
+    Accuracy: float32 adds up ROWS terms at most; columns, tiles and components add up in float64.
+
+    Args:
+        pointers: int64 [n], addresses of the gradients.
+        tiles: int64 [programs, 4]: gradient, start, length, slot.
+        partials: float64, written at the slots of this launch.
+        DTYPE: element type of the gradients of this launch.
+        ORDER: p, one of 1.0, 2.0 and inf.
+        ROWS: terms added in float32.
+        COLUMNS: sums kept in float64.
+    """
+    row = tiles + tl.program_id(0).to(tl.int64) * 4
+    first, head, body, length = locate(pointers, row, DTYPE)
+    edge, mask = edge_lanes(first, head, body, length)
+    edges = widen(tl.load(edge, mask=mask, other=0.0), tl.float64)
+    if ORDER == INF:
+        total = larger(body_max(first, head, body, ROWS, COLUMNS), max_of(edges))
+    else:
+        WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+        total, peak = body_sum(first, head, body, ORDER, WIDE, ROWS, COLUMNS)
+        # Squares of float16 always fit float32.
+        if DTYPE == tl.float32 or DTYPE == tl.bfloat16:
+            if (peak > TRUSTED_TO) | ((peak > 0.0) & (peak < TRUSTED_FROM)):
+                # One row at a time: a path hardly ever taken must not set the register count.
+                total, peak = body_sum(first, head, body, ORDER, tl.float64, 1, COLUMNS)
+        total += tl.sum(power(edges, ORDER), 0)
+    tl.store(partials + tl.load(row + 3), total)
+
+
+@triton.jit
+def power(values, ORDER: tl.constexpr):
+    """|x|^p for p = 1 or 2."""
+    return values * values if ORDER == 2.0 else tl.abs(values)
+
+
+@triton.jit
+def body_sum(
+    first, head, body, ORDER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """sum |x|^p over a tile's body (float64), with powers and sums of ROWS of them in WIDE; and max |x| in WIDE.
+
+    The maximum may leave out NaN, which the sum has anyway.
+    """
+    block, offsets = body_lanes(first, head, ROWS, COLUMNS)
+    sums = tl.zeros([COLUMNS], tl.float64)
+    peaks = tl.zeros([COLUMNS], WIDE)
+    for at in range(0, body, ROWS * COLUMNS):
+        values = widen(tl.load(block + at, mask=at + offsets < body, other=0.0), WIDE)
+        sums += tl.sum(power(values, ORDER), 0).to(tl.float64)
+        peaks = tl.maximum(peaks, tl.max(tl.abs(values), 0))
+    return tl.sum(sums, 0), tl.max(peaks, 0)
+
+
+@triton.jit
+def body_max(first, head, body, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """max |x| over a tile's body (float64); NaN wins."""
+    DTYPE: tl.constexpr = first.dtype.element_ty
+    WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    block, offsets = body_lanes(first, head, ROWS, COLUMNS)
+    peaks = magnitude_bits(tl.zeros([COLUMNS], WIDE))
+    for at in range(0, body, ROWS * COLUMNS):
+        values = widen(tl.load(block + at, mask=at + offsets < body, other=0.0), WIDE)
+        peaks = tl.maximum(peaks, tl.max(magnitude_bits(values), 0))
+    return tl.max(peaks, 0).to(WIDE, bitcast=True).to(tl.float64)

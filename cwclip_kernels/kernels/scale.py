@@ -1,0 +1,133 @@
+# mypy: ignore-errors
+"""g <- coef * g in place, with coefficients handed over or computed from partial power sums on the way."""
+
+import triton
+import triton.language as tl
+
+from .combine import merge_partials
+from .tile import INF, body_lanes, edge_lanes, locate, narrow, widen
+
+
+@triton.jit
+def scale_kernel(
+    pointers,
+    tiles,
+    coefs,
+    DTYPE: tl.constexpr,
+    ZERO_FILL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """g <- coef * g over one tile; with ZERO_FILL, g <- 0 where coef is 0, so that inf and NaN vanish.
+
+    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: none of the gradient where coef is 1, otherwise
+    each element once read and once written. Deterministic: elementwise.
+
+    Args:
+        pointers: int64 [n], addresses of the gradients.
+        tiles: int64 [programs, 5]: gradient, start, length, component, 1 for the first tile of a component.
+        coefs: float32 or float64 [K].
+        DTYPE: element type of the gradients of this launch.
+        ZERO_FILL: whether 0 erases.
+        ROWS, COLUMNS: size of a block; any, but wants 16 bytes and more for a thread.
+    """
+    row = tiles + tl.program_id(0).to(tl.int64) * 5
+    coef = tl.load(coefs + tl.load(row + 3))
+    if coef != 1.0:
+        scale_tile(pointers, row, coef, DTYPE, ZERO_FILL, ROWS, COLUMNS)
+
+
+@triton.jit
+def clip_kernel(
+    pointers,
+    tiles,
+    partials,
+    spans,
+    caps,
+    cap_stride,
+    norms,
+    coefs,
+    DTYPE: tl.constexpr,
+    ORDER: tl.constexpr,
+    EPS: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """norm = (sum of the component's partials)^(1/p), coef = min(1, cap / (norm + eps)), g <- coef * g.
+
+    Every program works the coefficient out for itself: that repeats a few KB of reads from L2, and saves
+    a launch and any hand-over between programs. Otherwise as ``scale_kernel``. Comes after all ``power_sums_kernel``
+    launches of the bucket, on the same stream, which is all the synchronisation it needs.
+
+    Args:
+        pointers: int64 [n], addresses of the gradients.
+        tiles: int64 [programs, 5]: gradient, start, length, component, 1 for the first tile of a component.
+        partials: float64, contiguous for each component.
+        spans: int64 [K + 1]: component c has partials[spans[c] : spans[c + 1]].
+        caps: float64 [] or [K].
+        cap_stride: elements between caps, 0 for one that all share.
+        norms, coefs: float32 or float64 [K], written by the program of each component's first tile.
+        DTYPE: element type of the gradients of this launch.
+        ORDER: p, one of 1.0, 2.0 and inf.
+        EPS: added to the norm. Compiled in: a float argument would arrive rounded to float32.
+        NONFINITE: "propagate", "zero" or "skip".
+        CHUNK: partials read at a time, a power of two.
+        ROWS, COLUMNS: size of a block.
+    """
+    row = tiles + tl.program_id(0).to(tl.int64) * 5
+    component = tl.load(row + 3)
+    total = merge_partials(partials, tl.load(spans + component), tl.load(spans + component + 1), ORDER, CHUNK)
+    norm = (tl.sqrt(total) if ORDER == 2.0 else total).to(norms.dtype.element_ty)
+    coef = coefficient(norm, tl.load(caps + component * cap_stride), EPS, NONFINITE)
+    if tl.load(row + 4) != 0:
+        tl.store(norms + component, norm)
+        tl.store(coefs + component, coef)
+    if coef != 1.0:
+        scale_tile(pointers, row, coef, DTYPE, NONFINITE == "zero", ROWS, COLUMNS)
+
+
+@triton.jit
+def coefficient(norm, cap, EPS: tl.constexpr, NONFINITE: tl.constexpr):
+    """``formula.coefficients`` for one component: float64 arithmetic, rounded to the norm's type.
+
+    Later lines win: a cap of inf over everything, the non-finite policy over a bad cap, a bad cap over the rest.
+    """
+    padded = norm.to(tl.float64) + tl.full([], EPS, tl.float64)
+    coef = tl.where(padded <= cap, 1.0, cap / padded)
+    coef = tl.where(cap >= 0.0, coef, float("nan"))
+    if NONFINITE != "propagate":
+        coef = tl.where(tl.abs(norm) < INF, coef, 0.0 if NONFINITE == "zero" else 1.0)
+    return tl.where(cap == INF, 1.0, coef).to(norm.dtype)
+
+
+@triton.jit
+def scale_tile(
+    pointers,
+    row,
+    coef,
+    DTYPE: tl.constexpr,
+    ZERO_FILL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """g <- coef * g over the tile of one table row."""
+    first, head, body, length = locate(pointers, row, DTYPE)
+    edge, mask = edge_lanes(first, head, body, length)
+    tl.store(edge, scaled(tl.load(edge, mask=mask, other=0.0), coef, ZERO_FILL), mask=mask)
+    block, offsets = body_lanes(first, head, ROWS, COLUMNS)
+    for at in range(0, body, ROWS * COLUMNS):
+        inside = at + offsets < body
+        values = tl.load(block + at, mask=inside, other=0.0)
+        tl.store(block + at, scaled(values, coef, ZERO_FILL), mask=inside)
+
+
+@triton.jit
+def scaled(values, coef, ZERO_FILL: tl.constexpr):
+    """coef * x, half precisions by way of float32; +0 where coef is 0, if ZERO_FILL."""
+    WIDE: tl.constexpr = tl.float64 if values.dtype == tl.float64 else tl.float32
+    product = widen(values, WIDE) * coef.to(WIDE)
+    if ZERO_FILL:
+        product = tl.where(coef == 0.0, 0.0, product)
+    return narrow(product, values.dtype)

@@ -1,0 +1,104 @@
+# mypy: ignore-errors
+"""A tile: a run of elements of one gradient, found through two tables and walked in 16-byte steps.
+
+A launch has one program for each row of a static tile table (int64: gradient, start, length, ...). Addresses come
+from a second table, int64 [n], as gradients move from step to step. So one launch serves any number of tensors, and
+what differs between launches is data, not code.
+
+Gradients may start anywhere: each tile peels the few elements before its first and after its last 16-byte
+boundary, and everything between (its body) moves in aligned 16-byte loads and stores whatever the tensor's alignment.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+VECTOR_BYTES = tl.constexpr(16)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def locate(pointers, row, DTYPE: tl.constexpr):
+    """Where the tile of one table row lies.
+
+    Args:
+        pointers: int64 [n], addresses of the gradients' first elements.
+        row: pointer to the tile's row: gradient, start, length (in elements), and more the caller knows.
+        DTYPE: element type of the gradients.
+
+    Returns:
+        ``first``: pointer to the tile's first element.
+        ``head``, ``body``: elements before the first 16-byte boundary, and in whole 16-byte vectors from there.
+        ``length``: all elements; those after head + body are fewer than a vector.
+    """
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = VECTOR_BYTES // SIZE
+    # 64 bits for addresses, 32 inside a tile: a tensor may have more than 2^31 elements, a tile does not.
+    address = tl.load(pointers + tl.load(row)) + tl.load(row + 1) * SIZE
+    length = tl.load(row + 2).to(tl.int32)
+    head = tl.minimum(((-address) & (VECTOR_BYTES - 1)).to(tl.int32) // SIZE, length)
+    body = (length - head) // VECTOR * VECTOR
+    return address.to(tl.pointer_type(DTYPE)), head, body, length
+
+
+@triton.jit
+def body_lanes(first, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to and offsets of the first [ROWS, COLUMNS] block of the body; a block is contiguous."""
+    DTYPE: tl.constexpr = first.dtype.element_ty
+    VECTOR: tl.constexpr = VECTOR_BYTES // (DTYPE.primitive_bitwidth // 8)
+    start = tl.multiple_of((first + head).to(tl.int64), VECTOR_BYTES.value).to(tl.pointer_type(DTYPE))
+    offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return tl.multiple_of(start, VECTOR_BYTES.value) + offsets, offsets
+
+
+@triton.jit
+def edge_lanes(first, head, body, length):
+    """Pointers to and mask of all elements outside the body: VECTOR lanes before it, VECTOR after it."""
+    VECTOR: tl.constexpr = VECTOR_BYTES // (first.dtype.element_ty.primitive_bitwidth // 8)
+    lane = tl.arange(0, 2 * VECTOR)
+    offset = tl.where(lane < VECTOR, lane, lane - VECTOR + head + body)
+    return first + offset, offset < tl.where(lane < VECTOR, head, length)
+
+
+@triton.jit
+def widen(values, WIDE: tl.constexpr):
+    """To ``WIDE``, exactly."""
+    if INTERPRETED and values.dtype == tl.bfloat16:  # Triton's interpreter gets subnormals wrong
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(WIDE)
+    return values.to(WIDE)
+
+
+@triton.jit
+def narrow(values, DTYPE: tl.constexpr):
+    """To ``DTYPE``, rounded once, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # Triton's interpreter cuts off instead of rounding
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(values == values, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def magnitude_bits(values):
+    """The bits of |x| as an integer, which compare as |x| does, with NaN above inf.
+
+    That makes an integer maximum exact, independent of order, and NaN-proof on every GPU; the floating-point
+    maximum of some drops NaN.
+    """
+    if values.dtype == tl.float64:
+        return values.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def larger(a, b):
+    """max(|a|, |b|) of float64 values; NaN wins."""
+    return tl.maximum(magnitude_bits(a), magnitude_bits(b)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def max_of(values):
+    """max |x| of a float64 vector; NaN wins."""
+    return tl.max(magnitude_bits(values), 0).to(tl.float64, bitcast=True)

@@ -1,0 +1,24 @@
+"""Fixtures: fresh random inputs whose seed is printed, and the backends that this machine can run."""
+
+import os
+import random
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+SEED = int(os.environ.get("CWCLIP_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header() -> str:
+    return f"cwclip_kernels: random inputs from CWCLIP_TEST_SEED={SEED} (set it to repeat a run)"
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    # Another stream for every test, so that none depends on which ran before it.
+    torch.manual_seed((SEED + sum(request.node.nodeid.encode())) % 2**31)
