@@ -59,7 +59,7 @@ def extension() -> Extension:
     return Extension(
         "cwclip_kernels._C",
         sources=sorted(map(str, Path("csrc").rglob("*.cpp"))),
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        depends=["csrc/exports.map", *sorted(map(str, Path("csrc").rglob("*.h")))],
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         define_macros=[("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
@@ -73,7 +73,7 @@ def extension() -> Extension:
             "-Wno-psabi",  # vector types cross no function boundary that isn't inlined
             *(f"-isystem{path}" for path in include_paths()),  # system headers: their warnings are torch's
         ],
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--as-needed"],
+        extra_link_args=["-Wl,--version-script=csrc/exports.map", "-Wl,--as-needed"],
         language="c++",
         py_limited_api=True,
     )

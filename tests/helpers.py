@@ -94,19 +94,23 @@ def assert_norms(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     )
 
 
-def assert_grads(actual: Iterable[nn.Parameter], expected: Iterable[nn.Parameter]) -> None:
-    """Within the table, gradient by gradient."""
+def assert_grads(
+    actual: Iterable[nn.Parameter], expected: Iterable[nn.Parameter], norm_dtype: torch.dtype = torch.float64
+) -> None:
+    """Within the table, gradient by gradient, for norms as exact as ``norm_dtype``'s."""
     for a, e in zip(actual, expected, strict=True):
         assert (a.grad is None) == (e.grad is None)
         if a.grad is None or e.grad is None:
             continue
         rtol, atol = GRAD_TOLERANCE[e.grad.dtype]
+        rtol = max(rtol, NORM_TOLERANCE[norm_dtype])
         torch.testing.assert_close(a.grad, e.grad, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def float64_norm(grads: Sequence[Tensor], p: float = 2.0) -> Tensor:
     """The norm of all of them together, by another road than the package's reference."""
-    flat = torch.cat([g.detach().cpu().abs().double().reshape(-1) for g in grads])
+    # With one zero more, because torch has no norm of nothing.
+    flat = torch.cat([torch.zeros(1).double(), *(g.detach().cpu().abs().double().reshape(-1) for g in grads)])
     return torch.linalg.vector_norm(flat, p)
 
 

@@ -4,12 +4,13 @@
     power_sums   power_sums_kernel for each dtype, then combine_kernel
     scale_       scale_kernel for each dtype
 
-and one combine_kernel more where a component is very large. Bytes: each gradient is read once; a clipped one is read
-once more and written. Launches follow one another on the current stream and share nothing else: no atomics,
-no host sync, no copy to the device while the gradients stay where they are.
+and one combine_kernel more where a component is very large. Bytes: each gradient is read once; a clipped one
+is read once more and written. Launches follow one another on the current stream and share nothing else: no
+atomics, no host sync, no copy to the device while the gradients stay where they are.
 
-Gradients without gaps in memory are worked on in place, in whatever order their dimensions lie. Others are copied
-to contiguous scratch and, after scaling, back: always, as the host can't know whether a coefficient is 1.
+Gradients without gaps in memory are worked on in place, in whatever order their dimensions lie. Others are
+copied to contiguous scratch and, after scaling, back: always, as the host can't know whether a coefficient
+is 1.
 
 CUDA graphs: call once before capturing, as for any Triton kernel. Addresses are frozen into the graph.
 """
@@ -17,11 +18,12 @@ CUDA graphs: call once before capturing, as for any Triton kernel. Addresses are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,15 +37,15 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDERS = (1.0, 2.0, math.inf)
 
-# Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight. A tile of a few blocks is
-# enough work to pay for a program, and small enough to spread over all processors. Coarser ones for scaling: mostly
-# they find a coefficient of 1 and leave.
+# Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight. A tile of a few blocks
+# pays for its program, and is small enough to spread over all processors. Coarser ones for scaling: many find
+# a coefficient of 1 and leave.
 _THREADS = 256
 _ROWS = 8
 _SUM_TILE_BYTES = 64 << 10
 _SCALE_TILE_BYTES = 256 << 10
-# Every program that scales first adds up its component's partials. Beyond this number, tiles grow up to the size of
-# scale tiles, and beyond that partials are merged in a launch of their own.
+# Every program that clips first adds up its component's partials. Beyond this number of them, sum tiles grow
+# up to the size of scale tiles; where that is not enough, partials are merged in a launch of their own.
 _CHUNK = 1024
 
 
@@ -63,7 +65,7 @@ def unavailable(device: torch.device) -> str | None:
         return f"serves CUDA, ROCm and XPU devices, not {device.type}"
     if find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install triton"
-    interpreted = _kernels().INTERPRETED.value
+    interpreted = _kernels().interpreted
     if device.type == "cpu" and not interpreted:
         return (
             "serves CPU tensors only in Triton's (very slow) interpreter: set TRITON_INTERPRET=1 in the "
@@ -71,13 +73,14 @@ def unavailable(device: torch.device) -> str | None:
         )
     if device.type != "cpu" and interpreted:
         return f"can't reach {device.type} memory from Triton's interpreter: unset TRITON_INTERPRET"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if nvidia and torch.cuda.get_device_capability(device) < (7, 0):
         return "needs a GPU of compute capability 7.0 or newer"
     return None
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """sum |g|^p of each component, or max |g|: float64 [K]."""
+    """Sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
     call = _prepare(bucket, grads)
     if call.tables.tiles:
@@ -87,7 +90,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """g <- coef * g in place; nothing written where coef is 1."""
+    """``g <- coef * g`` in place; nothing written where coef is 1."""
     call = _prepare(bucket, grads)
     if call.tables.tiles:
         with _launching_on(bucket.device):
@@ -131,9 +134,9 @@ def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> 
     return norms, coefs
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Launching
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _partials(call: _Call, norm_type: float) -> Tensor:
@@ -152,7 +155,9 @@ def _partials(call: _Call, norm_type: float) -> Tensor:
 
 
 def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) -> None:
-    _kernels().combine_kernel[(len(sums),)](partials, spans, sums, ORDER=norm_type, CHUNK=_CHUNK, num_warps=4)
+    _kernels().combine_kernel[(len(sums),)](
+        partials, spans, sums, ORDER=norm_type, CHUNK=_CHUNK, enable_fp_fusion=True
+    )
 
 
 @cache
@@ -160,19 +165,18 @@ def _kernels() -> Any:
     """The device code, imported when first needed: Triton may be missing, and takes its time."""
     from ..kernels import combine, power_sums, scale, tile
 
-    class Kernels:
-        INTERPRETED = tile.INTERPRETED
-        power_sums_kernel = power_sums.power_sums_kernel
-        combine_kernel = combine.combine_kernel
-        scale_kernel = scale.scale_kernel
-        clip_kernel = scale.clip_kernel
-
-    return Kernels
+    return SimpleNamespace(
+        interpreted=tile.INTERPRETED.value,
+        power_sums_kernel=power_sums.power_sums_kernel,
+        combine_kernel=combine.combine_kernel,
+        scale_kernel=scale.scale_kernel,
+        clip_kernel=scale.clip_kernel,
+    )
 
 
 @cache
 def _block(dtype: torch.dtype) -> dict[str, Any]:
-    """Launch configuration for gradients of one dtype. Fixed: tuning would scale the gradients over and over."""
+    """Launch configuration for one dtype. Fixed: tuning would scale the gradients over and over."""
     import triton.language as tl
 
     warp = 64 if torch.version.hip else 32
@@ -181,6 +185,7 @@ def _block(dtype: torch.dtype) -> dict[str, Any]:
         "ROWS": _ROWS,
         "COLUMNS": _THREADS * 16 // dtype.itemsize,
         "num_warps": _THREADS // warp,
+        "enable_fp_fusion": True,  # asked for by name: the default differs between versions of Triton
     }
 
 
@@ -194,9 +199,9 @@ def _launching_on(device: torch.device) -> AbstractContextManager[object]:
     return context
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the kernels look up: addresses, which move, and tables, which don't
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -232,14 +237,14 @@ class _Tables:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Call:
     """One call's view: tables and addresses (int64 [n]) on the device, and copies of gapped gradients."""
 
     tables: _Tables
     addresses: Tensor
     pointers: tuple[int, ...]
-    staged: list[tuple[int, Tensor]]
+    staged: Sequence[tuple[int, Tensor]] = ()
 
     def copy_back(self, grads: list[Tensor]) -> None:
         for i, copy in self.staged:
@@ -252,51 +257,130 @@ _KEPT_FOR_GRAPHS: list[object] = []
 
 def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
     """Looks up or builds what the kernels need."""
+    scratch = bucket.scratch
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
     layout = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
-    if "tables" not in bucket.scratch or bucket.scratch["layout"] != layout:
-        bucket.scratch.clear()
-        bucket.scratch.update(tables=_build_tables(bucket, grads), layout=layout)
-    # Kept for each stream, on which alone its tables are sure to have arrived.
-    stream = torch.accelerator.current_stream(bucket.device).stream_id if bucket.device.type != "cpu" else 0
-    last: _Call | None = bucket.scratch.get(f"stream {stream}")
-
-    gapped = bucket.scratch["tables"].gapped
-    staged = [(i, grads[i].contiguous()) for i in gapped]
+    if "tables" not in scratch or scratch["layout"] != layout:
+        scratch.clear()
+        scratch.update(tables=_build_tables(bucket, grads), layout=layout, calls={})
+    staged = [(i, grads[i].contiguous()) for i in scratch["tables"].gapped]
     if staged:
         grads = list(grads)
         for i, copy in staged:
             grads[i] = copy
     pointers = tuple(map(Tensor.data_ptr, grads))
-
-    if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _prepare_captured(bucket, last, pointers, staged)
-    tables = last.tables if last else bucket.scratch["tables"].to(bucket.device)
-    if last and last.pointers == pointers:
-        addresses = last.addresses
-    else:
+    if bucket.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _prepare_captured(bucket, pointers, staged)
+        if "spare" not in scratch:
+            scratch["spare"] = torch.empty(len(pointers), dtype=torch.int64, pin_memory=True)
+    # One for each stream: on others, its tables may not have arrived yet.
+    stream = torch.accelerator.current_stream(bucket.device).stream_id if bucket.device.type != "cpu" else 0
+    last: _Call | None = scratch["calls"].get(stream)
+    if last is None or last.pointers != pointers:
+        tables = last.tables if last else scratch["tables"].to(bucket.device)
         addresses = _upload(torch.tensor(pointers, dtype=torch.int64), bucket.device)
-    # The copies of gapped gradients live for this call only; the others' memory is not ours.
-    bucket.scratch[f"stream {stream}"] = _Call(tables, addresses, pointers, [])
-    return _Call(tables, addresses, pointers, staged)
+        last = scratch["calls"][stream] = _Call(tables, addresses, pointers)
+    return replace(last, staged=staged) if staged else last
 
 
 def _prepare_captured(
-    bucket: Bucket, last: _Call | None, pointers: tuple[int, ...], staged: list[tuple[int, Tensor]]
+    bucket: Bucket, pointers: tuple[int, ...], staged: Sequence[tuple[int, Tensor]]
 ) -> _Call:
-    """Addresses of a graph's own: copied at every replay from host memory that is never touched again."""
-    source = next((v for k, v in bucket.scratch.items() if k.startswith("stream ")), last)
-    if source is None:
+    """Addresses of the graph's own, copied at each replay from host memory that nobody writes again."""
+    earlier = next(iter(bucket.scratch["calls"].values()), None)
+    if earlier is None:
         raise RuntimeError(
-            "the first call was made while a CUDA graph is being captured: call once before the capture, so that "
-            "kernels are compiled and tables are in place"
+            "the first call with these gradients was made while a CUDA graph is being captured: make one "
+            "before, so that kernels are compiled and tables are on the device"
         )
-    host = torch.tensor(pointers, dtype=torch.int64).pin_memory()
-    addresses = host.to(bucket.device, non_blocking=True)
-    _KEPT_FOR_GRAPHS.append((host, source.tables))
-    return _Call(source.tables, addresses, pointers, staged)
+    host = bucket.scratch.pop("spare", None)
+    if host is None:  # a second capture in a row; allocating now may fail in older versions of torch
+        host = torch.empty(len(pointers), dtype=torch.int64, pin_memory=True)
+    host.copy_(torch.tensor(pointers, dtype=torch.int64))
+    addresses = torch.empty(len(pointers), dtype=torch.int64, device=bucket.device)
+    addresses.copy_(host, non_blocking=True)
+    _KEPT_FOR_GRAPHS.append((host, earlier.tables))
+    return _Call(earlier.tables, addresses, pointers, staged)
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it."""
+    """To the device, without waiting for it."""
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def _build_tables(bucket: Bucket, grads: list[Tensor]) -> _Tables:
+    """Cuts the gradients into tiles, by components, so that each component's partials lie together."""
+    owner, count = bucket.components, bucket.count
+    order = owner.argsort(stable=True)
+    numels = torch.tensor([g.numel() for g in grads], dtype=torch.int64)
+    itemsizes = torch.tensor([g.element_size() for g in grads], dtype=torch.int64)
+
+    sum_bytes = torch.full((count,), _SUM_TILE_BYTES)
+    while True:
+        gradient, start, length = _cut(numels, sum_bytes[owner] // itemsizes, order)
+        counts = owner[gradient].bincount(minlength=count)
+        coarser = (counts > _CHUNK) & (sum_bytes < _SCALE_TILE_BYTES)
+        if not coarser.any():
+            break
+        sum_bytes[coarser] *= 2
+    sum_tiles = torch.stack((gradient, start, length, torch.arange(len(gradient))), 1)
+
+    chunks, spans = None, _offsets(counts)
+    if bool((counts > _CHUNK).any()):
+        component, _, merged = _cut(counts, torch.full((count,), _CHUNK), torch.arange(count))
+        chunks, spans = _offsets(merged), _offsets(component.bincount(minlength=count))
+
+    gradient, start, length = _cut(numels, _SCALE_TILE_BYTES // itemsizes, order)
+    component = owner[gradient]
+    is_first = component != torch.cat((torch.tensor([-1]), component[:-1]))
+    # What was read last is scaled first: it may still be in the cache.
+    scale_tiles = torch.stack((gradient, start, length, component, is_first), 1).flip(0)
+
+    dtypes = list(dict.fromkeys(g.dtype for g in grads))
+    dtype_of = torch.tensor([dtypes.index(g.dtype) for g in grads])
+
+    def by_dtype(tiles: Tensor) -> list[tuple[torch.dtype, Tensor]]:
+        codes = dtype_of[tiles[:, 0]]
+        groups = [(dtype, tiles[codes == code].contiguous()) for code, dtype in enumerate(dtypes)]
+        return [(dtype, group) for dtype, group in groups if len(group)]
+
+    return _Tables(
+        tiles=len(sum_tiles),
+        sum_tiles=tuple(by_dtype(sum_tiles)),
+        scale_tiles=tuple(reversed(by_dtype(scale_tiles))),
+        chunks=chunks,
+        spans=spans,
+        covers_all=bool((counts > 0).all()),
+        gapped=tuple(i for i, g in enumerate(grads) if not _is_dense(g)),
+    )
+
+
+def _cut(lengths: Tensor, steps: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cuts run i of lengths[i] into pieces of steps[i], the last one shorter, runs in the given order.
+
+    Returns:
+        Run, start in the run, and length of each piece; int64.
+    """
+    pieces = (lengths + steps - 1) // steps
+    run = order.repeat_interleave(pieces[order])
+    first = _offsets(pieces[order])[:-1].repeat_interleave(pieces[order])
+    start = (torch.arange(len(run)) - first) * steps[run]
+    return run, start, torch.minimum(steps[run], lengths[run] - start)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Where consecutive groups of these sizes start, and where the last one ends: int64 [len + 1]."""
+    return torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+
+
+def _is_dense(grad: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps, in whatever order of dimensions."""
+    if grad.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(grad.stride(), grad.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

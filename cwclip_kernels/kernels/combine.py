@@ -4,12 +4,12 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, larger, max_of
+from .tile import INF, larger, largest
 
 
 @triton.jit
 def merge_partials(partials, first, last, ORDER: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum, for ORDER = inf the maximum, of partials[first:last]; 0 if there are none.
+    """The sum, or for ORDER = inf the maximum, of partials[first:last]; 0 if there are none.
 
     CHUNK lanes take every CHUNK-th partial and are then reduced in a tree: the order of additions depends on
     the number of partials only, so that every program that repeats this gets the same bits.
@@ -19,7 +19,7 @@ def merge_partials(partials, first, last, ORDER: tl.constexpr, CHUNK: tl.constex
         peaks = tl.zeros([CHUNK], tl.float64)
         for at in range(first, last, CHUNK):
             peaks = larger(peaks, tl.load(partials + at + lanes, mask=at + lanes < last, other=0.0))
-        return max_of(peaks)
+        return largest(peaks)
     else:
         sums = tl.zeros([CHUNK], tl.float64)
         for at in range(first, last, CHUNK):
@@ -29,7 +29,7 @@ def merge_partials(partials, first, last, ORDER: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def combine_kernel(partials, spans, sums, ORDER: tl.constexpr, CHUNK: tl.constexpr):
-    """sums[j] = sum (max for ORDER = inf) of partials[spans[j] : spans[j + 1]].
+    """``sums[j]`` = sum (max for ORDER = inf) of partials[spans[j] : spans[j + 1]].
 
     Program: one j. Bytes: 8 for each partial, once. Deterministic: fixed order, one writer for each sum.
 

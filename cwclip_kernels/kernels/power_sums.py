@@ -4,11 +4,11 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, body_lanes, edge_lanes, larger, locate, magnitude_bits, max_of, widen
+from .tile import INF, body_lanes, edge_lanes, larger, largest, locate, magnitude_bits, widen
 
-# A float32 sum of squares is trusted where the tile's largest |x| is in this range: 8 squares of at most 2^120
-# don't overflow, and what 2^20 squares lose by underflow (< 2^-126 each, even where subnormals are flushed) is
-# below 2^-26 of a sum of at least 2^-80. Outside, and there alone, the tile is read again in float64.
+# Float32 squares are trusted where the tile's largest |x| is in this range: 8 squares of at most 2^120 don't
+# overflow, and what 2^17 squares lose by underflow (2^-126 each, if subnormals are flushed) is below 2^-28 of a
+# sum of at least 2^-80. Outside, and there alone, the tile is read again in float64.
 TRUSTED_FROM = tl.constexpr(2.0**-40)
 TRUSTED_TO = tl.constexpr(2.0**60)
 
@@ -23,13 +23,13 @@ def power_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """partials[slot] = sum |g|^p over one tile, max |g| for p = inf; NaN and inf come out as themselves.
+    """``partials[slot]`` = sum |g|^p over one tile, max |g| for p = inf; NaN and inf come out as themselves.
 
-    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: each element once, plus 8 written for each tile.
-    Deterministic: fixed order, one writer for each slot; the order is that of the tile's 16-byte vectors, so equal
-    gradients at addresses that differ modulo 16 may differ in the last bits.
+    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: each element once, and 8 written.
+    Deterministic: fixed order, one writer for each slot. The order is that of the tile's 16-byte vectors, so
+    equal gradients at addresses that differ modulo 16 may differ in the norm's last bits.
 
-    Accuracy: float32 adds up ROWS terms at most; columns, tiles and components add up in float64.
+    Accuracy: float32 adds up ROWS terms and no more; columns, tiles and components add up in float64.
 
     Args:
         pointers: int64 [n], addresses of the gradients.
@@ -41,19 +41,19 @@ def power_sums_kernel(
         COLUMNS: sums kept in float64.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 4
-    first, head, body, length = locate(pointers, row, DTYPE)
+    first, aligned, head, body, length = locate(pointers, row, DTYPE)
     edge, mask = edge_lanes(first, head, body, length)
     edges = widen(tl.load(edge, mask=mask, other=0.0), tl.float64)
     if ORDER == INF:
-        total = larger(body_max(first, head, body, ROWS, COLUMNS), max_of(edges))
+        total = larger(body_max(aligned, body, ROWS, COLUMNS), largest(edges))
     else:
-        WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-        total, peak = body_sum(first, head, body, ORDER, WIDE, ROWS, COLUMNS)
+        WIDE: tl.constexpr = tl.float64 if DTYPE.is_fp64() else tl.float32
+        total, peak = body_sum(aligned, body, ORDER, WIDE, ROWS, COLUMNS)
         # Squares of float16 always fit float32.
-        if DTYPE == tl.float32 or DTYPE == tl.bfloat16:
+        if DTYPE.is_fp32() or DTYPE.is_bf16():  # noqa: SIM102  # one compile-time, one run-time
             if (peak > TRUSTED_TO) | ((peak > 0.0) & (peak < TRUSTED_FROM)):
                 # One row at a time: a path hardly ever taken must not set the register count.
-                total, peak = body_sum(first, head, body, ORDER, tl.float64, 1, COLUMNS)
+                total, _ = body_sum(aligned, body, ORDER, tl.float64, 1, COLUMNS)
         total += tl.sum(power(edges, ORDER), 0)
     tl.store(partials + tl.load(row + 3), total)
 
@@ -66,13 +66,13 @@ def power(values, ORDER: tl.constexpr):
 
 @triton.jit
 def body_sum(
-    first, head, body, ORDER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    aligned, body, ORDER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """sum |x|^p over a tile's body (float64), with powers and sums of ROWS of them in WIDE; and max |x| in WIDE.
+    """Sum |x|^p over a tile's body (float64; ROWS powers at a time added in WIDE), and max |x| (WIDE).
 
     The maximum may leave out NaN, which the sum has anyway.
     """
-    block, offsets = body_lanes(first, head, ROWS, COLUMNS)
+    block, offsets = body_lanes(aligned, ROWS, COLUMNS)
     sums = tl.zeros([COLUMNS], tl.float64)
     peaks = tl.zeros([COLUMNS], WIDE)
     for at in range(0, body, ROWS * COLUMNS):
@@ -83,11 +83,11 @@ def body_sum(
 
 
 @triton.jit
-def body_max(first, head, body, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """max |x| over a tile's body (float64); NaN wins."""
-    DTYPE: tl.constexpr = first.dtype.element_ty
-    WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    block, offsets = body_lanes(first, head, ROWS, COLUMNS)
+def body_max(aligned, body, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The largest |x| of a tile's body (float64); NaN wins."""
+    DTYPE: tl.constexpr = aligned.dtype.element_ty
+    WIDE: tl.constexpr = tl.float64 if DTYPE.is_fp64() else tl.float32
+    block, offsets = body_lanes(aligned, ROWS, COLUMNS)
     peaks = magnitude_bits(tl.zeros([COLUMNS], WIDE))
     for at in range(0, body, ROWS * COLUMNS):
         values = widen(tl.load(block + at, mask=at + offsets < body, other=0.0), WIDE)

@@ -18,10 +18,10 @@ def scale_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """g <- coef * g over one tile; with ZERO_FILL, g <- 0 where coef is 0, so that inf and NaN vanish.
+    """``g <- coef * g`` over one tile; with ZERO_FILL, g <- 0 where coef is 0, so that inf and NaN vanish.
 
-    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: none of the gradient where coef is 1, otherwise
-    each element once read and once written. Deterministic: elementwise.
+    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: none of the gradient where coef is 1,
+    otherwise each element read once and written once. Deterministic: elementwise.
 
     Args:
         pointers: int64 [n], addresses of the gradients.
@@ -29,7 +29,8 @@ def scale_kernel(
         coefs: float32 or float64 [K].
         DTYPE: element type of the gradients of this launch.
         ZERO_FILL: whether 0 erases.
-        ROWS, COLUMNS: size of a block; any, but wants 16 bytes and more for a thread.
+        ROWS: with COLUMNS, the size of a block.
+        COLUMNS: 16 bytes for each thread.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 5
     coef = tl.load(coefs + tl.load(row + 3))
@@ -55,11 +56,13 @@ def clip_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """norm = (sum of the component's partials)^(1/p), coef = min(1, cap / (norm + eps)), g <- coef * g.
+    """``norm = (sum of partials)^(1/p); coef = min(1, cap / (norm + eps)); g <- coef * g`` over one tile.
 
-    Every program works the coefficient out for itself: that repeats a few KB of reads from L2, and saves
-    a launch and any hand-over between programs. Otherwise as ``scale_kernel``. Comes after all ``power_sums_kernel``
-    launches of the bucket, on the same stream, which is all the synchronisation it needs.
+    Program: one tile, as in ``scale_kernel``. Each works its coefficient out for itself, which repeats at
+    most a few KB of reads from L2, and saves a launch and any hand-over between programs: it is enough
+    that all ``power_sums_kernel`` launches of the bucket come before on the same stream. Bytes: as
+    ``scale_kernel``, and 8 for each of the component's partials. Deterministic: fixed order, so that all
+    programs of a component get the same bits; the first one stores them.
 
     Args:
         pointers: int64 [n], addresses of the gradients.
@@ -68,13 +71,15 @@ def clip_kernel(
         spans: int64 [K + 1]: component c has partials[spans[c] : spans[c + 1]].
         caps: float64 [] or [K].
         cap_stride: elements between caps, 0 for one that all share.
-        norms, coefs: float32 or float64 [K], written by the program of each component's first tile.
+        norms: float32 or float64 [K], written.
+        coefs: as norms, written.
         DTYPE: element type of the gradients of this launch.
         ORDER: p, one of 1.0, 2.0 and inf.
         EPS: added to the norm. Compiled in: a float argument would arrive rounded to float32.
         NONFINITE: "propagate", "zero" or "skip".
         CHUNK: partials read at a time, a power of two.
-        ROWS, COLUMNS: size of a block.
+        ROWS: with COLUMNS, the size of a block.
+        COLUMNS: 16 bytes for each thread.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 5
     component = tl.load(row + 3)
@@ -92,12 +97,12 @@ def clip_kernel(
 def coefficient(norm, cap, EPS: tl.constexpr, NONFINITE: tl.constexpr):
     """``formula.coefficients`` for one component: float64 arithmetic, rounded to the norm's type.
 
-    Later lines win: a cap of inf over everything, the non-finite policy over a bad cap, a bad cap over the rest.
+    Later lines win: a cap of inf over the non-finite policy, that over a bad cap, that over the rest.
     """
     padded = norm.to(tl.float64) + tl.full([], EPS, tl.float64)
     coef = tl.where(padded <= cap, 1.0, cap / padded)
     coef = tl.where(cap >= 0.0, coef, float("nan"))
-    if NONFINITE != "propagate":
+    if NONFINITE == "zero" or NONFINITE == "skip":
         coef = tl.where(tl.abs(norm) < INF, coef, 0.0 if NONFINITE == "zero" else 1.0)
     return tl.where(cap == INF, 1.0, coef).to(norm.dtype)
 
@@ -112,11 +117,11 @@ def scale_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """g <- coef * g over the tile of one table row."""
-    first, head, body, length = locate(pointers, row, DTYPE)
+    """``g <- coef * g`` over the tile of one table row."""
+    first, aligned, head, body, length = locate(pointers, row, DTYPE)
     edge, mask = edge_lanes(first, head, body, length)
     tl.store(edge, scaled(tl.load(edge, mask=mask, other=0.0), coef, ZERO_FILL), mask=mask)
-    block, offsets = body_lanes(first, head, ROWS, COLUMNS)
+    block, offsets = body_lanes(aligned, ROWS, COLUMNS)
     for at in range(0, body, ROWS * COLUMNS):
         inside = at + offsets < body
         values = tl.load(block + at, mask=inside, other=0.0)
@@ -125,8 +130,8 @@ def scale_tile(
 
 @triton.jit
 def scaled(values, coef, ZERO_FILL: tl.constexpr):
-    """coef * x, half precisions by way of float32; +0 where coef is 0, if ZERO_FILL."""
-    WIDE: tl.constexpr = tl.float64 if values.dtype == tl.float64 else tl.float32
+    """``coef * x``, half precisions by way of float32; +0 where coef is 0, if ZERO_FILL."""
+    WIDE: tl.constexpr = tl.float64 if values.dtype.is_fp64() else tl.float32
     product = widen(values, WIDE) * coef.to(WIDE)
     if ZERO_FILL:
         product = tl.where(coef == 0.0, 0.0, product)

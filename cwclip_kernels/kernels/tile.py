@@ -1,12 +1,12 @@
 # mypy: ignore-errors
 """A tile: a run of elements of one gradient, found through two tables and walked in 16-byte steps.
 
-A launch has one program for each row of a static tile table (int64: gradient, start, length, ...). Addresses come
-from a second table, int64 [n], as gradients move from step to step. So one launch serves any number of tensors, and
-what differs between launches is data, not code.
+A launch has one program for each row of a static tile table (int64: gradient, start, length, ...). Addresses
+come from a second table, int64 [n], as gradients move from step to step. So one launch serves any number of
+tensors, and what differs between launches is data, not code.
 
-Gradients may start anywhere: each tile peels the few elements before its first and after its last 16-byte
-boundary, and everything between (its body) moves in aligned 16-byte loads and stores whatever the tensor's alignment.
+Gradients may start anywhere: each tile peels off the few elements before its first and after its last 16-byte
+boundary, and everything between, its body, moves in aligned 16-byte loads and stores.
 """
 
 import triton
@@ -24,36 +24,36 @@ def locate(pointers, row, DTYPE: tl.constexpr):
     Args:
         pointers: int64 [n], addresses of the gradients' first elements.
         row: pointer to the tile's row: gradient, start, length (in elements), and more the caller knows.
-        DTYPE: element type of the gradients.
+        DTYPE: element type of the gradient.
 
     Returns:
-        ``first``: pointer to the tile's first element.
-        ``head``, ``body``: elements before the first 16-byte boundary, and in whole 16-byte vectors from there.
+        ``first``, ``aligned``: pointers to the tile's first element and to its first 16-byte boundary.
+        ``head``, ``body``: elements before that boundary, and in whole 16-byte vectors from there on.
         ``length``: all elements; those after head + body are fewer than a vector.
     """
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     VECTOR: tl.constexpr = VECTOR_BYTES // SIZE
-    # 64 bits for addresses, 32 inside a tile: a tensor may have more than 2^31 elements, a tile does not.
+    # 64 bits for addresses, 32 inside a tile: a tensor may have more than 2^31 elements, a tile has not.
     address = tl.load(pointers + tl.load(row)) + tl.load(row + 1) * SIZE
     length = tl.load(row + 2).to(tl.int32)
-    head = tl.minimum(((-address) & (VECTOR_BYTES - 1)).to(tl.int32) // SIZE, length)
+    boundary = (address + (VECTOR_BYTES - 1)) // VECTOR_BYTES * VECTOR_BYTES
+    head = tl.minimum((boundary - address).to(tl.int32) // SIZE, length)
+    # The compiler uses wide loads because of the hint here and because a multiple of VECTOR ends the mask.
+    aligned = tl.multiple_of(boundary.to(tl.pointer_type(DTYPE)), [VECTOR_BYTES])
     body = (length - head) // VECTOR * VECTOR
-    return address.to(tl.pointer_type(DTYPE)), head, body, length
+    return address.to(tl.pointer_type(DTYPE)), aligned, head, body, length
 
 
 @triton.jit
-def body_lanes(first, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to and offsets of the first [ROWS, COLUMNS] block of the body; a block is contiguous."""
-    DTYPE: tl.constexpr = first.dtype.element_ty
-    VECTOR: tl.constexpr = VECTOR_BYTES // (DTYPE.primitive_bitwidth // 8)
-    start = tl.multiple_of((first + head).to(tl.int64), VECTOR_BYTES.value).to(tl.pointer_type(DTYPE))
+def body_lanes(aligned, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to and offsets of the body's first [ROWS, COLUMNS] elements, which are contiguous."""
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return tl.multiple_of(start, VECTOR_BYTES.value) + offsets, offsets
+    return aligned + offsets, offsets
 
 
 @triton.jit
 def edge_lanes(first, head, body, length):
-    """Pointers to and mask of all elements outside the body: VECTOR lanes before it, VECTOR after it."""
+    """Pointers to and mask of the elements outside the body: a vector's lanes before it, as many after it."""
     VECTOR: tl.constexpr = VECTOR_BYTES // (first.dtype.element_ty.primitive_bitwidth // 8)
     lane = tl.arange(0, 2 * VECTOR)
     offset = tl.where(lane < VECTOR, lane, lane - VECTOR + head + body)
@@ -63,7 +63,7 @@ def edge_lanes(first, head, body, length):
 @triton.jit
 def widen(values, WIDE: tl.constexpr):
     """To ``WIDE``, exactly."""
-    if INTERPRETED and values.dtype == tl.bfloat16:  # Triton's interpreter gets subnormals wrong
+    if INTERPRETED and values.dtype.is_bf16():  # Triton's interpreter gets subnormals wrong
         bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return bits.to(tl.float32, bitcast=True).to(WIDE)
     return values.to(WIDE)
@@ -72,7 +72,7 @@ def widen(values, WIDE: tl.constexpr):
 @triton.jit
 def narrow(values, DTYPE: tl.constexpr):
     """To ``DTYPE``, rounded once, to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # Triton's interpreter cuts off instead of rounding
+    if INTERPRETED and DTYPE.is_bf16():  # Triton's interpreter cuts off instead of rounding
         bits = values.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(values == values, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -83,12 +83,12 @@ def narrow(values, DTYPE: tl.constexpr):
 def magnitude_bits(values):
     """The bits of |x| as an integer, which compare as |x| does, with NaN above inf.
 
-    That makes an integer maximum exact, independent of order, and NaN-proof on every GPU; the floating-point
-    maximum of some drops NaN.
+    An integer maximum of them is exact and keeps NaN everywhere; the floating-point maximum of some GPUs
+    and of Triton's reductions drops it.
     """
-    if values.dtype == tl.float64:
+    if values.dtype.is_fp64():
         return values.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
+    else:  # the compiler wants one return for each branch
         return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -99,6 +99,6 @@ def larger(a, b):
 
 
 @triton.jit
-def max_of(values):
-    """max |x| of a float64 vector; NaN wins."""
+def largest(values):
+    """The largest |x| of a float64 vector; NaN wins."""
     return tl.max(magnitude_bits(values), 0).to(tl.float64, bitcast=True)

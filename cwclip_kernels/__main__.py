@@ -1,0 +1,53 @@
+"""``python -m cwclip_kernels``: versions, and which backends this machine can use."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__
+from .dispatch import BACKENDS, ELSEWHERE, PREFERENCE
+
+
+def main() -> None:
+    """Prints the report that an issue should start with."""
+    print(f"cwclip_kernels {__version__}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}")
+    devices = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        devices.append(torch.device(accelerator.type, 0))
+    for device in devices:
+        print(f"\n{device}: {_describe(device)}")
+        preferred = PREFERENCE.get(device.type, ELSEWHERE)
+        served = [n for n in preferred if BACKENDS[n].refuses(device, torch.float32, 2.0) is None]
+        for name, module in BACKENDS.items():
+            reason = module.refuses(device, torch.float32, 2.0)
+            if reason is None:
+                chosen = "yes, the default here" if served and name == served[0] else "yes, by name"
+                print(f"  {name:<10} {chosen}")
+            else:
+                print(f"  {name:<10} no: {reason}")
+    if accelerator is None:
+        print("\nno GPU: torch finds none (torch.accelerator.is_available() is False)")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+if __name__ == "__main__":
+    main()
