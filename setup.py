@@ -24,8 +24,8 @@ def main() -> None:
         sys.exit(f"CWCLIP_BUILD: expected auto, none, cpu or cuda, not {MODE!r}")
     if MODE == "cuda":
         sys.exit(
-            "CWCLIP_BUILD=cuda: this version has no CUDA sources. On GPUs its kernels are Triton's, compiled at first "
-            "use: build with CWCLIP_BUILD=cpu and install triton."
+            "CWCLIP_BUILD=cuda: this version has no CUDA sources. On GPUs its kernels are Triton's, compiled at "
+            "first use: build with CWCLIP_BUILD=cpu and install triton."
         )
     obstacle = "CWCLIP_BUILD=none" if MODE == "none" else missing()
     if obstacle and MODE == "cpu":

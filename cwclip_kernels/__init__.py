@@ -1,5 +1,6 @@
 """Component-wise gradient norm clipping, fused.
 
+Example:
     >>> import torch
     >>> from cwclip_kernels import fused_component_clip_
     >>> model = torch.nn.Linear(2, 1)

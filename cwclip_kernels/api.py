@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -136,17 +137,19 @@ class _Entry:
 
 _KEPT = 16
 _engines: OrderedDict[Hashable, _Entry] = OrderedDict()
+_lock = threading.Lock()
 
 
 def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Tensor], Engine]:
     """Resolving names costs milliseconds and a plan more, so both are kept for the last few sets of parameters."""
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key = _key(source, grouping)
-    entry = _engines.get(key)
-    tensors = None if entry is None else entry.alive()
-    if entry is not None and tensors is not None:
-        _engines.move_to_end(key)
-        return tensors, entry.engine
+    with _lock:
+        entry = _engines.get(key)
+        tensors = None if entry is None else entry.alive()
+        if entry is not None and tensors is not None:
+            _engines.move_to_end(key)
+            return tensors, entry.engine
     named = named_tensors(source)
     engine = Engine(resolve(named, grouping))
     watched = [s for s in (source, grouping) if not isinstance(s, str | list | None)]
@@ -154,9 +157,10 @@ def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Te
         refs = tuple(map(weakref.ref, watched))
     except TypeError:  # a callable that can't be watched might be another one at the same address next time
         return named.tensors, engine
-    _engines[key] = _Entry(refs, tuple(map(weakref.ref, named.tensors)), engine)
-    while len(_engines) > _KEPT:
-        _engines.popitem(last=False)
+    with _lock:
+        _engines[key] = _Entry(refs, tuple(map(weakref.ref, named.tensors)), engine)
+        while len(_engines) > _KEPT:
+            _engines.popitem(last=False)
     return named.tensors, engine
 
 
@@ -166,8 +170,12 @@ def _key(source: nn.Module | list[Any], grouping: Grouping) -> Hashable:
         return how, id(source), tuple(map(id, _walk(source, [])))
     if source and isinstance(source[0], Tensor):
         return how, tuple(map(id, source))
-    # Whatever isn't a pair is refused when the key is not found.
-    return how, tuple((str(i[0]), id(i[1])) if isinstance(i, tuple | list) and len(i) == 2 else id(i) for i in source)
+    # Whatever isn't a pair of a name and a tensor gets a key that is never found, and is refused then.
+    return how, tuple((i[0], id(i[1])) if _is_pair(i) else id(i) for i in source)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
 
 
 def _walk(module: nn.Module, found: list[Tensor | None]) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from . import dispatch, execute
 from .caps import Caps, MaxNorm
 from .components import Components, Grouping, Parameters, named_tensors, resolve
 from .formula import POLICIES, ClipRule
-from .plan import ClipPlan, Planner
+from .plan import Planner
 
 
 @dataclass(frozen=True)

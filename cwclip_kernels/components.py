@@ -160,8 +160,7 @@ def _key_function(parameters: NamedTensors, grouping: Grouping) -> Callable[[str
             raise ValueError(f"components: expected one of {', '.join(WORDS)} or a callable, not {grouping!r}")
         if not parameters.named and parameters.tensors and grouping not in ("parameter", "all"):
             raise ValueError(
-                f"components={grouping!r} needs names: pass the module or module.named_parameters(), "
-                "not bare tensors"
+                f"components={grouping!r} needs names: pass the module or module.named_parameters(), not bare tensors"
             )
         word = _WORD_KEYS[grouping]
         return lambda name, _: word(name)
@@ -215,7 +214,9 @@ def match_patterns(names: tuple[str, ...], values: Mapping[str, float], default:
         # Equality first: a name may hold brackets, which fnmatch would read as a character class.
         hits = [i for i, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
         if not hits:
-            raise ValueError(f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{_some(names)}")
+            raise ValueError(
+                f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{_some(names)}"
+            )
         for i in free.intersection(hits):
             found[i] = value
         free.difference_update(hits)

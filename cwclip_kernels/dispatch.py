@@ -42,9 +42,7 @@ def check_backend(backend: object) -> None:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, not {backend!r}")
 
 
-def choose(
-    device: torch.device, dtype: torch.dtype, norm_type: float, backend: str | None
-) -> tuple[str, str]:
+def choose(device: torch.device, dtype: torch.dtype, norm_type: float, backend: str | None) -> tuple[str, str]:
     """The backend for gradients of one device and dtype, and why.
 
     Args:
@@ -64,7 +62,7 @@ def choose(
                 f"({choose(device, dtype, norm_type, None)[0]!r} here)"
             )
         return backend, "asked for by name"
-    passed_over = []
+    passed_over: list[str] = []
     for name in PREFERENCE.get(device.type, ELSEWHERE):
         reason = BACKENDS[name].refuses(device, dtype, norm_type)
         if reason is None:

@@ -63,7 +63,7 @@ def root(sums: Tensor, norm_type: float) -> Tensor:
 
 
 def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
-    """coef = min(1, cap / (norm + eps)), with the edges spelled out.
+    """Coef = min(1, cap / (norm + eps)), with the edges spelled out.
 
     Args:
         norms: [K], float32 or float64, as returned to the user.

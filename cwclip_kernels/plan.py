@@ -202,7 +202,9 @@ def check_gradient(grad: Tensor, name: str) -> None:
             "clip the local tensors"
         )
     if grad.dtype not in _DTYPES:
-        raise TypeError(f"{where} is {grad.dtype}: only {', '.join(map(_short, _DTYPES))} are served; convert it first")
+        raise TypeError(
+            f"{where} is {grad.dtype}: only {', '.join(map(_short, _DTYPES))} are served; convert it first"
+        )
     if grad.layout not in (torch.strided, torch.sparse_coo):
         raise TypeError(f"{where} has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()")
     if grad.device.type == "meta":

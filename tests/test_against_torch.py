@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, DTYPES, GRAD_TOLERANCE, assert_grads, copy_of, parameter, parameters, random_grad
+from helpers import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    GRAD_TOLERANCE,
+    assert_grads,
+    copy_of,
+    parameter,
+    parameters,
+    random_grad,
+)
 from torch.nn.utils import clip_grad_norm_
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_

@@ -31,13 +31,25 @@ def params():
         ({"max_norm": -math.inf}, ValueError, "max_norm: expected a number >= 0, not -inf"),
         ({"max_norm": math.nan}, ValueError, "max_norm: expected a number >= 0, not nan"),
         ({"max_norm": 10**400}, ValueError, "max_norm: .* too large for a float"),
-        ({"max_norm": torch.tensor(1)}, TypeError, "max_norm: expected a floating-point tensor, not torch.int64"),
+        (
+            {"max_norm": torch.tensor(1)},
+            TypeError,
+            "max_norm: expected a floating-point tensor, not torch.int64",
+        ),
         ({"max_norm": torch.tensor(True)}, TypeError, "max_norm: expected a floating-point tensor"),
         ({"max_norm": torch.ones(3)}, ValueError, r"max_norm: expected shape \[\] or \[2\].*, not \[3\]"),
-        ({"max_norm": torch.ones(2, 1)}, ValueError, r"max_norm: expected shape \[\] or \[2\].*, not \[2, 1\]"),
+        (
+            {"max_norm": torch.ones(2, 1)},
+            ValueError,
+            r"max_norm: expected shape \[\] or \[2\].*, not \[2, 1\]",
+        ),
         ({"max_norm": torch.tensor([1.0, -2.0])}, ValueError, "max_norm: expected caps >= 0, not -2.0"),
         ({"max_norm": torch.tensor(math.nan)}, ValueError, "max_norm: expected caps >= 0, not nan"),
-        ({"max_norm": {"x*": 1.0}}, ValueError, r"max_norm: the pattern 'x\*' matches none of the 2 components"),
+        (
+            {"max_norm": {"x*": 1.0}},
+            ValueError,
+            r"max_norm: the pattern 'x\*' matches none of the 2 components",
+        ),
         ({"max_norm": {"0": -1.0}}, ValueError, r"max_norm\['0'\]: expected a number >= 0, not -1.0"),
         ({"max_norm": {"0": True}}, TypeError, r"max_norm\['0'\]: expected a number, not bool"),
         ({"max_norm": {0: 1.0}}, TypeError, "max_norm: patterns are strings, not int"),
@@ -50,10 +62,18 @@ def params():
         ({"eps": math.inf}, ValueError, "eps: expected a finite number >= 0, not inf"),
         ({"eps": math.nan}, ValueError, "eps: expected a finite number >= 0, not nan"),
         ({"eps": "0"}, TypeError, "eps: expected a number, not str"),
-        ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected one of propagate, zero, skip, error, not 'ignore'"),
+        (
+            {"nonfinite": "ignore"},
+            ValueError,
+            "nonfinite: expected one of propagate, zero, skip, error, not 'ignore'",
+        ),
         ({"nonfinite": None}, TypeError, "nonfinite: expected one of .* not NoneType"),
         ({"nonfinite": "zero", "error_if_nonfinite": True}, ValueError, "contradicts nonfinite='zero'"),
-        ({"backend": "cudnn"}, ValueError, "backend: expected None or one of cpu, triton, foreach, reference, not"),
+        (
+            {"backend": "cudnn"},
+            ValueError,
+            "backend: expected None or one of cpu, triton, foreach, reference, not",
+        ),
         ({"backend": 1}, TypeError, "backend: expected a string or None, not int"),
         ({"components": "layers"}, ValueError, "components: expected one of"),
     ],
@@ -62,11 +82,9 @@ def params():
 def test_bad_argument(params, changes, error, message, way):
     before = grads_of(params)
     arguments = {"max_norm": 0.1, **changes}
+    clip = fused_component_clip_ if way == "function" else lambda *a, **k: ComponentClipper(*a, **k).clip_()
     with pytest.raises(error, match=message):
-        if way == "function":
-            fused_component_clip_(params, **arguments)
-        else:
-            ComponentClipper(params, **arguments).clip_()
+        clip(params, **arguments)
     assert all(same_bits(p.grad, b) for p, b in zip(params, before, strict=True))
 
 

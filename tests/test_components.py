@@ -87,7 +87,12 @@ def test_every_form_of_parameters():
     model = Tied()
     weight = model.embedding.weight
     tensors = list(model.parameters())
-    for form in (model, model.named_parameters(), list(model.named_parameters()), tuple(model.named_parameters())):
+    for form in (
+        model,
+        model.named_parameters(),
+        list(model.named_parameters()),
+        tuple(model.named_parameters()),
+    ):
         assert named_tensors(form).names == NAMES
     for form in (model.parameters(), tensors, tuple(tensors), set(tensors)):
         assert named_tensors(form).names == ("0", "1", "2", "3", "4")

@@ -8,14 +8,32 @@ import weakref
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, FUSED, assert_grads, copy_of, grads_of, parameter, parameters, random_grad, same_bits
+from helpers import (
+    BACKENDS,
+    DEVICE,
+    FUSED,
+    assert_grads,
+    copy_of,
+    grads_of,
+    parameter,
+    parameters,
+    random_grad,
+    same_bits,
+)
 
 from cwclip_kernels import ClipResult, ComponentClipper, component_norms, fused_component_clip_
 from cwclip_kernels import api as api_module
 
 
+class Grouper(torch.nn.Sequential):
+    """A model whose own method groups its parameters: the callable holds the model."""
+
+    def group_of(self, name, parameter):
+        return name.partition(".")[0]
+
+
 def model_with_grads():
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2)).to(DEVICE)
+    model = Grouper(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2)).to(DEVICE)
     for p in model.parameters():
         p.grad = random_grad(p.shape)
     return model
@@ -58,7 +76,10 @@ def test_results_carry_no_graph(backend):
 
 
 def test_result_reads_as_it_is_named():
-    params = [parameter(torch.tensor([3.0, 4.0], device=DEVICE)), parameter(torch.tensor([0.5], device=DEVICE))]
+    params = [
+        parameter(torch.tensor([3.0, 4.0], device=DEVICE)),
+        parameter(torch.tensor([0.5], device=DEVICE)),
+    ]
     result = ComponentClipper([("w", params[0]), ("b", params[1])], 1.0).clip_()
     assert isinstance(result, ClipResult)
     assert result.clipped.tolist() == [True, False]
@@ -137,7 +158,7 @@ def test_the_function_tells_groupings_apart():
 def test_the_cache_keeps_no_model_alive_and_stays_small():
     model = model_with_grads()
     fused_component_clip_(model, 0.1)
-    fused_component_clip_(list(model.parameters()), 0.1, components=lambda n, p: model)
+    fused_component_clip_(list(model.parameters()), 0.1, components=model.group_of)
     watch = weakref.ref(model[0].weight)
     del model
     gc.collect()
@@ -248,7 +269,13 @@ class TestOperators:
     def test_operators_check_what_they_get(self, change, message):
         component_norms(parameters([(1,)]), backend="cpu")
         grads, owners = self.arguments()
-        given = {"owners": owners, "caps": torch.tensor(0.1).double(), "norm_type": 2.0, "nonfinite": 0, **change}
+        given = {
+            "owners": owners,
+            "caps": torch.tensor(0.1).double(),
+            "norm_type": 2.0,
+            "nonfinite": 0,
+            **change,
+        }
         before = [g.clone() for g in grads]
         with pytest.raises(RuntimeError, match=message):
             torch.ops.cwclip_kernels.clip_(

@@ -62,7 +62,9 @@ def test_error_names_the_components_and_changes_nothing(backend, value, argument
     params = with_one_bad(torch.float32, value)
     names = ("first", "second", "third")
     before = grads_of(params)
-    with pytest.raises(RuntimeError, match=r"norm of order 2 is non-finite for 1 of 3 components: 'second'\. No grad"):
+    with pytest.raises(
+        RuntimeError, match=r"norm of order 2 is non-finite for 1 of 3 components: 'second'\. No grad"
+    ):
         fused_component_clip_(list(zip(names, params, strict=True)), 0.5, backend=backend, **arguments)
     assert all(same_bits(p.grad, b) for p, b in zip(params, before, strict=True))
     params[1].grad.fill_(1.0)
@@ -97,9 +99,7 @@ def test_a_component_of_many_tiles_is_one(backend):
     params = with_one_bad(torch.float32, math.nan, shapes=((size,), (10,), (size,)))
     keep = params[0].grad.clone()
     grouping = {"0": "good", "1": "bad", "2": "bad"}
-    fused_component_clip_(
-        params, 1e9, nonfinite="zero", components=lambda name, p: grouping[name], backend=backend
-    )
+    fused_component_clip_(params, 1e9, nonfinite="zero", components=lambda name, p: grouping[name], backend=backend)
     assert same_bits(params[0].grad, keep)
     assert not params[1].grad.any()
     assert not params[2].grad.any()

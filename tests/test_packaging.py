@@ -65,7 +65,9 @@ def test_exports_its_entry_point_alone_and_needs_no_cuda(wheel, tmp_path):
     binary = tmp_path / "cwclip_kernels/_C.abi3.so"
     if shutil.which("nm") is None:
         pytest.skip("no binutils")
-    listing = subprocess.run(["nm", "-D", "--defined-only", binary], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", binary], capture_output=True, text=True, check=True
+    ).stdout
     assert [line.split()[-1] for line in listing.splitlines()] == ["PyInit__C"]
     needed = subprocess.run(["readelf", "-d", binary], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed

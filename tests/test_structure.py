@@ -45,7 +45,9 @@ def imports_of(path: Path) -> set[str]:
             continue
         base = own[: len(own) - node.level]
         parts = (*base, *(node.module.split(".") if node.module else ()))
-        found |= {parts[0]} if parts else {alias.name for alias in node.names if alias.name in RANK or alias.name == "_C"}
+        found |= (
+            {parts[0]} if parts else {alias.name for alias in node.names if alias.name in RANK or alias.name == "_C"}
+        )
     return found - {"_C"}
 
 
@@ -65,7 +67,12 @@ def run(code: str) -> str:
 def test_importing_loads_neither_triton_nor_the_extension_nor_anything_optional():
     heavy = ("triton", "cwclip_kernels._C", "transformers", "matplotlib", "rich", "pytest")
     # What torch itself imports is not ours to answer for.
-    code = f"import sys, torch; before = set(sys.modules); import cwclip_kernels; new = set(sys.modules) - before; print([m for m in {heavy} if m in new])"
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import cwclip_kernels
+print([m for m in {heavy} if m in set(sys.modules) - before])
+"""
     assert run(code).strip() == "[]"
 
 

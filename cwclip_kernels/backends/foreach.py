@@ -23,11 +23,9 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
+    """Sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
     # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
-    each = torch.stack(
-        torch._foreach_norm(_measurable(grads, norm_type), norm_type, dtype=wide_dtype(bucket.device))
-    )
+    each = torch.stack(torch._foreach_norm(_measurable(grads, norm_type), norm_type, dtype=wide_dtype(bucket.device)))
     if not math.isinf(norm_type) and norm_type != 0.0:
         each = each**norm_type
     levels = bucket.scratch.get("levels")
@@ -50,7 +48,7 @@ def _measurable(grads: list[Tensor], norm_type: float) -> list[Tensor]:
 
 def _measurable_one(grad: Tensor, norm_type: float) -> Tensor:
     if grad.numel() == 0:
-        # torch has no norm of nothing for inf and negative orders; this adds 0 to a power sum, and never is the extremum.
+        # torch has no norm of nothing for inf and negative orders. This adds 0 to a sum and never is the extremum.
         return torch.full((1,), math.inf if norm_type < 0 else 0.0, device=grad.device)
     if grad.is_complex():
         grad = grad.abs()
@@ -90,7 +88,7 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """g <- coef * g in place."""
+    """G <- coef * g in place."""
     components = bucket.scratch.get("components")
     if components is None:
         components = bucket.scratch["components"] = bucket.components.to(bucket.device)

@@ -21,6 +21,10 @@ _ORDERS = (1.0, 2.0, math.inf)
 _POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
 
 
+# Its registrations live as long as this does.
+_library = torch.library.Library("cwclip_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
 @cache
 def unavailable() -> str | None:
     """Loads the extension; why it can't be, in plain words, or None."""
@@ -31,8 +35,7 @@ def unavailable() -> str | None:
             f"the compiled extension is missing ({error}); reinstall with a C++ compiler: "
             "CWCLIP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
         )
-    _register_fakes()
-    _pass_negative_through()
+    _complete_registration()
     return None
 
 
@@ -51,13 +54,13 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """sum |g|^p of each component, or max |g|: float64 [K]."""
+    """Sum |g|^p of each component, or max |g|: float64 [K]."""
     sums: Tensor = torch.ops.cwclip_kernels.power_sums(grads, bucket.components, bucket.count, norm_type)
     return sums
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """g <- coef * g in place; nothing written where coef is 1."""
+    """G <- coef * g in place; nothing written where coef is 1."""
     torch.ops.cwclip_kernels.scale_(grads, bucket.components, coefs.double(), zero_fill)
 
 
@@ -76,36 +79,32 @@ def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> 
     return norms, coefs
 
 
-def _register_fakes() -> None:
-    """Shapes and dtypes for tracing (torch.compile, fake tensors), where no data is there to run on."""
-
-    @torch.library.register_fake("cwclip_kernels::power_sums")
-    def _(grads: list[Tensor], components: Tensor, count: int, norm_type: float) -> Tensor:
-        return components.new_empty(count, dtype=torch.float64)
-
-    @torch.library.register_fake("cwclip_kernels::scale_")
-    def _(grads: list[Tensor], components: Tensor, coefs: Tensor, zero_fill: bool) -> None:
-        return None
-
-    @torch.library.register_fake("cwclip_kernels::clip_")
-    def _(
-        grads: list[Tensor],
-        components: Tensor,
-        count: int,
-        caps: Tensor,
-        norm_type: float,
-        eps: float,
-        nonfinite: int,
-        wide_norms: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if wide_norms else torch.float32
-        return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
+def _fake_clip_(
+    grads: list[Tensor],
+    components: Tensor,
+    count: int,
+    caps: Tensor,
+    norm_type: float,
+    eps: float,
+    nonfinite: int,
+    wide_norms: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if wide_norms else torch.float32
+    return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
 
 
-_library = torch.library.Library("cwclip_kernels", "IMPL")  # its registrations live as long as this does
+def _fake_power_sums(grads: list[Tensor], components: Tensor, count: int, norm_type: float) -> Tensor:
+    return components.new_empty(count, dtype=torch.float64)
 
 
-def _pass_negative_through() -> None:
-    """Tensors with a lazy minus sign come as they lie in memory: neither norm nor scaling depends on the sign."""
-    for name in ("clip_", "power_sums", "scale_"):
-        _library.impl(name, torch.library.fallthrough_kernel, "Negative")
+def _fake_scale_(grads: list[Tensor], components: Tensor, coefs: Tensor, zero_fill: bool) -> None:
+    return None
+
+
+def _complete_registration() -> None:
+    """What the extension's own registrations (csrc/register.cpp) leave to Python."""
+    for name, fake in (("clip_", _fake_clip_), ("power_sums", _fake_power_sums), ("scale_", _fake_scale_)):
+        # Shapes and dtypes for tracing (torch.compile, fake tensors), where there is no data to run on.
+        torch.library.register_fake(f"cwclip_kernels::{name}", fake, lib=_library)
+        # Tensors with a lazy minus sign come as they lie in memory: neither norm nor scaling depends on the sign.
+        _library.impl(name, torch.library.fallthrough_kernel, "Negative")  # type: ignore[no-untyped-call]

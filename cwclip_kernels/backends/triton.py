@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +62,10 @@ def unavailable(device: torch.device) -> str | None:
     """Why Triton can't run on this device and what to do about it, or None."""
     if device.type not in ("cuda", "xpu", "cpu"):
         return f"serves CUDA, ROCm and XPU devices, not {device.type}"
-    if find_spec("triton") is None:
-        return "needs Triton, which is not installed: pip install triton"
-    interpreted = _kernels().interpreted
+    try:
+        interpreted = _kernels().interpreted
+    except ImportError as error:
+        return f"needs Triton 3.4 or newer ({error}): pip install --upgrade triton"
     if device.type == "cpu" and not interpreted:
         return (
             "serves CPU tensors only in Triton's (very slow) interpreter: set TRITON_INTERPRET=1 in the "
@@ -82,54 +82,49 @@ def unavailable(device: torch.device) -> str | None:
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     """Sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
-    call = _prepare(bucket, grads)
-    if call.tables.tiles:
-        with _launching_on(bucket.device):
+    with _launching_on(bucket.device):
+        call = _prepare(bucket, grads)
+        if call.tables.tiles:
             _combine(_partials(call, norm_type), call.tables.spans, sums, norm_type)
     return sums
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
     """``g <- coef * g`` in place; nothing written where coef is 1."""
-    call = _prepare(bucket, grads)
-    if call.tables.tiles:
-        with _launching_on(bucket.device):
-            for dtype, tiles in call.tables.scale_tiles:
-                _kernels().scale_kernel[(len(tiles),)](
-                    call.addresses, tiles, coefs.contiguous(), ZERO_FILL=zero_fill, **_block(dtype)
-                )
+    with _launching_on(bucket.device):
+        call = _prepare(bucket, grads)
+        coefs = coefs.contiguous()
+        for dtype, tiles in call.tables.scale_tiles:
+            _kernels().scale_kernel[(len(tiles),)](call.addresses, tiles, coefs, ZERO_FILL=zero_fill, **_block(dtype))
         call.copy_back(grads)
 
 
 def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    call = _prepare(bucket, grads)
-    # Components without tiles, which no program writes: norm 0, coefficient 1.
-    norms, coefs = (
-        torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-        if call.tables.covers_all
-        else torch.full((bucket.count,), blank, dtype=bucket.norm_dtype, device=bucket.device)
-        for blank in (0.0, 1.0)
-    )
-    if call.tables.tiles:
-        with _launching_on(bucket.device):
-            partials = _partials(call, rule.norm_type)
-            for dtype, tiles in call.tables.scale_tiles:
-                _kernels().clip_kernel[(len(tiles),)](
-                    call.addresses,
-                    tiles,
-                    partials,
-                    call.tables.spans,
-                    caps,
-                    caps.stride(0) if caps.ndim else 0,
-                    norms,
-                    coefs,
-                    ORDER=rule.norm_type,
-                    EPS=rule.eps,
-                    NONFINITE=rule.nonfinite,
-                    CHUNK=_CHUNK,
-                    **_block(dtype),
-                )
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+    coefs = torch.empty_like(norms)
+    with _launching_on(bucket.device):
+        call = _prepare(bucket, grads)
+        if not call.tables.covers_all:  # no program writes the results of components without elements
+            norms.fill_(0.0)
+            coefs.fill_(1.0)
+        partials = _partials(call, rule.norm_type)
+        for dtype, tiles in call.tables.scale_tiles:
+            _kernels().clip_kernel[(len(tiles),)](
+                call.addresses,
+                tiles,
+                partials,
+                call.tables.spans,
+                caps,
+                caps.stride(0) if caps.ndim else 0,
+                norms,
+                coefs,
+                ORDER=rule.norm_type,
+                EPS=rule.eps,
+                NONFINITE=rule.nonfinite,
+                CHUNK=_CHUNK,
+                **_block(dtype),
+            )
         call.copy_back(grads)
     return norms, coefs
 
@@ -144,9 +139,7 @@ def _partials(call: _Call, norm_type: float) -> Tensor:
     tables = call.tables
     partials = torch.empty(tables.tiles, dtype=torch.float64, device=call.addresses.device)
     for dtype, tiles in tables.sum_tiles:
-        _kernels().power_sums_kernel[(len(tiles),)](
-            call.addresses, tiles, partials, ORDER=norm_type, **_block(dtype)
-        )
+        _kernels().power_sums_kernel[(len(tiles),)](call.addresses, tiles, partials, ORDER=norm_type, **_block(dtype))
     if tables.chunks is None:
         return partials
     merged = partials.new_empty(len(tables.chunks) - 1)
@@ -261,8 +254,10 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
     layout = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
     if "tables" not in scratch or scratch["layout"] != layout:
+        with torch.device("cpu"):  # whatever the default device is
+            tables = _build_tables(bucket, grads)
         scratch.clear()
-        scratch.update(tables=_build_tables(bucket, grads), layout=layout, calls={})
+        scratch.update(tables=tables, layout=layout, calls={})
     staged = [(i, grads[i].contiguous()) for i in scratch["tables"].gapped]
     if staged:
         grads = list(grads)
@@ -273,20 +268,18 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
         if torch.cuda.is_current_stream_capturing():
             return _prepare_captured(bucket, pointers, staged)
         if "spare" not in scratch:
-            scratch["spare"] = torch.empty(len(pointers), dtype=torch.int64, pin_memory=True)
+            scratch["spare"] = _pinned(len(pointers))
     # One for each stream: on others, its tables may not have arrived yet.
-    stream = torch.accelerator.current_stream(bucket.device).stream_id if bucket.device.type != "cpu" else 0
+    stream = torch.accelerator.current_stream().stream_id if bucket.device.type != "cpu" else 0
     last: _Call | None = scratch["calls"].get(stream)
     if last is None or last.pointers != pointers:
         tables = last.tables if last else scratch["tables"].to(bucket.device)
-        addresses = _upload(torch.tensor(pointers, dtype=torch.int64), bucket.device)
+        addresses = _upload(_on_host(pointers), bucket.device)
         last = scratch["calls"][stream] = _Call(tables, addresses, pointers)
     return replace(last, staged=staged) if staged else last
 
 
-def _prepare_captured(
-    bucket: Bucket, pointers: tuple[int, ...], staged: Sequence[tuple[int, Tensor]]
-) -> _Call:
+def _prepare_captured(bucket: Bucket, pointers: tuple[int, ...], staged: Sequence[tuple[int, Tensor]]) -> _Call:
     """Addresses of the graph's own, copied at each replay from host memory that nobody writes again."""
     earlier = next(iter(bucket.scratch["calls"].values()), None)
     if earlier is None:
@@ -296,12 +289,20 @@ def _prepare_captured(
         )
     host = bucket.scratch.pop("spare", None)
     if host is None:  # a second capture in a row; allocating now may fail in older versions of torch
-        host = torch.empty(len(pointers), dtype=torch.int64, pin_memory=True)
-    host.copy_(torch.tensor(pointers, dtype=torch.int64))
+        host = _pinned(len(pointers))
+    host.copy_(_on_host(pointers))
     addresses = torch.empty(len(pointers), dtype=torch.int64, device=bucket.device)
     addresses.copy_(host, non_blocking=True)
     _KEPT_FOR_GRAPHS.append((host, earlier.tables))
     return _Call(earlier.tables, addresses, pointers, staged)
+
+
+def _on_host(pointers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(pointers, dtype=torch.int64, device="cpu")
+
+
+def _pinned(length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:

@@ -7,8 +7,8 @@ import triton.language as tl
 from .tile import INF, body_lanes, edge_lanes, larger, largest, locate, magnitude_bits, widen
 
 # Float32 squares are trusted where the tile's largest |x| is in this range: 8 squares of at most 2^120 don't
-# overflow, and what 2^17 squares lose by underflow (2^-126 each, if subnormals are flushed) is below 2^-28 of a
-# sum of at least 2^-80. Outside, and there alone, the tile is read again in float64.
+# overflow, and what 2^17 squares lose by underflow (2^-126 each, if subnormals are flushed) is below 2^-28 of
+# a sum of at least 2^-80. Outside, and there alone, the tile is read again in float64.
 TRUSTED_FROM = tl.constexpr(2.0**-40)
 TRUSTED_TO = tl.constexpr(2.0**60)
 
@@ -65,9 +65,7 @@ def power(values, ORDER: tl.constexpr):
 
 
 @triton.jit
-def body_sum(
-    aligned, body, ORDER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def body_sum(aligned, body, ORDER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum |x|^p over a tile's body (float64; ROWS powers at a time added in WIDE), and max |x| (WIDE).
 
     The maximum may leave out NaN, which the sum has anyway.

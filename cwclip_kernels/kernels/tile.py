@@ -10,6 +10,7 @@ boundary, and everything between, its body, moves in aligned 16-byte loads and s
 """
 
 import triton
+import triton.knobs
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
