@@ -71,8 +71,8 @@ def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
         rule: eps and the non-finite policy.
 
     Returns:
-        [K] in the norms' dtype. A cap of inf gives 1 whatever the norm; a norm of inf gives 0 and NaN gives
-        NaN under "propagate"; a cap that is negative or NaN gives NaN: on a device it can't be refused
+        [K] in the norms' dtype. A cap of inf gives 1 whatever the norm, a norm of 0 gives 1 whatever the cap:
+        there is nothing to clip. A norm of inf gives 0 and NaN gives NaN under "propagate". A cap that is negative or NaN gives NaN: on a device it can't be refused
         without a sync, so it is made loud.
     """
     padded = norms.to(caps.dtype) + rule.eps
@@ -80,4 +80,4 @@ def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
     coefs = torch.where(caps >= 0, coefs, math.nan)
     if rule.nonfinite in ("zero", "skip"):
         coefs = torch.where(norms.isfinite(), coefs, 0.0 if rule.nonfinite == "zero" else 1.0)
-    return torch.where(caps == math.inf, 1.0, coefs).to(norms.dtype)
+    return torch.where((caps == math.inf) | (norms == 0), 1.0, coefs).to(norms.dtype)

@@ -6,7 +6,8 @@
 // One binary serves every x86-64: the loader picks the widest of these that the machine has. The results are the
 // same bits in all of them: lanes are fixed by the code, and a product of two float32 is exact in float64, fused
 // or not. (Other compilers and processors take the plain version, vectorised for their baseline.)
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// CWCLIP_NO_CLONES: sanitizers start after the loader has picked.
+#if !defined(CWCLIP_NO_CLONES) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define CWCLIP_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CWCLIP_CLONES

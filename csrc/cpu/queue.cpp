@@ -37,7 +37,7 @@ namespace {
 // cwclip_kernels/formula.py: coefficients(), for one component.
 double coefficient(double norm, double cap, const Rule& rule) {
   const double inf = std::numeric_limits<double>::infinity();
-  if (cap == inf) return 1;
+  if (cap == inf || norm == 0) return 1;
   if (!std::isfinite(norm) && rule.nonfinite != NonFinite::propagate) return rule.nonfinite == NonFinite::skip;
   if (!(cap >= 0)) return std::numeric_limits<double>::quiet_NaN();
   const double padded = norm + rule.eps;

@@ -66,18 +66,15 @@ def power(values, ORDER: tl.constexpr):
 
 @triton.jit
 def body_sum(aligned, body, ORDER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum |x|^p over a tile's body (float64; ROWS powers at a time added in WIDE), and max |x| (WIDE).
-
-    The maximum may leave out NaN, which the sum has anyway.
-    """
+    """Sum |x|^p over a tile's body (float64; ROWS powers at a time added in WIDE), and max |x| (WIDE)."""
     block, offsets = body_lanes(aligned, ROWS, COLUMNS)
     sums = tl.zeros([COLUMNS], tl.float64)
-    peaks = tl.zeros([COLUMNS], WIDE)
+    peaks = magnitude_bits(tl.zeros([COLUMNS], WIDE))
     for at in range(0, body, ROWS * COLUMNS):
         values = widen(tl.load(block + at, mask=at + offsets < body, other=0.0), WIDE)
         sums += tl.sum(power(values, ORDER), 0).to(tl.float64)
-        peaks = tl.maximum(peaks, tl.max(tl.abs(values), 0))
-    return tl.sum(sums, 0), tl.max(peaks, 0)
+        peaks = tl.maximum(peaks, tl.max(magnitude_bits(values), 0))
+    return tl.sum(sums, 0), tl.max(peaks, 0).to(WIDE, bitcast=True)
 
 
 @triton.jit
