@@ -40,7 +40,7 @@ struct Rule {
   int64_t caps_stride;  // 0 or 1
   double eps;
   NonFinite nonfinite;
-  bool wide_norms;  // norms and coefficients are float64 rather than float32
+  bool wide;  // norms and coefficients are rounded to float64 rather than float32
 };
 
 }  // namespace cwclip

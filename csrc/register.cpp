@@ -12,7 +12,7 @@
 STABLE_TORCH_LIBRARY(cwclip_kernels, m) {
   m.def(
       "clip_(Tensor(a!)[] grads, Tensor components, int count, Tensor caps, float norm_type, float eps, "
-      "int nonfinite, bool wide_norms) -> (Tensor norms, Tensor coefs)");
+      "int nonfinite) -> (Tensor norms, Tensor coefs)");
   m.def("power_sums(Tensor[] grads, Tensor components, int count, float norm_type) -> Tensor");
   m.def("scale_(Tensor(a!)[] grads, Tensor components, Tensor coefs, bool zero_fill) -> ()");
 }

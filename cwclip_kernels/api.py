@@ -7,6 +7,8 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,7 +134,7 @@ class _Entry:
         if any(ref() is None for ref in self.sources):
             return None
         tensors = [ref() for ref in self.tensors]
-        return None if any(t is None for t in tensors) else tensors  # type: ignore[return-value]
+        return tensors if all(map(is_not, tensors, repeat(None))) else None  # type: ignore[return-value]
 
 
 _KEPT = 16

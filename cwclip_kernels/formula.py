@@ -63,7 +63,7 @@ def root(sums: Tensor, norm_type: float) -> Tensor:
 
 
 def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
-    """Coef = min(1, cap / (norm + eps)), with the edges spelled out.
+    """coef = min(1, cap / (norm + eps)), with the edges spelled out.
 
     Args:
         norms: [K], float32 or float64, as returned to the user.
@@ -72,8 +72,8 @@ def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
 
     Returns:
         [K] in the norms' dtype. A cap of inf gives 1 whatever the norm, a norm of 0 gives 1 whatever the cap:
-        there is nothing to clip. A norm of inf gives 0 and NaN gives NaN under "propagate". A cap that is negative or NaN gives NaN: on a device it can't be refused
-        without a sync, so it is made loud.
+        there is nothing to clip. A norm of inf gives 0 and NaN gives NaN under "propagate". A cap that is
+        negative or NaN gives NaN: on a device it can't be refused without a sync, so it is made loud.
     """
     padded = norms.to(caps.dtype) + rule.eps
     coefs = torch.where(padded <= caps, 1.0, caps / padded)

@@ -47,7 +47,9 @@ class Bucket:
     scratch: dict[str, Any] = field(default_factory=dict)
 
     def pick(self, grads: Gradients) -> list[Tensor]:
-        """This bucket's own out of the call's gradients."""
+        """This bucket's own out of the call's gradients; the list itself where that is all of them."""
+        if len(self.positions) == len(grads) and isinstance(grads, list):
+            return grads
         return [grads[i] for i in self.positions]  # type: ignore[misc]  # none of these is None
 
 
@@ -61,8 +63,8 @@ class ClipPlan:
         device: where norms and coefficients are returned.
         norm_dtype: their dtype.
         sparse: positions of sparse gradients.
-        strict: whether the signature covers shapes, strides and identities too. The native extension looks at
-            those by itself, at no cost; other backends rely on the plan.
+        strict: whether the signature covers dtypes, shapes, strides and identities too. The native extension
+            looks at those by itself, at no cost; other backends rely on the plan.
         signature: what the gradients looked like when the plan was made.
     """
 
@@ -103,19 +105,22 @@ class Planner:
         return plan
 
 
-_METADATA = tuple(map(attrgetter, ("__class__", "dtype", "device", "layout", "requires_grad")))
-_SHAPE = attrgetter("shape")
+_LOOSE = tuple(map(attrgetter, ("__class__", "is_cpu", "layout", "requires_grad")))
+_STRICT = tuple(map(attrgetter, ("__class__", "dtype", "device", "layout", "requires_grad", "shape")))
 
 
 def _signature(grads: Gradients, strict: bool) -> object:
     # An attribute of a tensor costs Python 40 ns and there may be thousands of tensors: this is the host's hot
-    # path, so shapes and identities are looked at only for backends that don't look themselves.
+    # path, so what a backend looks at by itself is not looked at here.
     present = [g for g in grads if g is not None]
     holes = [i for i, g in enumerate(grads) if g is None] if len(present) < len(grads) else None
-    signature: list[object] = [holes, *(list(map(attribute, present)) for attribute in _METADATA)]
+    signature: list[object] = [
+        holes,
+        *(list(map(attribute, present)) for attribute in (_STRICT if strict else _LOOSE)),
+    ]
     if strict:
-        signature += [list(map(_SHAPE, present)), [g.stride() for g in present if g.layout == torch.strided]]
-        signature += [[g.is_neg() for g in present], len(set(map(id, present)))]
+        signature += [[g.stride() for g in present if g.layout == torch.strided], [g.is_neg() for g in present]]
+        signature.append(len(set(map(id, present))))
     return signature
 
 
@@ -164,7 +169,7 @@ def _build(
         )
         for (place, served_by, reason), positions in members.items()
     )
-    strict = any(b.backend != "cpu" for b in buckets)
+    strict = [b.backend for b in buckets] != ["cpu"]
     signature = _signature(grads, strict)
     return ClipPlan(components, buckets, device, norm_dtype, frozenset(sparse), strict, signature)
 

@@ -22,3 +22,13 @@ def pytest_report_header() -> str:
 def _seed(request: pytest.FixtureRequest) -> None:
     # Another stream for every test, so that none depends on which ran before it.
     torch.manual_seed((SEED + sum(request.node.nodeid.encode())) % 2**31)
+
+
+@pytest.fixture
+def needs_triton() -> None:
+    """For tests of the Triton backend alone: skips them, saying why, where it can't run."""
+    from cwclip_kernels.backends import triton
+
+    reason = triton.unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason is not None:
+        pytest.skip(f"the triton backend {reason}")

@@ -19,7 +19,17 @@ CXX = os.environ.get("CXX", "g++").split()[0]
 def test_random_work_by_several_threads(flags, tmp_path):
     program = tmp_path / "queue_stress"
     sanitized = "sanitize" in flags
-    command = [CXX, "-std=c++17", "-g", *flags.split(), "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    command = [
+        CXX,
+        "-std=c++17",
+        "-g",
+        *flags.split(),
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+    ]
     command += ["-DCWCLIP_NO_CLONES"] if sanitized else []
     built = subprocess.run(
         [*command, *(str(ROOT / s) for s in SOURCES), "-pthread", "-o", program], capture_output=True, text=True

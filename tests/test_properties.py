@@ -111,12 +111,14 @@ def test_same_bits_whatever_the_number_of_threads_and_the_alignment(dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_zero_cap_zeroes_and_zero_gradient_stays(backend):
-    params = [*parameters([(10,), (3, 4)]), parameter(torch.zeros(5, device=DEVICE))]
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("raises", [False, True])  # the fused path and the one in two passes
+def test_zero_cap_zeroes_and_zero_gradient_stays(backend, eps, raises):
+    params = [*parameters([(10,), (3, 4)]), parameter(torch.zeros(5, device=DEVICE)), parameter(None)]
     params[2].grad[1] = -0.0
-    result = ComponentClipper(params, 0.0, eps=0.0, backend=backend).clip_()
-    assert all(not p.grad.any() for p in params)
-    assert result.coefs.tolist() == [0.0, 0.0, 1.0]
+    result = ComponentClipper(params, 0.0, 2.0, raises, eps=eps, backend=backend).clip_()
+    assert all(not p.grad.any() for p in params[:3])
+    assert result.coefs.tolist() == [0.0, 0.0, 1.0, 1.0]
     assert torch.signbit(params[2].grad[1])
 
 

@@ -133,18 +133,20 @@ Tensor to_tensor(const std::vector<double>& values, bool wide) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, int64_t count, Tensor caps,
-                                 double norm_type, double eps, int64_t nonfinite, bool wide_norms) {
+                                 double norm_type, double eps, int64_t nonfinite) {
   STD_TORCH_CHECK(caps.dim() == 0 || (caps.dim() == 1 && caps.numel() == count), "caps: expected shape [] or [", count,
                   "]");
   STD_TORCH_CHECK(0 <= nonfinite && nonfinite <= 2, "nonfinite: expected 0, 1 or 2");
-  const Rule rule{doubles_of(caps, "caps"), caps.dim(), eps, static_cast<NonFinite>(nonfinite), wide_norms};
   const Order order = order_of(norm_type);
   const std::vector<Segment> segments = segments_of(grads, components, count);
+  const bool wide =
+      std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return s.dtype == DType::f64; });
+  const Rule rule{doubles_of(caps, "caps"), caps.dim(), eps, static_cast<NonFinite>(nonfinite), wide};
   const Tiles tiles(segments, count);
   std::vector<double> norms(count), coefs(count);
   ClipQueue queue(segments, tiles, order, rule, norms.data(), coefs.data());
   on_all_threads(tiles, [&] { queue.work(); });
-  return {to_tensor(norms, wide_norms), to_tensor(coefs, wide_norms)};
+  return {to_tensor(norms, wide), to_tensor(coefs, wide)};
 }
 
 Tensor power_sums(std::vector<Tensor> grads, Tensor components, int64_t count, double norm_type) {

@@ -11,9 +11,9 @@ namespace cwclip::cpu {
 
 using torch::stable::Tensor;
 
-// Clips in place. Returns norms and coefficients, [count] each, float64 if wide_norms, else float32.
+// Clips in place. Returns norms and coefficients, [count] each, float64 if any gradient is, else float32.
 std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, int64_t count, Tensor caps,
-                                 double norm_type, double eps, int64_t nonfinite, bool wide_norms);
+                                 double norm_type, double eps, int64_t nonfinite);
 
 // Returns the power sum of each component, float64 [count].
 Tensor power_sums(std::vector<Tensor> grads, Tensor components, int64_t count, double norm_type);

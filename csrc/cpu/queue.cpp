@@ -90,8 +90,8 @@ void ClipQueue::measure(int64_t index) {
 void ClipQueue::finish(int64_t component) {
   const int64_t begin = tiles_.first[component], end = tiles_.first[component + 1];
   const double sum = combine(partials_.data() + begin, end - begin, order_);
-  const double norm = rounded(order_ == Order::two ? std::sqrt(sum) : sum, rule_.wide_norms);
-  const double coef = rounded(coefficient(norm, rule_.caps[component * rule_.caps_stride], rule_), rule_.wide_norms);
+  const double norm = rounded(order_ == Order::two ? std::sqrt(sum) : sum, rule_.wide);
+  const double coef = rounded(coefficient(norm, rule_.caps[component * rule_.caps_stride], rule_), rule_.wide);
   norms_[component] = norm;
   coefs_[component] = coef;
   if (coef != 1) {  // NaN included

@@ -65,7 +65,7 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
 
 
 def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, both [K] in ``bucket.norm_dtype``; each component scaled while still in cache."""
+    """Norms and coefficients, [K], float64 if any gradient is; each component scaled while still in cache."""
     norms, coefs = torch.ops.cwclip_kernels.clip_(
         grads,
         bucket.components,
@@ -74,7 +74,6 @@ def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> 
         rule.norm_type,
         rule.eps,
         _POLICY_CODES[rule.nonfinite],
-        bucket.norm_dtype == torch.float64,
     )
     return norms, coefs
 
@@ -87,9 +86,8 @@ def _fake_clip_(
     norm_type: float,
     eps: float,
     nonfinite: int,
-    wide_norms: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if wide_norms else torch.float32
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
 
 

@@ -97,14 +97,14 @@ def clip_kernel(
 def coefficient(norm, cap, EPS: tl.constexpr, NONFINITE: tl.constexpr):
     """``formula.coefficients`` for one component: float64 arithmetic, rounded to the norm's type.
 
-    Later lines win: a cap of inf over the non-finite policy, that over a bad cap, that over the rest.
+    Later lines win: nothing to clip over the non-finite policy, that over a bad cap, that over the rest.
     """
     padded = norm.to(tl.float64) + tl.full([], EPS, tl.float64)
     coef = tl.where(padded <= cap, 1.0, cap / padded)
     coef = tl.where(cap >= 0.0, coef, float("nan"))
     if NONFINITE == "zero" or NONFINITE == "skip":
         coef = tl.where(tl.abs(norm) < INF, coef, 0.0 if NONFINITE == "zero" else 1.0)
-    return tl.where(cap == INF, 1.0, coef).to(norm.dtype)
+    return tl.where((cap == INF) | (norm == 0.0), 1.0, coef).to(norm.dtype)
 
 
 @triton.jit
