@@ -115,8 +115,16 @@ class Engine:
     def clip_(self, tensors: Sequence[Tensor], caps: Caps, options: Options) -> tuple[Tensor, Tensor]:
         """Clips the tensors' gradients in place: norms before and coefficients, [K] each."""
         grads = [t.grad for t in tensors]
-        plan = self._planner.plan(grads, _home(tensors), options.rule.norm_type, options.backend)
-        return execute.clip_(plan, grads, caps, options.rule, options.raise_nonfinite)
+        request = grads, _home(tensors), options.rule.norm_type, options.backend
+        plan = self._planner.plan(*request, exact=options.raise_nonfinite)
+        try:
+            return execute.clip_(plan, grads, caps, options.rule, options.raise_nonfinite)
+        except RuntimeError:
+            exact = self._planner.plan(*request)
+            if exact is plan:
+                raise
+            # Refused, and nothing written, because the gradients are others than the plan was made for.
+            return execute.clip_(exact, grads, caps, options.rule, options.raise_nonfinite)
 
     @torch.no_grad()
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:

@@ -63,9 +63,8 @@ class ClipPlan:
         device: where norms and coefficients are returned.
         norm_dtype: their dtype.
         sparse: positions of sparse gradients.
-        strict: whether the signature covers dtypes, shapes, strides and identities too. The native extension
-            looks at those by itself, at no cost; other backends rely on the plan.
-        signature: what the gradients looked like when the plan was made.
+        outline: which gradients there were when the plan was made, and of what Python type.
+        signature: what they looked like in every respect that matters.
     """
 
     components: Components
@@ -73,8 +72,15 @@ class ClipPlan:
     device: torch.device
     norm_dtype: torch.dtype
     sparse: frozenset[int]
-    strict: bool
+    outline: object
     signature: object
+
+    @property
+    def self_checking(self) -> bool:
+        """Whether one fused call of the native extension does it all. That looks at every gradient, at no cost,
+        and refuses what it can't serve before it writes.
+        """
+        return len(self.buckets) == 1 and self.buckets[0].backend == "cpu" and self.buckets[0].plain
 
 
 class Planner:
@@ -85,49 +91,58 @@ class Planner:
         self._plan: ClipPlan | None = None
         self._request: tuple[float, str | None] | None = None
 
-    def plan(self, grads: Gradients, fallback: torch.device, norm_type: float, backend: str | None) -> ClipPlan:
+    def plan(
+        self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, *, exact: bool = True
+    ) -> ClipPlan:
         """The plan for these gradients.
 
         Args:
             grads: one for each tensor of the components, None where there is none.
-            fallback: device of the results where no gradient exists.
+            home: device of the results where no gradient exists.
             norm_type: order of the norm.
             backend: the user's choice or None.
+            exact: False if a self-checking plan may come without its signature being compared, which takes
+                most of a call's time on the host. The caller asks again, exactly, if the plan is refused.
 
         Raises:
             TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
             RuntimeError: the named backend refuses.
         """
         plan = self._plan
-        if plan is None or self._request != (norm_type, backend) or plan.signature != _signature(grads, plan.strict):
-            plan = _build(self.components, grads, fallback, norm_type, backend)
-            self._plan, self._request = plan, (norm_type, backend)
-        return plan
+        if (
+            plan is not None
+            and self._request == (norm_type, backend)
+            and plan.outline == _outline(grads)
+            and ((plan.self_checking and not exact) or plan.signature == _signature(grads))
+        ):
+            return plan
+        self._plan = _build(self.components, grads, home, norm_type, backend)
+        self._request = norm_type, backend
+        return self._plan
 
 
-_LOOSE = tuple(map(attrgetter, ("__class__", "is_cpu", "layout", "requires_grad")))
-_STRICT = tuple(map(attrgetter, ("__class__", "dtype", "device", "layout", "requires_grad", "shape")))
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
 
 
-def _signature(grads: Gradients, strict: bool) -> object:
-    # An attribute of a tensor costs Python 40 ns and there may be thousands of tensors: this is the host's hot
-    # path, so what a backend looks at by itself is not looked at here.
+def _outline(grads: Gradients) -> object:
+    # An attribute of a tensor costs Python 40 ns, and there may be thousands of tensors.
     present = [g for g in grads if g is not None]
     holes = [i for i, g in enumerate(grads) if g is None] if len(present) < len(grads) else None
-    signature: list[object] = [
-        holes,
-        *(list(map(attribute, present)) for attribute in (_STRICT if strict else _LOOSE)),
-    ]
-    if strict:
-        signature += [[g.stride() for g in present if g.layout == torch.strided], [g.is_neg() for g in present]]
-        signature.append(len(set(map(id, present))))
-    return signature
+    return holes, list(map(type, present)), list(map(_REQUIRES_GRAD, present))
+
+
+def _signature(grads: Gradients) -> object:
+    present = [g for g in grads if g is not None]
+    strides = [g.stride() if g.layout == torch.strided else None for g in present]
+    distinct = len(set(map(id, present)))
+    return [*(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in present], distinct]
 
 
 def _build(
     components: Components,
     grads: Gradients,
-    fallback: torch.device,
+    home: torch.device,
     norm_type: float,
     backend: str | None,
 ) -> ClipPlan:
@@ -135,7 +150,7 @@ def _build(
     owner_of: dict[int, str] = {}
     sparse: set[int] = set()
     norm_dtype = torch.float32
-    device = fallback
+    device = home
     for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
         if grad is None or component == LEFT_ALONE:
             continue
@@ -169,9 +184,7 @@ def _build(
         )
         for (place, served_by, reason), positions in members.items()
     )
-    strict = [b.backend for b in buckets] != ["cpu"]
-    signature = _signature(grads, strict)
-    return ClipPlan(components, buckets, device, norm_dtype, frozenset(sparse), strict, signature)
+    return ClipPlan(components, buckets, device, norm_dtype, frozenset(sparse), _outline(grads), _signature(grads))
 
 
 def _is_special(grad: Tensor | None) -> bool:
