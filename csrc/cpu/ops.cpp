@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include "crew.h"
 #include "queue.h"
 #include "strided.h"
 
@@ -98,14 +99,11 @@ Order order_of(double norm_type) {
   return norm_type == 1 ? Order::one : norm_type == 2 ? Order::two : Order::inf;
 }
 
-// Runs work() once on each of torch's threads, in one parallel region; alone where a second thread can't pay.
+// Runs work() on as many threads as torch may use, fewer where there is not a tile's worth of bytes for each.
 template <class Work>
 void on_all_threads(const Tiles& tiles, const Work& work) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.bytes / kTileBytes);
-  if (threads <= 1) return work();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work();
-  });
+  run_with_helpers(threads - 1, work);
 }
 
 // For work without an order: each(index) for every tile.
