@@ -25,10 +25,10 @@ from cwclip_kernels import ComponentClipper, component_norms, fused_component_cl
 TESTED = tuple(b for b in BACKENDS if b != "reference")
 ORDERS = (2.0, 1.0, math.inf)
 
-# Around the vector width (8, 32, 64 elements a step), a buffer and a tile of the CPU kernel (1 Mi half, 64 Ki
-# float elements), nothing at all, a scalar; matrices and a convolution for the layouts.
+# Around the vector width (8, 32, 64 elements a step) and a tile of the CPU kernel (32 Ki floats, 64 Ki halves),
+# nothing at all, a scalar; matrices and a convolution for the layouts.
 SIZES = [(0,), (), (1,), (7,), (8,), (9,), (31,), (33,), (64,), (65,), (3, 0, 2), (129, 3), (17, 5, 3, 3)]
-LARGE = [(65535,), (65536,), (65537,), (131072 + 3,), (300, 1000)]
+LARGE = [(32767,), (32768,), (32769,), (65535,), (65537,), (131072 + 3,), (300, 1000)]
 
 
 def check(params, backend, max_norm=0.7, norm_type=2.0, **more):

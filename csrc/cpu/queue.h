@@ -10,7 +10,7 @@
 namespace cwclip::cpu {
 
 // Small enough that a component of one tile is scaled out of L2, large enough that taking a tile costs nothing.
-constexpr int64_t kTileBytes = 256 * 1024;
+constexpr int64_t kTileBytes = 128 * 1024;
 
 // A run of elements of one segment, of kTileBytes at the most.
 struct Tile {

@@ -20,8 +20,8 @@ struct Case {
 
 Case make_case(std::mt19937& random) {
   const auto below = [&](int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(random); };
-  // From nothing to several tiles of 65,536 elements, most of them small.
-  const int64_t sizes[] = {0, 1, 7, 8, 63, 64, 65, 1000, 65535, 65536, 65537, 200001};
+  // From nothing to several tiles of 32,768 elements, most of them small.
+  const int64_t sizes[] = {0, 1, 7, 8, 63, 64, 65, 1000, 32767, 32768, 32769, 200001};
   Case c;
   c.components = 1 + below(6);
   const int64_t count = below(12);
