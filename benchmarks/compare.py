@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+
 from gradients import CASES, Gradients
 from machine import available_bytes, metadata
 from measure import BEYOND_CACHES, CEILING_LIMIT, Ceilings, Clock, Timing, Variant, clock_for, interleave
 from providers import TORCH, Provider, explain, ours
 from report import CaseResult, as_json, print_backends, print_case, print_metadata, rows_and_floor
-from rich.console import Console
 from shapes import SETS, ShapeSet
 
 DEFAULT_SETS = ("bert-large", "bert-base", "minilm-l6", "lora-384", "tiny-20000")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from shapes import ShapeSet
 from torch import Tensor, nn
+
+from shapes import ShapeSet
 
 CASES = ("none", "half", "all")
 Cap = float | list[float]

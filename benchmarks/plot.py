@@ -7,9 +7,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from gradients import CASES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+from gradients import CASES
 from report import CaseResult, Row
 
 # Greys for torch's ways, a strong colour for each of our backends: readable in print and by the colour-blind.

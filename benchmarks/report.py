@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from measure import Ceilings, Timing
-from providers import TORCH
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from measure import Ceilings, Timing
+from providers import TORCH
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
 from gradients import Gradients
 from measure import Ceilings, Clock, clock_for
 from providers import TORCH, Provider, ours
-from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import SETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

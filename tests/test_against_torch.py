@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils import clip_grad_norm_
+
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -15,9 +18,6 @@ from helpers import (
     parameters,
     random_grad,
 )
-from torch.nn.utils import clip_grad_norm_
-
-from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
 
 SHAPES = [(30, 20), (20,), (), (5, 4, 3), (1,)]
 

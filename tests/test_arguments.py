@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, grads_of, parameter, parameters, random_grad, same_bits
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from helpers import DEVICE, grads_of, parameter, parameters, random_grad, same_bits
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -19,8 +21,6 @@ from helpers import (
     random_grad,
     same_bits,
 )
-
-from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
 
 TESTED = tuple(b for b in BACKENDS if b != "reference")
 ORDERS = (2.0, 1.0, math.inf)

@@ -8,6 +8,9 @@ import weakref
 
 import pytest
 import torch
+
+from cwclip_kernels import ClipResult, ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels import api as api_module
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -20,9 +23,6 @@ from helpers import (
     random_grad,
     same_bits,
 )
-
-from cwclip_kernels import ClipResult, ComponentClipper, component_norms, fused_component_clip_
-from cwclip_kernels import api as api_module
 
 
 class Grouper(torch.nn.Sequential):

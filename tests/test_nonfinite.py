@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, DTYPES, copy_of, grads_of, parameters, same_bits
 
 from cwclip_kernels import ComponentClipper, fused_component_clip_
+from helpers import BACKENDS, DEVICE, DTYPES, copy_of, grads_of, parameters, same_bits
 
 BAD = (math.inf, -math.inf, math.nan)
 

@@ -4,6 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -16,10 +20,6 @@ from helpers import (
     parameters,
     same_bits,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
 
 shapes = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 orders = st.sampled_from([1.0, 2.0, math.inf])

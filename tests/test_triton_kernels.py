@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, NORM_TOLERANCE, assert_norms, random_grad, same_bits
-from triton_buckets import ORDERS, bucket_of, cap, check_clip, expected_scaled, expected_sums, one_each
 
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.formula import ClipRule
+from helpers import DEVICE, DTYPES, NORM_TOLERANCE, assert_norms, random_grad, same_bits
+from triton_buckets import ORDERS, bucket_of, cap, check_clip, expected_scaled, expected_sums, one_each
 
 pytestmark = pytest.mark.usefixtures("needs_triton")
 

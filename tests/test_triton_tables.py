@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, random_grad, same_bits
-from triton_buckets import bucket_of, expected_sums, one_each
 
 from cwclip_kernels.backends import triton as backend
+from helpers import DEVICE, DTYPES, random_grad, same_bits
+from triton_buckets import bucket_of, expected_sums, one_each
 
 pytestmark = pytest.mark.usefixtures("needs_triton")
 

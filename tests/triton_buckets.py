@@ -3,11 +3,11 @@
 import math
 
 import torch
-from helpers import DEVICE, assert_norms, same_bits
 
 from cwclip_kernels import formula
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.plan import Bucket
+from helpers import DEVICE, assert_norms, same_bits
 
 ORDERS = (1.0, 2.0, math.inf)
 
