@@ -1,0 +1,370 @@
+// The code of every kernel, compiled once for each instruction set: a .cpp names the set (CWCLIP_ISA) and the width of
+// its vectors (CWCLIP_VECTOR_BYTES: 16, or 32 with AVX2 and F16C, or 64 with AVX-512), and includes this.
+// Nothing here may be shared between them, so everything has internal linkage, and no library template is used.
+
+#include "kernels.h"
+
+#include <cstring>
+
+#if CWCLIP_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
+// Only an unrolled loop over vectors keeps them in registers.
+#define CWCLIP_UNROLL _Pragma("GCC unroll 16")
+#define CWCLIP_INLINE static inline __attribute__((always_inline))
+
+namespace cwclip::cpu::CWCLIP_ISA {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------
+// Thirty-two elements at a time, in the compiler's own vectors of the width that the instruction set has
+
+constexpr int kBytes = CWCLIP_VECTOR_BYTES;
+
+using F32 = float __attribute__((vector_size(kBytes)));
+using I32 = int32_t __attribute__((vector_size(kBytes)));
+using F64 = double __attribute__((vector_size(kBytes)));
+using I64 = int64_t __attribute__((vector_size(kBytes)));
+using HalfF32 = float __attribute__((vector_size(kBytes / 2)));
+
+constexpr int64_t kStep = 32;
+constexpr int kParts = 64 / kBytes;  // vectors for 16 float32 or 8 float64
+constexpr int32_t kMagnitude = 0x7fffffff;
+
+template <class Vector>
+CWCLIP_INLINE Vector load(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+CWCLIP_INLINE I32 bits_of(F32 x) { return reinterpret_cast<I32>(x); }
+CWCLIP_INLINE F32 float_of(I32 x) { return reinterpret_cast<F32>(x); }
+
+// Sixteen lanes a and sixteen lanes b, as float32. Which element is in which lane is the same for every vector width.
+struct Step {
+  F32 a[kParts], b[kParts];
+};
+
+struct Float32 {
+  static constexpr int64_t kSize = 4;
+  CWCLIP_INLINE Step read(const char* p) {
+    Step v;
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      v.a[i] = load<F32>(p + i * kBytes);
+      v.b[i] = load<F32>(p + 64 + i * kBytes);
+    }
+    return v;
+  }
+  CWCLIP_INLINE void write(char* p, const Step& v) {
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      std::memcpy(p + i * kBytes, &v.a[i], kBytes);
+      std::memcpy(p + 64 + i * kBytes, &v.b[i], kBytes);
+    }
+  }
+};
+
+// The upper half of a float32. Even elements are lanes a and odd ones lanes b, by a shift or a mask each.
+struct BFloat16 {
+  static constexpr int64_t kSize = 2;
+  CWCLIP_INLINE Step read(const char* p) {
+    Step v;
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      const I32 bits = load<I32>(p + i * kBytes);
+      v.a[i] = float_of(bits << 16);
+      v.b[i] = float_of(bits & ~0xffff);
+    }
+    return v;
+  }
+  CWCLIP_INLINE I32 rounded(F32 value) {  // the result in the upper half, anything in the lower
+    const I32 bits = bits_of(value);
+    return value != value ? I32{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+  }
+  CWCLIP_INLINE void write(char* p, const Step& v) {
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      const I32 bits = ((rounded(v.a[i]) >> 16) & 0xffff) | (rounded(v.b[i]) & ~0xffff);
+      std::memcpy(p + i * kBytes, &bits, sizeof bits);
+    }
+  }
+};
+
+struct Float16 {
+  static constexpr int64_t kSize = 2;
+#if CWCLIP_VECTOR_BYTES == 64
+  CWCLIP_INLINE F32 widen(const char* p) {
+    return reinterpret_cast<F32>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+  CWCLIP_INLINE void narrow(char* p, F32 value) {
+    const __m256i bits = _mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+#elif CWCLIP_VECTOR_BYTES == 32
+  CWCLIP_INLINE F32 widen(const char* p) {
+    return reinterpret_cast<F32>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  CWCLIP_INLINE void narrow(char* p, F32 value) {
+    const __m128i bits = _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+  }
+#else
+  using Halves = uint16_t __attribute__((vector_size(kBytes / 2)));
+  CWCLIP_INLINE F32 widen(const char* p) {
+    const I32 bits = __builtin_convertvector(load<Halves>(p), I32);
+    const I32 magnitude = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+    const I32 normal = (magnitude << 13) + (112 << 23);
+    const I32 special = (magnitude << 13) | 0x7f800000;
+    // By way of an integer, so that flush-to-zero does not lose it.
+    const I32 subnormal = bits_of(__builtin_convertvector(magnitude, F32) * 0x1p-24f);
+    const I32 finite = magnitude < 0x0400 ? subnormal : normal;
+    return float_of((magnitude >= 0x7c00 ? special : finite) | sign);
+  }
+  CWCLIP_INLINE void narrow(char* p, F32 value) {
+    const I32 magnitude = bits_of(value) & kMagnitude, sign = (bits_of(value) >> 16) & 0x8000;
+    const I32 normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 0.5 moves a subnormal's last place to the last place of the float32 sum, which rounds it.
+    const I32 subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+    const I32 special = magnitude > 0x7f800000 ? I32{} + 0x7e00 : I32{} + 0x7c00;
+    const I32 finite = magnitude < 0x38800000 ? subnormal : normal;
+    const Halves result = __builtin_convertvector((magnitude >= 0x477ff000 ? special : finite) | sign, Halves);
+    std::memcpy(p, &result, sizeof result);
+  }
+#endif
+  CWCLIP_INLINE Step read(const char* p) {
+    Step v;
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      v.a[i] = widen(p + i * kBytes / 2);
+      v.b[i] = widen(p + 32 + i * kBytes / 2);
+    }
+    return v;
+  }
+  CWCLIP_INLINE void write(char* p, const Step& v) {
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      narrow(p + i * kBytes / 2, v.a[i]);
+      narrow(p + 32 + i * kBytes / 2, v.b[i]);
+    }
+  }
+};
+
+// The hardware's prefetchers stop at the end of a page; a hint this far ahead carries the stream across it.
+template <int64_t kRun>
+CWCLIP_INLINE void prefetch(const char* p) {
+  for (int64_t line = 0; line < kRun; line += 64) __builtin_prefetch(p + 2048 + line);
+}
+
+// Calls each(pointer to a whole step) over n elements, the last ones in a copy padded with zeros, which is copied back
+// if `kWrite`.
+template <int64_t kSize, bool kWrite, class Each>
+CWCLIP_INLINE void for_each_step(char* p, int64_t n, const Each& each) {
+  for (; n >= kStep; n -= kStep, p += kStep * kSize) {
+    prefetch<kStep * kSize>(p);
+    each(p);
+  }
+  if (n > 0) {
+    char padded[kStep * kSize] = {};
+    std::memcpy(padded, p, n * kSize);
+    each(padded);
+    if (kWrite) std::memcpy(p, padded, n * kSize);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// float32 and halves
+
+template <bool kSquare>
+CWCLIP_INLINE F32 power(F32 x) {
+  return kSquare ? x * x : float_of(bits_of(x) & kMagnitude);
+}
+
+// Sixteen sums in float64, one for each lane.
+struct WideSums {
+  F64 lanes[2 * kParts] = {};
+
+  CWCLIP_INLINE F64 widen(HalfF32 x) { return __builtin_convertvector(x, F64); }
+
+  template <bool kSquare>
+  __attribute__((always_inline)) void add(const F32 (&x)[kParts]) {
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      HalfF32 halves[2];
+      std::memcpy(halves, &x[i], sizeof halves);
+      CWCLIP_UNROLL for (int h = 0; h < 2; ++h) {
+        const F64 wide = widen(halves[h]);
+        lanes[2 * i + h] += kSquare ? wide * wide : wide;
+      }
+    }
+  }
+
+  double total() const {
+    double values[16], sum = 0;
+    std::memcpy(values, lanes, sizeof values);
+    for (int j = 0; j < 8; ++j) sum += values[j] + values[8 + j];
+    return sum;
+  }
+};
+
+// Every element in float64.
+template <class T, bool kSquare>
+double sum_wide(const char* p, int64_t n) {
+  WideSums sums;
+  for_each_step<T::kSize, false>(const_cast<char*>(p), n, [&](const char* at) __attribute__((always_inline)) {
+    Step v = T::read(at);
+    if (!kSquare) {
+      for (F32& x : v.a) x = power<false>(x);
+      for (F32& x : v.b) x = power<false>(x);
+    }
+    sums.add<kSquare>(v.a);
+    sums.add<kSquare>(v.b);
+  });
+  return sums.total();
+}
+
+// Eight terms and two levels of a tree in float32, everything beyond in float64: the error stays below 11 roundings of
+// 2^-24, and conversions take no time.
+constexpr int kTerms = 8;
+constexpr int64_t kBlock = kTerms * 2 * kStep;
+
+template <class T, bool kSquare>
+double sum_blocks(const char* p, int64_t blocks) {
+  WideSums sums;
+  for (; blocks > 0; --blocks) {
+    F32 a[2][kParts] = {}, b[2][kParts] = {};
+    for (int term = 0; term < kTerms; ++term) {
+      CWCLIP_UNROLL for (int half = 0; half < 2; ++half, p += kStep * T::kSize) {
+        prefetch<kStep * T::kSize>(p);
+        const Step v = T::read(p);
+        CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+          a[half][i] += power<kSquare>(v.a[i]);
+          b[half][i] += power<kSquare>(v.b[i]);
+        }
+      }
+    }
+    F32 joined[kParts];
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) joined[i] = (a[0][i] + b[0][i]) + (a[1][i] + b[1][i]);
+    sums.add<false>(joined);
+  }
+  return sums.total();
+}
+
+// Without their sign, floats order as the integers of the same bits, with inf above all numbers and NaN above inf.
+template <class T>
+double max_magnitude(const char* p, int64_t n) {
+  I32 most[2][kParts] = {};
+  const auto take = [](I32& most, F32 x) __attribute__((always_inline)) {
+    const I32 magnitude = bits_of(x) & kMagnitude;
+    most = magnitude > most ? magnitude : most;
+  };
+  for_each_step<T::kSize, false>(const_cast<char*>(p), n, [&](const char* at) __attribute__((always_inline)) {
+    const Step v = T::read(at);
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      take(most[0][i], v.a[i]);
+      take(most[1][i], v.b[i]);
+    }
+  });
+  int32_t lanes[32], result = 0;
+  std::memcpy(lanes, most, sizeof lanes);
+  for (const int32_t lane : lanes) result = lane > result ? lane : result;
+  float value;
+  std::memcpy(&value, &result, sizeof value);
+  return value;
+}
+
+template <class T, bool kSquare>
+double sum_powers(const char* p, int64_t n) {
+  const int64_t blocks = n / kBlock, rest = n % kBlock;
+  const double sum = sum_blocks<T, kSquare>(p, blocks);
+  // Float32 neither overflowed, nor lost more than 2^-26 of a sum of this size to underflow (2^-126 for each term).
+  const bool trusted = sum < __builtin_inf() && sum >= static_cast<double>(n) * 0x1p-100;
+  if (trusted || blocks == 0) return sum + sum_wide<T, kSquare>(p + blocks * kBlock * T::kSize, rest);
+  // Often all zeros: gradients of embeddings.
+  if (sum == 0 && max_magnitude<T>(p, n) == 0) return 0;
+  return sum_wide<T, kSquare>(p, n);
+}
+
+template <class T>
+double power_sum(const char* p, int64_t n, Order order) {
+  switch (order) {
+    case Order::one: return sum_powers<T, false>(p, n);
+    case Order::two: return sum_powers<T, true>(p, n);
+    default: return max_magnitude<T>(p, n);
+  }
+}
+
+template <class T>
+void scale(char* p, int64_t n, double coef) {
+  const float factor = static_cast<float>(coef);
+  for_each_step<T::kSize, true>(p, n, [&](char* at) __attribute__((always_inline)) {
+    Step v = T::read(at);
+    CWCLIP_UNROLL for (int i = 0; i < kParts; ++i) {
+      v.a[i] *= factor;
+      v.b[i] *= factor;
+    }
+    T::write(at, v);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// float64: thirty-two lanes
+
+constexpr int kWideVectors = kStep * 8 / kBytes;
+
+template <Order kOrder>
+double power_sum_f64(const char* p, int64_t n) {
+  F64 sums[kWideVectors] = {};
+  I64 most[kWideVectors] = {};
+  for_each_step<8, false>(const_cast<char*>(p), n, [&](const char* at) __attribute__((always_inline)) {
+    CWCLIP_UNROLL for (int i = 0; i < kWideVectors; ++i) {
+      const F64 x = load<F64>(at + i * kBytes);
+      const I64 magnitude = reinterpret_cast<I64>(x) & INT64_MAX;
+      if (kOrder == Order::two) {
+        sums[i] += x * x;
+      } else if (kOrder == Order::one) {
+        sums[i] += reinterpret_cast<F64>(magnitude);
+      } else {
+        most[i] = magnitude > most[i] ? magnitude : most[i];
+      }
+    }
+  });
+  double lanes[kStep], sum = 0;
+  if (kOrder != Order::inf) {
+    std::memcpy(lanes, sums, sizeof lanes);
+    for (const double lane : lanes) sum += lane;
+    return sum;
+  }
+  int64_t bits[kStep], result = 0;
+  std::memcpy(bits, most, sizeof bits);
+  for (const int64_t lane : bits) result = lane > result ? lane : result;
+  std::memcpy(&sum, &result, sizeof sum);
+  return sum;
+}
+
+struct Float64 {};
+
+template <>
+double power_sum<Float64>(const char* p, int64_t n, Order order) {
+  switch (order) {
+    case Order::one: return power_sum_f64<Order::one>(p, n);
+    case Order::two: return power_sum_f64<Order::two>(p, n);
+    default: return power_sum_f64<Order::inf>(p, n);
+  }
+}
+
+template <>
+void scale<Float64>(char* p, int64_t n, double coef) {
+  for_each_step<8, true>(p, n, [&](char* at) __attribute__((always_inline)) {
+    CWCLIP_UNROLL for (int i = 0; i < kWideVectors; ++i) {
+      const F64 v = load<F64>(at + i * kBytes) * coef;
+      std::memcpy(at + i * kBytes, &v, sizeof v);
+    }
+  });
+}
+
+}  // namespace
+
+const Kernels kernels[4] = {
+    {power_sum<Float32>, scale<Float32>},
+    {power_sum<BFloat16>, scale<BFloat16>},
+    {power_sum<Float16>, scale<Float16>},
+    {power_sum<Float64>, scale<Float64>},
+};
+
+}  // namespace cwclip::cpu::CWCLIP_ISA
