@@ -7,8 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from operator import is_not
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,61 +122,82 @@ def component_norms(
 
 @dataclass(frozen=True)
 class _Entry:
-    """An engine for parameters seen before; weak, so that the cache keeps no model alive."""
+    """An engine for parameters seen before; weak, so that the cache keeps no model alive.
 
-    sources: tuple[weakref.ref[Any], ...]
-    tensors: tuple[weakref.ref[Tensor], ...]
+    Attributes:
+        engine: components and plan.
+        tensors: the parameters, each once.
+        as_given: whether the caller's own list is just these.
+        watched: further objects that the entry dies with.
+    """
+
     engine: Engine
-
-    def alive(self) -> list[Tensor] | None:
-        """The tensors, or None where anything is gone (whose id another object may have by now)."""
-        if any(ref() is None for ref in self.sources):
-            return None
-        tensors = [ref() for ref in self.tensors]
-        return tensors if all(map(is_not, tensors, repeat(None))) else None  # type: ignore[return-value]
+    tensors: tuple[weakref.ref[Tensor], ...]
+    as_given: bool
+    watched: tuple[weakref.ref[Any], ...]
 
 
 _KEPT = 16
-_engines: OrderedDict[Hashable, _Entry] = OrderedDict()
+_entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
 def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Tensor], Engine]:
     """Resolving names costs milliseconds and a plan more, so both are kept for the last few sets of parameters."""
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-    key = _key(source, grouping)
+    key, given = _identify(source, grouping)
     with _lock:
-        entry = _engines.get(key)
-        tensors = None if entry is None else entry.alive()
-        if entry is not None and tensors is not None:
-            _engines.move_to_end(key)
-            return tensors, entry.engine
+        entry = _entries.get(key)
+        if entry is not None:
+            _entries.move_to_end(key)
+    if entry is not None:
+        # Looking through weak references takes longer than all else here, so it's left out where it can be.
+        tensors = given if entry.as_given else [t for ref in entry.tensors if (t := ref()) is not None]
+        return tensors, entry.engine
     named = named_tensors(source)
     engine = Engine(resolve(named, grouping))
-    watched = [s for s in (source, grouping) if not isinstance(s, str | list | None)]
-    try:
-        refs = tuple(map(weakref.ref, watched))
-    except TypeError:  # a callable that can't be watched might be another one at the same address next time
-        return named.tensors, engine
-    with _lock:
-        _engines[key] = _Entry(refs, tuple(map(weakref.ref, named.tensors)), engine)
-        while len(_engines) > _KEPT:
-            _engines.popitem(last=False)
+    if key is not None:
+        _remember(key, given, named.tensors, engine, [s for s in (source, grouping) if not isinstance(s, str | list)])
     return named.tensors, engine
 
 
-def _key(source: nn.Module | list[Any], grouping: Grouping) -> Hashable:
+def _remember(
+    key: Hashable, given: Sequence[Tensor], tensors: Sequence[Tensor], engine: Engine, others: list[Any]
+) -> None:
+    # Keys are made of ids, good only while what they stand for lives: the first to go takes the entry along.
+    def forget(_: weakref.ref[Any]) -> None:
+        _entries.pop(key, None)
+
+    try:
+        watched = tuple(weakref.ref(o, forget) for o in others if o is not None)
+    except TypeError:  # some callables can't be watched
+        return
+    as_given = len(given) == len(tensors) and all(map(is_, given, tensors))
+    entry = _Entry(engine, tuple(weakref.ref(t, forget) for t in tensors), as_given, watched)
+    with _lock:
+        _entries[key] = entry
+        while len(_entries) > _KEPT:
+            _entries.popitem(last=False)
+
+
+def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashable, Sequence[Tensor]]:
+    """A key that no other living set of parameters has, and its tensors, repetitions included.
+
+    The key is None for what isn't a set of parameters; reading its names will say why.
+    """
     how = grouping if isinstance(grouping, str) else id(grouping)
     if isinstance(source, nn.Module):
-        return how, id(source), tuple(map(id, _walk(source, [])))
-    if source and isinstance(source[0], Tensor):
-        return how, tuple(map(id, source))
-    # Whatever isn't a pair of a name and a tensor gets a key that is never found, and is refused then.
-    return how, tuple((i[0], id(i[1])) if _is_pair(i) else id(i) for i in source)
-
-
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
+        given = [p for p in _walk(source, []) if p is not None]
+        return (how, id(source), tuple(map(id, given))), given
+    if not source or isinstance(source[0], Tensor):
+        return (how, tuple(map(id, source))), source
+    try:
+        names, tensors = zip(*source, strict=True)
+        key = how, names, tuple(map(id, tensors))
+        hash(key)
+    except (TypeError, ValueError):
+        return None, ()
+    return key, tensors
 
 
 def _walk(module: nn.Module, found: list[Tensor | None]) -> list[Tensor | None]:

@@ -165,7 +165,7 @@ def test_the_cache_keeps_no_model_alive_and_stays_small():
     assert watch() is None
     for _ in range(50):
         fused_component_clip_(parameters([(2,)]), 0.1)
-    assert len(api_module._engines) <= 16
+    assert len(api_module._entries) <= 16
 
 
 def test_generators_and_repeated_tensors():
