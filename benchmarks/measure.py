@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -114,9 +115,10 @@ def clock_for(device: torch.device) -> Clock:
 def interleave(
     variants: Sequence[Variant], clock: Clock, rounds: int, warmup: int = 2, warm: bool = False
 ) -> dict[str, Timing]:
-    """Times every variant once a round, the order rotated by one from round to round.
+    """Times every variant once a round, in another random order each round.
 
-    So a machine that slows down for a second slows all variants down, and none always goes first. Just before
+    So a machine that slows down for a second slows all variants down, and none always comes after the same other,
+    which may leave it warm or cold caches. Just before
     each call caches are filled by reading: they hold clean lines then, and no variant pays for writing back
     what restoring its gradients has left there.
 
@@ -132,12 +134,12 @@ def interleave(
     """
     timings: dict[str, Timing] = defaultdict(Timing)
     turn = 0
+    order = random.Random(0)
     gc.collect()
     gc.disable()  # as timeit does: a collection in one variant's call would be another's garbage
     try:
         for round_ in range(warmup + rounds):
-            shift = round_ % len(variants)
-            for variant in (*variants[shift:], *variants[:shift]):
+            for variant in order.sample(variants, len(variants)):
                 variant.before(turn)
                 clock.settle(variant.data() if warm else clock.scratch)
                 clock.time(variant.call, timings[variant.key] if round_ >= warmup else Timing())
