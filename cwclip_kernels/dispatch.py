@@ -38,6 +38,8 @@ def check_backend(backend: object) -> None:
         return
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a string or None, not {type(backend).__qualname__}")
+    if backend == "cuda":
+        raise ValueError("backend: 'cuda' is not in this version; on GPUs 'triton' is what backend=None takes")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, not {backend!r}")
 

@@ -74,6 +74,7 @@ def params():
             ValueError,
             "backend: expected None or one of cpu, triton, foreach, reference, not",
         ),
+        ({"backend": "cuda"}, ValueError, "backend: 'cuda' is not in this version; on GPUs 'triton'"),
         ({"backend": 1}, TypeError, "backend: expected a string or None, not int"),
         ({"components": "layers"}, ValueError, "components: expected one of"),
     ],
