@@ -66,6 +66,7 @@ def extension() -> Extension:
         extra_compile_args=[
             "-std=c++17",
             "-O3",
+            "-g0",  # Python's own flags ask for debug symbols: ten times the size
             "-fvisibility=hidden",
             "-ffp-contract=off",  # the same bits on machines with and without fused multiply-add
             "-Wall",

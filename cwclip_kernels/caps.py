@@ -1,4 +1,4 @@
-"""The ``max_norm`` argument: checked once, handed out as a float64 tensor on whichever device asks."""
+"""The ``max_norm`` argument: checked once, handed out as a tensor on whichever device asks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .components import match_patterns
+from .formula import wide_dtype
 
 MaxNorm: TypeAlias = float | Tensor | Mapping[str, float]
 
@@ -42,16 +43,17 @@ class Caps:
             self._fixed = checked_cap(max_norm, "max_norm")
 
     def on(self, device: torch.device) -> Tensor:
-        """The caps as float64 [] or [K] on ``device``; no host sync."""
+        """The caps as [] or [K] of ``wide_dtype`` on ``device``; no host sync, unless that is the host."""
         if self._live is not None:
             _check_values(self._live)
-            return self._live.detach().to(device, torch.float64, non_blocking=True).contiguous()
+            # To the host it must be waited for, lest it be read before it has arrived.
+            return self._live.detach().to(device, wide_dtype(device), non_blocking=device.type != "cpu").contiguous()
         caps = self._on.get(device)
         if caps is None:
             if isinstance(self._fixed, float):
-                caps = torch.full((), self._fixed, dtype=torch.float64, device=device)
+                caps = torch.full((), self._fixed, dtype=wide_dtype(device), device=device)
             else:
-                caps = torch.tensor(self._fixed, dtype=torch.float64).to(device)
+                caps = torch.tensor(self._fixed, dtype=wide_dtype(device)).to(device)
             self._on[device] = caps
         return caps
 
