@@ -1,6 +1,7 @@
 // What one call works on, in plain structs without a torch header: shared by every kernel.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -17,6 +18,8 @@ enum class NonFinite : int64_t { propagate = 0, zero = 1, skip = 2 };
 
 // Order of the norm: the sum of |g|, the sum of g^2, the largest |g|.
 enum class Order : int32_t { one, two, inf };
+
+constexpr std::size_t kMaxDims = 64;  // torch's own limit for most operators
 
 // Sizes and strides (in elements) of a tensor with gaps, innermost dimension first. Empty for a dense tensor,
 // whose elements can be taken in memory order: no result depends on which index they belong to.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .caps import Caps, MaxNorm
+from .caps import MaxNorm
 from .clipper import Engine, check_options
 from .components import Grouping, Parameters, as_items, named_tensors, resolve
 
@@ -34,7 +34,8 @@ def fused_component_clip_(
         coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g
 
     The first four arguments are those of ``torch.nn.utils.clip_grad_norm_``, in its order. Where coef_c is 1
-    nothing is written. No host sync, except to raise for a non-finite norm when that is asked for.
+    nothing is written. No host sync, except to raise for a non-finite norm when that is asked for, to add up
+    duplicate indices of a sparse gradient, and where one call's gradients lie on several devices.
 
     Args:
         parameters: a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs, whose ``.grad`` is
@@ -48,7 +49,9 @@ def fused_component_clip_(
         components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
             module owns. "layer": all under the name up to its last number (``encoder.layer.3``). "type": the
             same place in every layer (``encoder.layer.*.output.dense.weight``). "all": everything, as
-            ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone.
+            ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
+            is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
+            Parameters that the root module itself owns have "" for module and layer.
         eps: added to the norm before dividing.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
             0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.
@@ -57,8 +60,8 @@ def fused_component_clip_(
         backend: None for the best available, or "cpu", "triton", "foreach", "reference": used or refused.
 
     Returns:
-        [K] norms before clipping, float32 (float64 if any gradient is), on the gradients' device. K and the
-        order depend on ``parameters`` alone: without gradient, a component's norm is 0.
+        [K] norms before clipping, float32 (float64 if any gradient of this call is), on the device of the first
+        gradient. K and the order depend on ``parameters`` alone: without gradient, a component's norm is 0.
 
     Raises:
         TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed.
@@ -81,7 +84,7 @@ def fused_component_clip_(
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     tensors, engine = _engine_for(parameters, components)
-    return engine.clip_(tensors, Caps(max_norm, engine.components.names), options)[0]
+    return engine.clip_(tensors, engine.caps(max_norm), options)[0]
 
 
 def component_norms(
@@ -128,22 +131,22 @@ class _Entry:
         engine: components and plan.
         tensors: the parameters, each once.
         as_given: whether the caller's own list is just these.
-        watched: further objects that the entry dies with.
+        module: where the tensors came from, if from a module.
     """
 
     engine: Engine
     tensors: tuple[weakref.ref[Tensor], ...]
     as_given: bool
-    watched: tuple[weakref.ref[Any], ...]
+    module: weakref.ref[nn.Module] | None
 
 
-_KEPT = 16
+_KEPT = 1024  # enough for who calls once for each parameter
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
 def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Tensor], Engine]:
-    """Resolving names costs milliseconds and a plan more, so both are kept for the last few sets of parameters."""
+    """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters."""
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
     with _lock:
@@ -157,23 +160,20 @@ def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Te
     named = named_tensors(source)
     engine = Engine(resolve(named, grouping))
     if key is not None:
-        _remember(key, given, named.tensors, engine, [s for s in (source, grouping) if not isinstance(s, str | list)])
+        _remember(key, given, named.tensors, engine, source if isinstance(source, nn.Module) else None)
     return named.tensors, engine
 
 
 def _remember(
-    key: Hashable, given: Sequence[Tensor], tensors: Sequence[Tensor], engine: Engine, others: list[Any]
+    key: Hashable, given: Sequence[Tensor], tensors: Sequence[Tensor], engine: Engine, module: nn.Module | None
 ) -> None:
     # Keys are made of ids, good only while what they stand for lives: the first to go takes the entry along.
     def forget(_: weakref.ref[Any]) -> None:
         _entries.pop(key, None)
 
-    try:
-        watched = tuple(weakref.ref(o, forget) for o in others if o is not None)
-    except TypeError:  # some callables can't be watched
-        return
     as_given = len(given) == len(tensors) and all(map(is_, given, tensors))
-    entry = _Entry(engine, tuple(weakref.ref(t, forget) for t in tensors), as_given, watched)
+    refs = tuple(weakref.ref(t, forget) for t in tensors)
+    entry = _Entry(engine, refs, as_given, None if module is None else weakref.ref(module, forget))
     with _lock:
         _entries[key] = entry
         while len(_entries) > _KEPT:
@@ -183,27 +183,36 @@ def _remember(
 def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashable, Sequence[Tensor]]:
     """A key that no other living set of parameters has, and its tensors, repetitions included.
 
-    The key is None for what isn't a set of parameters; reading its names will say why.
+    The key is None for what must be resolved at every call: a grouping function, which may answer differently, and
+    what isn't a set of parameters; reading its names will say why.
     """
-    how = grouping if isinstance(grouping, str) else id(grouping)
+    if not (grouping is None or isinstance(grouping, str)):
+        return None, ()
     if isinstance(source, nn.Module):
-        given = [p for p in _walk(source, []) if p is not None]
-        return (how, id(source), tuple(map(id, given))), given
+        names: list[str] = []
+        given: list[Tensor] = []
+        _walk(source, names, given, set())
+        return (grouping, id(source), tuple(names), tuple(map(id, given))), given
     if not source or isinstance(source[0], Tensor):
-        return (how, tuple(map(id, source))), source
+        return (grouping, tuple(map(id, source))), source
     try:
-        names, tensors = zip(*source, strict=True)
-        key = how, names, tuple(map(id, tensors))
+        item_names, tensors = zip(*source, strict=True)
+        key = grouping, item_names, tuple(map(id, tensors))
         hash(key)
     except (TypeError, ValueError):
         return None, ()
     return key, tensors
 
 
-def _walk(module: nn.Module, found: list[Tensor | None]) -> list[Tensor | None]:
-    # named_parameters() builds every name anew: five times the cost of the walk.
-    found.extend(module._parameters.values())
-    for child in module._modules.values():
-        if child is not None:
-            _walk(child, found)
-    return found
+def _walk(module: nn.Module, names: list[str], tensors: list[Tensor], seen: set[int]) -> None:
+    # named_parameters() puts every full name together anew: three times the cost of the walk.
+    seen.add(id(module))
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            names.append(name)
+            tensors.append(parameter)
+    for name, child in module._modules.items():
+        names.append(name)
+        if child is not None and id(child) not in seen:
+            _walk(child, names, tensors, seen)
+    names.append("")  # where this module ends

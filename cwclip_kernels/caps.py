@@ -16,6 +16,9 @@ from .formula import wide_dtype
 MaxNorm: TypeAlias = float | Tensor | Mapping[str, float]
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 class Caps:
     """One cap for all components, or one for each.
 
@@ -53,7 +56,7 @@ class Caps:
             if isinstance(self._fixed, float):
                 caps = torch.full((), self._fixed, dtype=wide_dtype(device), device=device)
             else:
-                caps = torch.tensor(self._fixed, dtype=wide_dtype(device)).to(device)
+                caps = torch.tensor(self._fixed, dtype=wide_dtype(device), device="cpu").to(device)
             self._on[device] = caps
         return caps
 
@@ -81,8 +84,11 @@ def _checked_pattern(pattern: object) -> str:
 
 
 def _checked_tensor(max_norm: Tensor, count: int) -> Tensor:
-    if not max_norm.is_floating_point():
-        raise TypeError(f"max_norm: expected a floating-point tensor, not {max_norm.dtype}")
+    if max_norm.dtype not in _DTYPES or max_norm.layout != torch.strided:
+        kind = max_norm.dtype if max_norm.layout == torch.strided else max_norm.layout
+        raise TypeError(f"max_norm: expected a floating-point tensor, not {kind}")
+    if max_norm.is_meta:
+        raise ValueError("max_norm: is on the meta device, where it has no value")
     if max_norm.shape not in ((), (count,)):
         raise ValueError(
             f"max_norm: expected shape [] or [{count}] (one cap for each component), not {list(max_norm.shape)}"

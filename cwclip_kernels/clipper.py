@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import dispatch, execute
 from .caps import Caps, MaxNorm
@@ -33,7 +34,7 @@ class ClipResult:
 
     @property
     def clipped(self) -> Tensor:
-        """[K] bool: which components were changed."""
+        """[K] bool: where the coefficient is not 1."""
         return self.coefs != 1
 
     def as_dict(self) -> dict[str, tuple[float, float]]:
@@ -82,16 +83,23 @@ def _checked_order(norm_type: object) -> float:
         return float(norm_type)
     if isinstance(norm_type, bool) or not isinstance(norm_type, Real):
         raise TypeError(f"norm_type: expected a number or 'inf', not {norm_type!r}")
-    order = float(norm_type)
+    order = _as_float(norm_type, "norm_type")
     if math.isnan(order):
         raise ValueError("norm_type: expected a number or 'inf', not nan")
     return order
 
 
+def _as_float(value: Real, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: {value} is too large for a float") from None
+
+
 def _checked_eps(eps: object) -> float:
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps: expected a number, not {_type_name(eps)}")
-    value = float(eps)
+    value = _as_float(eps, "eps")
     if not 0.0 <= value < math.inf:
         raise ValueError(f"eps: expected a finite number >= 0, not {value}")
     return value
@@ -110,6 +118,16 @@ class Engine:
     def __init__(self, components: Components) -> None:
         self.components = components
         self._planner = Planner(components)
+        self._last_mapping: tuple[object, Caps] | None = None
+
+    def caps(self, max_norm: MaxNorm) -> Caps:
+        """``max_norm``, checked; a mapping is matched with the component names once while it stays the same."""
+        if not isinstance(max_norm, Mapping):
+            return Caps(max_norm, self.components.names)
+        items = list(max_norm.items())
+        if self._last_mapping is None or self._last_mapping[0] != items:
+            self._last_mapping = items, Caps(max_norm, self.components.names)
+        return self._last_mapping[1]
 
     @torch.no_grad()
     def clip_(self, tensors: Sequence[Tensor], caps: Caps, options: Options) -> tuple[Tensor, Tensor]:
@@ -120,11 +138,13 @@ class Engine:
         try:
             return execute.clip_(plan, grads, caps, options.rule, options.raise_nonfinite)
         except RuntimeError:
-            exact = self._planner.plan(*request)
-            if exact is plan:
+            if not plan.self_checking:
                 raise
-            # Refused, and nothing written, because the gradients are others than the plan was made for.
-            return execute.clip_(exact, grads, caps, options.rule, options.raise_nonfinite)
+            # Refused, and nothing written. A look at every gradient says what is wrong, by name, or what changed.
+            fresh = self._planner.remake(*request)
+            if fresh.signature == plan.signature:
+                raise
+            return execute.clip_(fresh, grads, caps, options.rule, options.raise_nonfinite)
 
     @torch.no_grad()
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
@@ -135,9 +155,14 @@ class Engine:
     @torch.no_grad()
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
         """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
-        shown = [t.detach() if t.grad is None else t.grad for t in tensors]
+        shown = [_stand_in(t) if t.grad is None else t.grad for t in tensors]
         plan = Planner(self.components).plan(shown, _home(tensors), norm_type, backend)
         return dispatch.explain(plan, shown)
+
+
+def _stand_in(tensor: Tensor) -> Tensor | None:
+    # None for what has no data yet, or is frozen and never has a gradient.
+    return tensor.detach() if tensor.requires_grad and not is_lazy(tensor) and not tensor.is_meta else None
 
 
 def _home(tensors: Sequence[Tensor]) -> torch.device:

@@ -9,7 +9,7 @@ from . import formula
 from .caps import Caps
 from .dispatch import BACKENDS
 from .formula import ClipRule
-from .plan import Bucket, ClipPlan, Gradients
+from .plan import Bucket, ClipPlan, Gradients, values_of
 
 
 def norms_of(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
@@ -26,12 +26,10 @@ def clip_(
     devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is), and
     errors on non-finite norms, which must come before the first write.
     """
-    # Before the first write, as it raises for tensors that have no version (made in inference mode).
-    for bucket in plan.buckets:
-        torch.autograd.graph.increment_version(bucket.pick(grads))
     targets = [_targets(b, grads, rule.norm_type) for b in plan.buckets]
     if len(plan.buckets) == 1 and not plan.sparse and not raise_nonfinite and rule.norm_type > 0:
         bucket = plan.buckets[0]
+        torch.autograd.graph.increment_version(bucket.pick(grads))
         norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets[0], caps.on(bucket.device), rule)
         return norms, coefs
     sources = [_sources(b, grads, rule.norm_type) for b in plan.buckets] if plan.sparse else targets
@@ -39,6 +37,8 @@ def clip_(
     if raise_nonfinite:
         _raise_if_nonfinite(plan, norms, rule.norm_type)
     coefs = formula.coefficients(norms, caps.on(plan.device), rule)
+    for bucket in plan.buckets:
+        torch.autograd.graph.increment_version(bucket.pick(grads))
     for bucket, tensors in zip(plan.buckets, targets, strict=True):
         BACKENDS[bucket.backend].scale_(bucket, tensors, coefs.to(bucket.device), rule.zero_fill)
     return norms, coefs
@@ -74,7 +74,7 @@ def _raise_if_nonfinite(plan: ClipPlan, norms: Tensor, norm_type: float) -> None
 def _targets(bucket: Bucket, grads: Gradients, norm_type: float) -> list[Tensor]:
     """What is scaled: strided tensors on the gradients' own memory."""
     picked = bucket.pick(grads)
-    return picked if bucket.plain else [_memory(_values(g), norm_type) for g in picked]
+    return picked if bucket.plain else [_memory(values_of(g), norm_type) for g in picked]
 
 
 def _sources(bucket: Bucket, grads: Gradients, norm_type: float) -> list[Tensor]:
@@ -82,11 +82,7 @@ def _sources(bucket: Bucket, grads: Gradients, norm_type: float) -> list[Tensor]
     picked = bucket.pick(grads)
     if bucket.plain:
         return picked
-    return [_memory(_values(g.coalesce() if g.is_sparse else g), norm_type) for g in picked]
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad._values() if grad.is_sparse else grad
+    return [_memory(values_of(g.coalesce() if g.is_sparse else g), norm_type) for g in picked]
 
 
 def _memory(grad: Tensor, norm_type: float) -> Tensor:

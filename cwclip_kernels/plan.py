@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -84,12 +85,11 @@ class ClipPlan:
 
 
 class Planner:
-    """Keeps the plan of the last call for one set of components; makes another when gradients change shape."""
+    """Keeps the plans of one set of components, one for each kind of call; remakes them when gradients change."""
 
     def __init__(self, components: Components) -> None:
         self.components = components
-        self._plan: ClipPlan | None = None
-        self._request: tuple[float, str | None] | None = None
+        self._plans: dict[tuple[float, str | None], ClipPlan] = {}
 
     def plan(
         self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, *, exact: bool = True
@@ -102,23 +102,28 @@ class Planner:
             norm_type: order of the norm.
             backend: the user's choice or None.
             exact: False if a self-checking plan may come without its signature being compared, which takes
-                most of a call's time on the host. The caller asks again, exactly, if the plan is refused.
+                most of a call's time on the host. If that is refused, the caller remakes it.
 
         Raises:
             TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
             RuntimeError: the named backend refuses.
         """
-        plan = self._plan
+        plan = self._plans.get((norm_type, backend))
         if (
             plan is not None
-            and self._request == (norm_type, backend)
             and plan.outline == _outline(grads)
             and ((plan.self_checking and not exact) or plan.signature == _signature(grads))
         ):
             return plan
-        self._plan = _build(self.components, grads, home, norm_type, backend)
-        self._request = norm_type, backend
-        return self._plan
+        return self.remake(grads, home, norm_type, backend)
+
+    def remake(self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None) -> ClipPlan:
+        """A plan from scratch, every gradient looked at; arguments and errors as for ``plan``."""
+        plan = _build(self.components, grads, home, norm_type, backend)
+        if len(self._plans) >= 8:  # a program that goes through orders of norm
+            self._plans.clear()
+        self._plans[norm_type, backend] = plan
+        return plan
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -129,14 +134,23 @@ def _outline(grads: Gradients) -> object:
     # An attribute of a tensor costs Python 40 ns, and there may be thousands of tensors.
     present = [g for g in grads if g is not None]
     holes = [i for i, g in enumerate(grads) if g is None] if len(present) < len(grads) else None
-    return holes, list(map(type, present)), list(map(_REQUIRES_GRAD, present))
+    requires_grad = list(map(_REQUIRES_GRAD, present))
+    # What requires grad is either a gradient with a graph of its own (create_graph=True), or a parameter by mistake.
+    leaves = [g.is_leaf for g in present] if True in requires_grad else None
+    return holes, list(map(type, present)), requires_grad, leaves
 
 
 def _signature(grads: Gradients) -> object:
     present = [g for g in grads if g is not None]
-    strides = [g.stride() if g.layout == torch.strided else None for g in present]
-    distinct = len(set(map(id, present)))
-    return [*(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in present], distinct]
+    dense = [values_of(g) for g in present if g.layout in (torch.strided, torch.sparse_coo)]
+    strides = [g.stride() for g in dense]
+    distinct = len({g.data_ptr() for g in dense if g.device.type != "meta"})
+    return [*(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], distinct]
+
+
+def values_of(grad: Tensor) -> Tensor:
+    """What a gradient keeps in memory: itself, or a sparse one's values."""
+    return grad._values() if grad.is_sparse else grad
 
 
 def _build(
@@ -147,21 +161,13 @@ def _build(
     backend: str | None,
 ) -> ClipPlan:
     members: dict[tuple[torch.device, str, str], list[int]] = {}
-    owner_of: dict[int, str] = {}
     sparse: set[int] = set()
     norm_dtype = torch.float32
     device = home
     for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
         if grad is None or component == LEFT_ALONE:
             continue
-        name = components.tensor_names[position]
-        check_gradient(grad, name)
-        other = owner_of.setdefault(id(grad), name)
-        if other != name:
-            raise ValueError(
-                f"parameters {other!r} and {name!r} share one gradient tensor, which would be scaled twice; "
-                "give each its own, or pass one of them"
-            )
+        check_gradient(grad, components.tensor_names[position])
         if not members:
             device = grad.device
         if grad.dtype in (torch.float64, torch.complex128):
@@ -171,13 +177,14 @@ def _build(
         members.setdefault((grad.device, *dispatch.choose(grad.device, grad.dtype, norm_type, backend)), []).append(
             position
         )
+    _check_distinct(components, grads)
     buckets = tuple(
         Bucket(
             device=place,
             backend=served_by,
             reason=reason,
             positions=tuple(positions),
-            components=torch.tensor([components.index[i] for i in positions], dtype=torch.int64),
+            components=torch.tensor([components.index[i] for i in positions], dtype=torch.int64, device="cpu"),
             count=len(components.names),
             norm_dtype=norm_dtype,
             plain=not any(_is_special(grads[i]) for i in positions),
@@ -209,9 +216,9 @@ def check_gradient(grad: Tensor, name: str) -> None:
         ValueError: a parameter set as gradient, several elements on one memory place, a meta tensor.
     """
     where = f"the gradient of {name!r}"
-    if grad.is_leaf and grad.requires_grad:
+    if isinstance(grad, torch.nn.Parameter) or (grad.is_leaf and grad.requires_grad):
         raise ValueError(
-            f"{where} is itself a parameter (a leaf that requires grad): clipping would change the parameter's "
+            f"{where} is itself a parameter (or a leaf that requires grad): clipping would change the parameter's "
             "own data; set p.grad to its gradient, or detach it first"
         )
     if type(grad) is not Tensor:
@@ -227,10 +234,11 @@ def check_gradient(grad: Tensor, name: str) -> None:
         raise TypeError(f"{where} has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()")
     if grad.device.type == "meta":
         raise ValueError(f"{where} is on the meta device: there is no data to clip")
-    if grad.layout == torch.strided and _overlaps(grad):
+    values = values_of(grad)
+    if _overlaps(values):
         raise ValueError(
-            f"{where} has several elements on one place in memory (shape {list(grad.shape)}, strides "
-            f"{list(grad.stride())}), which would be scaled more than once; use .contiguous()"
+            f"{where} has several elements on one place in memory (shape {list(values.shape)}, strides "
+            f"{list(values.stride())}), which would be scaled more than once; use .contiguous()"
         )
 
 
@@ -248,3 +256,20 @@ def _overlaps(grad: Tensor) -> bool:
             return True
         span += stride * (size - 1)
     return False
+
+
+def _check_distinct(components: Components, grads: Gradients) -> None:
+    """Raises if two gradients share memory. Those with gaps may interleave, but not begin at the same place."""
+    places = []
+    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
+        if grad is not None and component != LEFT_ALONE and (values := values_of(grad)).numel():
+            start, gaps = values.data_ptr(), not values.is_contiguous()
+            places.append((str(values.device), start, start + (1 if gaps else values.nbytes), position))
+    places.sort()
+    for (device, _, end, one), (other_device, start, _, other) in pairwise(places):
+        if device == other_device and start < end:
+            names = components.tensor_names[one], components.tensor_names[other]
+            raise ValueError(
+                f"the gradients of {names[0]!r} and {names[1]!r} share memory, which would be scaled twice; "
+                "give each its own, or pass one of them"
+            )

@@ -35,7 +35,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     sums = torch.full((bucket.count,), neutral(norm_type), dtype=wide, device=bucket.device)
     for component in range(bucket.count):
         members = [g.abs().to(wide).flatten() for g, owner in zip(grads, owners, strict=True) if owner == component]
-        values = torch.cat(members) if members else torch.empty(0)
+        values = torch.cat(members) if members else torch.empty(0, device=bucket.device)
         if values.numel() == 0:
             continue
         if norm_type == math.inf:

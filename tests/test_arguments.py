@@ -130,9 +130,9 @@ def test_shared_gradients_are_refused(backend):
     clipper.clip_()
     b.grad = a.grad
     before = a.grad.clone()
-    with pytest.raises((ValueError, RuntimeError), match="share one gradient|same memory"):
+    with pytest.raises((ValueError, RuntimeError), match="share memory"):
         clipper.clip_()
-    with pytest.raises(ValueError, match="'a' and 'b' share one gradient tensor"):
+    with pytest.raises(ValueError, match="gradients of 'a' and 'b' share memory"):
         fused_component_clip_([("a", a), ("b", b)], 0.1, backend=backend)
     assert same_bits(a.grad, before)
 

@@ -14,7 +14,9 @@ const Kernels* choose() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   // For the tests: "baseline" or "avx2" on a machine that has more.
   const char* only = std::getenv("CWCLIP_CPU_ISA");
-  const auto allowed = [&](const char* name) { return only == nullptr || std::strcmp(only, name) == 0; };
+  const auto is = [&](const char* name) { return only != nullptr && std::strcmp(only, name) == 0; };
+  const bool limited = is("baseline") || is("avx2");
+  const auto allowed = [&](const char* name) { return !limited || is(name); };
   if (allowed("avx512") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     return avx512::kernels;

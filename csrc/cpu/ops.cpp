@@ -33,6 +33,7 @@ Layout layout_of(const Tensor& grad, size_t index) {
     if (sizes[d] == 0) return {};
     if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
   }
+  STD_TORCH_CHECK(dims.size() <= kMaxDims, "grads[", index, "] has more than ", kMaxDims, " dimensions");
   std::sort(dims.begin(), dims.end());
   Layout layout;
   int64_t span = 0;
@@ -63,18 +64,26 @@ const double* doubles_of(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<double>();
 }
 
-// Two threads must not scale one gradient, and nobody may scale it twice.
+// Two threads must not scale one gradient, and nobody may scale it twice. Gradients with gaps may interleave, but not
+// begin at the same place.
 void check_distinct(const std::vector<Segment>& segments) {
-  std::vector<std::pair<const void*, size_t>> places;
+  struct Place {
+    const char *start, *end;
+    size_t index;
+  };
+  std::vector<Place> places;
   places.reserve(segments.size());
   for (size_t i = 0; i < segments.size(); ++i) {
-    if (segments[i].numel > 0) places.emplace_back(segments[i].data, i);
+    const Segment& s = segments[i];
+    if (s.numel == 0) continue;
+    const char* const start = static_cast<const char*>(s.data);
+    places.push_back({start, start + (s.layout.dense() ? s.numel * size_of(s.dtype) : 1), i});
   }
-  std::sort(places.begin(), places.end());
-  const auto same = std::adjacent_find(places.begin(), places.end(),
-                                       [](const auto& a, const auto& b) { return a.first == b.first; });
-  STD_TORCH_CHECK(same == places.end(), "grads[", same == places.end() ? 0 : same->second, "] and grads[",
-                  same == places.end() ? 0 : std::next(same)->second, "] are the same memory");
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.start < b.start; });
+  for (size_t i = 1; i < places.size(); ++i) {
+    STD_TORCH_CHECK(places[i - 1].end <= places[i].start, "grads[", places[i - 1].index, "] and grads[",
+                    places[i].index, "] share memory");
+  }
 }
 
 // Everything is checked here, before the first byte is written.
@@ -94,7 +103,7 @@ std::vector<Segment> segments_of(const std::vector<Tensor>& grads, const Tensor&
 }
 
 Order order_of(double norm_type) {
-  STD_TORCH_CHECK(norm_type == 1 || norm_type == 2 || std::isinf(norm_type), "norm_type: expected 1, 2 or inf");
+  STD_TORCH_CHECK(norm_type == 1 || norm_type == 2 || norm_type == HUGE_VAL, "norm_type: expected 1, 2 or inf");
   return norm_type == 1 ? Order::one : norm_type == 2 ? Order::two : Order::inf;
 }
 

@@ -54,6 +54,7 @@ ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, O
       partials_(tiles.tiles.size()) {
   const int64_t components = static_cast<int64_t>(tiles.first.size()) - 1;
   unmeasured_ = std::make_unique<std::atomic<int64_t>[]>(components);
+  open_.reserve(components);  // work() allocates nothing, so it can't throw while other threads wait for it
   int64_t unfinished = 0;
   for (int64_t c = 0; c < components; ++c) {
     const int64_t count = tiles.first[c + 1] - tiles.first[c];
@@ -65,7 +66,7 @@ ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, O
   unfinished_.store(unfinished, std::memory_order_relaxed);
 }
 
-void ClipQueue::work() {
+void ClipQueue::work() noexcept {
   const int64_t count = static_cast<int64_t>(tiles_.tiles.size());
   for (int spins = 0;;) {
     if (scale_open_tile()) continue;

@@ -39,7 +39,7 @@ class ClipQueue {
  public:
   ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule, double* norms,
             double* coefs);
-  void work();
+  void work() noexcept;
 
  private:
   struct Open {

@@ -18,7 +18,7 @@ void for_each_element(const Segment& segment, int64_t start, int64_t n, const Vi
   const Layout& layout = segment.layout;
   const size_t dims = layout.sizes.size();
   const int64_t width = size_of(segment.dtype);
-  std::vector<int64_t> index(dims);
+  int64_t index[kMaxDims];  // no allocation here: nothing may throw while other threads wait
   int64_t offset = 0;
   for (size_t d = 0, rest = start; d < dims; ++d) {
     index[d] = rest % layout.sizes[d];

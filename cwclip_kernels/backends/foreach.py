@@ -92,7 +92,7 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
         chunks = [[m[i : i + _FAN_IN] for i in range(0, max(len(m), 1), _FAN_IN)] for m in members]
         rows = [chunk for parts in chunks for chunk in parts]
         width = max(map(len, rows))
-        index = torch.tensor([row + [size] * (width - len(row)) for row in rows], dtype=torch.int64)
+        index = torch.tensor([row + [size] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu")
         levels.append(index.to(bucket.device))
         if len(rows) == bucket.count:
             return levels
@@ -107,10 +107,23 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
     if components is None:
         components = bucket.scratch["components"] = bucket.components.to(bucket.device)
     factors = coefs[components].unbind()
-    torch._foreach_mul_(grads, factors)
+    if bucket.device.type == "cpu":
+        torch._foreach_mul_(grads, factors)
+    else:
+        _multiply(grads, factors)
     if zero_fill:
         for grad, factor in zip(grads, factors, strict=True):
             grad.masked_fill_(factor == 0, 0.0)
+
+
+def _multiply(grads: list[Tensor], factors: tuple[Tensor, ...]) -> None:
+    """Off the CPU torch rounds a 0-d factor to a half-precision tensor's dtype: those tensors are widened first."""
+    wide = [(g, f) for g, f in zip(grads, factors, strict=True) if g.dtype.itemsize > 2]
+    if wide:
+        torch._foreach_mul_([g for g, _ in wide], [f for _, f in wide])
+    for grad, factor in zip(grads, factors, strict=True):
+        if grad.dtype.itemsize == 2:
+            grad.copy_(grad.float().mul_(factor))
 
 
 def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,17 @@ _POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
 _library = torch.library.Library("cwclip_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-@cache
+_loading = threading.Lock()
+
+
 def unavailable() -> str | None:
     """Loads the extension; why it can't be, in plain words, or None."""
+    with _loading:
+        return _load()
+
+
+@cache
+def _load() -> str | None:
     try:
         importlib.import_module("cwclip_kernels._C")
     except ImportError as error:
@@ -78,6 +87,12 @@ def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> 
     return norms, coefs
 
 
+def _refuse_meta(grads: list[Tensor]) -> None:
+    # torch asks the same functions for meta tensors, outside any tracing: that would pass for a call carried out.
+    if any(type(g) is Tensor and g.is_meta for g in grads):
+        raise RuntimeError("grads: there is no data on the meta device")
+
+
 def _fake_clip_(
     grads: list[Tensor],
     components: Tensor,
@@ -87,16 +102,18 @@ def _fake_clip_(
     eps: float,
     nonfinite: int,
 ) -> tuple[Tensor, Tensor]:
+    _refuse_meta([*grads, components, caps])
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
 
 
 def _fake_power_sums(grads: list[Tensor], components: Tensor, count: int, norm_type: float) -> Tensor:
+    _refuse_meta([*grads, components])
     return components.new_empty(count, dtype=torch.float64)
 
 
 def _fake_scale_(grads: list[Tensor], components: Tensor, coefs: Tensor, zero_fill: bool) -> None:
-    return None
+    _refuse_meta([*grads, components, coefs])
 
 
 def _complete_registration() -> None:
