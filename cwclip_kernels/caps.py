@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .components import match_patterns
+from .components import match_patterns, type_name
 from .formula import wide_dtype
 
 MaxNorm: TypeAlias = float | Tensor | Mapping[str, float]
@@ -67,19 +67,24 @@ def checked_cap(value: object, name: str) -> float:
         wanted = "a number, a Tensor of shape [] or [K], or a mapping of patterns to numbers"
         if name != "max_norm":
             wanted = "a number"
-        raise TypeError(f"{name}: expected {wanted}, not {type(value).__qualname__}")
-    try:
-        cap = float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: {value} is too large for a float; use math.inf to leave norms uncapped") from None
+        raise TypeError(f"{name}: expected {wanted}, not {type_name(value)}")
+    cap = as_float(value, name, "; use math.inf to leave norms uncapped")
     if not cap >= 0.0:
         raise ValueError(f"{name}: expected a number >= 0, not {cap}")
     return cap
 
 
+def as_float(value: Real, name: str, way_out: str = "") -> float:
+    """Any real number as float, or a ValueError that names it."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: {value} is too large for a float{way_out}") from None
+
+
 def _checked_pattern(pattern: object) -> str:
     if not isinstance(pattern, str):
-        raise TypeError(f"max_norm: patterns are strings, not {type(pattern).__qualname__}")
+        raise TypeError(f"max_norm: patterns are strings, not {type_name(pattern)}")
     return pattern
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import dispatch, execute
-from .caps import Caps, MaxNorm
-from .components import Components, Grouping, Parameters, named_tensors, resolve
+from .caps import Caps, MaxNorm, as_float
+from .components import Components, Grouping, Parameters, named_tensors, resolve, type_name
 from .formula import POLICIES, ClipRule
 from .plan import Planner
 
@@ -67,9 +67,9 @@ def check_options(
     """
     dispatch.check_backend(backend)
     if not isinstance(error_if_nonfinite, bool):
-        raise TypeError(f"error_if_nonfinite: expected a bool, not {_type_name(error_if_nonfinite)}")
+        raise TypeError(f"error_if_nonfinite: expected a bool, not {type_name(error_if_nonfinite)}")
     if not isinstance(nonfinite, str):
-        raise TypeError(f"nonfinite: expected one of {', '.join(POLICIES)}, not {_type_name(nonfinite)}")
+        raise TypeError(f"nonfinite: expected one of {', '.join(POLICIES)}, not {type_name(nonfinite)}")
     if nonfinite not in POLICIES:
         raise ValueError(f"nonfinite: expected one of {', '.join(POLICIES)}, not {nonfinite!r}")
     if error_if_nonfinite and nonfinite not in ("propagate", "error"):
@@ -83,30 +83,19 @@ def _checked_order(norm_type: object) -> float:
         return float(norm_type)
     if isinstance(norm_type, bool) or not isinstance(norm_type, Real):
         raise TypeError(f"norm_type: expected a number or 'inf', not {norm_type!r}")
-    order = _as_float(norm_type, "norm_type")
+    order = as_float(norm_type, "norm_type")
     if math.isnan(order):
         raise ValueError("norm_type: expected a number or 'inf', not nan")
     return order
 
 
-def _as_float(value: Real, name: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: {value} is too large for a float") from None
-
-
 def _checked_eps(eps: object) -> float:
     if isinstance(eps, bool) or not isinstance(eps, Real):
-        raise TypeError(f"eps: expected a number, not {_type_name(eps)}")
-    value = _as_float(eps, "eps")
+        raise TypeError(f"eps: expected a number, not {type_name(eps)}")
+    value = as_float(eps, "eps")
     if not 0.0 <= value < math.inf:
         raise ValueError(f"eps: expected a finite number >= 0, not {value}")
     return value
-
-
-def _type_name(value: object) -> str:
-    return type(value).__qualname__
 
 
 class Engine:
@@ -124,7 +113,8 @@ class Engine:
         """``max_norm``, checked; a mapping is matched with the component names once while it stays the same."""
         if not isinstance(max_norm, Mapping):
             return Caps(max_norm, self.components.names)
-        items = list(max_norm.items())
+        # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
+        items = [(pattern, type(value), value) for pattern, value in max_norm.items()]
         if self._last_mapping is None or self._last_mapping[0] != items:
             self._last_mapping = items, Caps(max_norm, self.components.names)
         return self._last_mapping[1]

@@ -76,7 +76,7 @@ def as_items(parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]
         return [parameters]
     if isinstance(parameters, str | bytes | Mapping) or not isinstance(parameters, Iterable):
         hint = "; pass parameters.items()" if isinstance(parameters, Mapping) else ""
-        raise TypeError(f"parameters: {_FORMS}, not {_type_name(parameters)}{hint}")
+        raise TypeError(f"parameters: {_FORMS}, not {type_name(parameters)}{hint}")
     items = list(parameters)
     if not items and isinstance(parameters, Iterator):
         warnings.warn(
@@ -97,7 +97,7 @@ def _from_items(items: list[Any]) -> NamedTensors:
         else:
             name, tensor = str(position), item
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or named == (tensor is item):
-            raise TypeError(f"parameters[{position}]: {_FORMS}, not {_type_name(item)}")
+            raise TypeError(f"parameters[{position}]: {_FORMS}, not {type_name(item)}")
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -142,7 +142,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
             index.append(order.setdefault(key, len(order)))
         except TypeError:
             raise TypeError(
-                f"components: the callable returned an unhashable {_type_name(key)} for {name!r}; "
+                f"components: the callable returned an unhashable {type_name(key)} for {name!r}; "
                 "return a string, number or tuple, or None to leave the parameter alone"
             ) from None
     names = tuple(map(str, order))
@@ -165,7 +165,7 @@ def _key_function(parameters: NamedTensors, grouping: Grouping) -> Callable[[str
         word = _WORD_KEYS[grouping]
         return lambda name, _: word(name)
     if not callable(grouping):
-        raise TypeError(f"components: expected one of {', '.join(WORDS)} or a callable, not {_type_name(grouping)}")
+        raise TypeError(f"components: expected one of {', '.join(WORDS)} or a callable, not {type_name(grouping)}")
     return grouping
 
 
@@ -228,5 +228,6 @@ def _some(names: tuple[str, ...]) -> str:
     return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """A value's type, as error messages call it."""
     return type(value).__qualname__

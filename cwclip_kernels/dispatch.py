@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import foreach, native, triton
+from .components import type_name
 
 if TYPE_CHECKING:
     from .plan import ClipPlan
@@ -37,7 +38,7 @@ def check_backend(backend: object) -> None:
     if backend is None:
         return
     if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string or None, not {type(backend).__qualname__}")
+        raise TypeError(f"backend: expected a string or None, not {type_name(backend)}")
     if backend == "cuda":
         raise ValueError("backend: 'cuda' is not in this version; on GPUs 'triton' is what backend=None takes")
     if backend not in BACKENDS:

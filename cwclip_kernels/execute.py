@@ -14,7 +14,7 @@ from .plan import Bucket, ClipPlan, Gradients, values_of
 
 def norms_of(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
     """The K norms, gradients untouched. No host sync."""
-    return _norms(plan, grads, [_sources(b, grads, norm_type) for b in plan.buckets], norm_type)
+    return _norms(plan, grads, [_sources(b, b.pick(grads), norm_type) for b in plan.buckets], norm_type)
 
 
 def clip_(
@@ -26,19 +26,22 @@ def clip_(
     devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is), and
     errors on non-finite norms, which must come before the first write.
     """
-    targets = [_targets(b, grads, rule.norm_type) for b in plan.buckets]
+    picked = [b.pick(grads) for b in plan.buckets]
+    targets = [_targets(b, own, rule.norm_type) for b, own in zip(plan.buckets, picked, strict=True)]
     if len(plan.buckets) == 1 and not plan.sparse and not raise_nonfinite and rule.norm_type > 0:
         bucket = plan.buckets[0]
-        torch.autograd.graph.increment_version(bucket.pick(grads))
+        torch.autograd.graph.increment_version(picked[0])
         norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets[0], caps.on(bucket.device), rule)
         return norms, coefs
-    sources = [_sources(b, grads, rule.norm_type) for b in plan.buckets] if plan.sparse else targets
+    sources = targets
+    if plan.sparse:
+        sources = [_sources(b, own, rule.norm_type) for b, own in zip(plan.buckets, picked, strict=True)]
     norms = _norms(plan, grads, sources, rule.norm_type)
     if raise_nonfinite:
         _raise_if_nonfinite(plan, norms, rule.norm_type)
     coefs = formula.coefficients(norms, caps.on(plan.device), rule)
-    for bucket in plan.buckets:
-        torch.autograd.graph.increment_version(bucket.pick(grads))
+    for own in picked:
+        torch.autograd.graph.increment_version(own)
     for bucket, tensors in zip(plan.buckets, targets, strict=True):
         BACKENDS[bucket.backend].scale_(bucket, tensors, coefs.to(bucket.device), rule.zero_fill)
     return norms, coefs
@@ -71,18 +74,16 @@ def _raise_if_nonfinite(plan: ClipPlan, norms: Tensor, norm_type: float) -> None
     )
 
 
-def _targets(bucket: Bucket, grads: Gradients, norm_type: float) -> list[Tensor]:
-    """What is scaled: strided tensors on the gradients' own memory."""
-    picked = bucket.pick(grads)
-    return picked if bucket.plain else [_memory(values_of(g), norm_type) for g in picked]
+def _targets(bucket: Bucket, own: list[Tensor], norm_type: float) -> list[Tensor]:
+    """What is scaled of the bucket's own gradients: strided tensors on their memory."""
+    return own if bucket.plain else [_memory(values_of(g), norm_type) for g in own]
 
 
-def _sources(bucket: Bucket, grads: Gradients, norm_type: float) -> list[Tensor]:
+def _sources(bucket: Bucket, own: list[Tensor], norm_type: float) -> list[Tensor]:
     """What is measured: as the targets, but duplicate indices of sparse gradients added up."""
-    picked = bucket.pick(grads)
     if bucket.plain:
-        return picked
-    return [_memory(values_of(g.coalesce() if g.is_sparse else g), norm_type) for g in picked]
+        return own
+    return _targets(bucket, [g.coalesce() if g.is_sparse else g for g in own], norm_type)
 
 
 def _memory(grad: Tensor, norm_type: float) -> Tensor:

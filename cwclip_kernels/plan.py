@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .components import LEFT_ALONE, Components
+from .components import LEFT_ALONE, Components, type_name
 
 Gradients = Sequence[Tensor | None]
 
@@ -63,7 +63,7 @@ class ClipPlan:
         buckets: disjoint; none where no gradient exists.
         device: where norms and coefficients are returned.
         norm_dtype: their dtype.
-        sparse: positions of sparse gradients.
+        sparse: whether any gradient is sparse.
         outline: which gradients there were when the plan was made, and of what Python type.
         signature: what they looked like in every respect that matters.
     """
@@ -72,7 +72,7 @@ class ClipPlan:
     buckets: tuple[Bucket, ...]
     device: torch.device
     norm_dtype: torch.dtype
-    sparse: frozenset[int]
+    sparse: bool
     outline: object
     signature: object
 
@@ -161,7 +161,7 @@ def _build(
     backend: str | None,
 ) -> ClipPlan:
     members: dict[tuple[torch.device, str, str], list[int]] = {}
-    sparse: set[int] = set()
+    sparse = False
     norm_dtype = torch.float32
     device = home
     for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
@@ -172,8 +172,7 @@ def _build(
             device = grad.device
         if grad.dtype in (torch.float64, torch.complex128):
             norm_dtype = torch.float64
-        if grad.layout == torch.sparse_coo:
-            sparse.add(position)
+        sparse = sparse or grad.is_sparse
         members.setdefault((grad.device, *dispatch.choose(grad.device, grad.dtype, norm_type, backend)), []).append(
             position
         )
@@ -191,7 +190,7 @@ def _build(
         )
         for (place, served_by, reason), positions in members.items()
     )
-    return ClipPlan(components, buckets, device, norm_dtype, frozenset(sparse), _outline(grads), _signature(grads))
+    return ClipPlan(components, buckets, device, norm_dtype, sparse, _outline(grads), _signature(grads))
 
 
 def _is_special(grad: Tensor | None) -> bool:
@@ -223,7 +222,7 @@ def check_gradient(grad: Tensor, name: str) -> None:
         )
     if type(grad) is not Tensor:
         raise TypeError(
-            f"{where} is a {type(grad).__qualname__}: sharded and wrapped gradients are not served by this version; "
+            f"{where} is a {type_name(grad)}: sharded and wrapped gradients are not served by this version; "
             "clip the local tensors"
         )
     if grad.dtype not in _DTYPES:

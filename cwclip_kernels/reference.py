@@ -29,7 +29,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """Sum |g|^p of each component ([K] in ``wide_dtype``); max |g| for p = inf, min for -inf, count for 0."""
+    """sum |g|^p of each component ([K] in ``wide_dtype``); max |g| for p = inf, min for -inf, count for 0."""
     wide = wide_dtype(bucket.device)
     owners = bucket.components.tolist()
     sums = torch.full((bucket.count,), neutral(norm_type), dtype=wide, device=bucket.device)
@@ -50,7 +50,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """G <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits."""
+    """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits."""
     for grad, component in zip(grads, bucket.components.tolist(), strict=True):
         coef = coefs[component]
         wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(grad.dtype, grad.dtype)

@@ -210,3 +210,11 @@ def test_a_call_for_each_parameter_is_as_one_for_all():
 def test_numbers_and_tensors_without_a_usable_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         fused_component_clip_(parameters([(2,)]), **{"max_norm": 1.0, **arguments})
+
+
+def test_a_mapping_that_only_looks_the_same_is_checked_too():
+    params = [("a", parameter(random_grad((4,)))), ("b", parameter(random_grad((4,))))]
+    fused_component_clip_(params, {"a": 1.0, "b": 1})
+    for value in (True, torch.ones(2), "1"):
+        with pytest.raises(TypeError, match=r"max_norm\['b'\]: expected a number, not"):
+            fused_component_clip_(params, {"a": 1.0, "b": value})

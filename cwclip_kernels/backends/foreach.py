@@ -23,7 +23,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """Sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
+    """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
     # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
     each = torch.stack(torch._foreach_norm(_measurable(grads, norm_type), norm_type, dtype=wide_dtype(bucket.device)))
     if not math.isinf(norm_type) and norm_type != 0.0:
@@ -102,7 +102,7 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """G <- coef * g in place."""
+    """g <- coef * g in place."""
     components = bucket.scratch.get("components")
     if components is None:
         components = bucket.scratch["components"] = bucket.components.to(bucket.device)

@@ -63,13 +63,13 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """Sum |g|^p of each component, or max |g|: float64 [K]."""
+    """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums: Tensor = torch.ops.cwclip_kernels.power_sums(grads, bucket.components, bucket.count, norm_type)
     return sums
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """G <- coef * g in place; nothing written where coef is 1."""
+    """g <- coef * g in place; nothing written where coef is 1."""
     torch.ops.cwclip_kernels.scale_(grads, bucket.components, coefs.double(), zero_fill)
 
 

@@ -80,7 +80,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """Sum |g|^p of each component, or max |g|: float64 [K]."""
+    """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
     with _launching_on(bucket.device):
         call = _prepare(bucket, grads)
