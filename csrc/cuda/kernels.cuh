@@ -1,0 +1,381 @@
+// Component clipping on a GPU: one kernel in three modes, and a small one that starts from given coefficients.
+//
+//   norm_c = (sum over the tiles of component c of |g|^p)^(1/p);  coef_c = min(1, cap_c / (norm_c + eps));  g <- coef_c g
+//
+// A block has eight worker warps and one scheduler warp. The workers do one tile after another and nothing else. Meanwhile
+// the scheduler hands in the sum of the tile before, and finds the next tile, so that no load of a gradient waits for
+// a ticket, a table or a counter.
+//
+//   Mode::sum     Tiles are measured in the order of tickets. Whoever hands in a component's last tile adds up its
+//                 partial sums in a fixed order, works out norm and coefficient, and puts the tiles of a component that
+//                 is clipped on a list. Bytes: each gradient once.
+//   Mode::scale   Tiles on the list are scaled. What isn't clipped costs nothing, not even a look. Bytes: each clipped
+//                 gradient read once and written once. Form 1 is Mode::sum, then Mode::scale.
+//   Mode::both    Form 2, a single launch: a block that finds a tile on the list scales it before it measures another, so
+//                 that what was read last is scaled while it is still in L2. Every place in the list has one taker,
+//                 who looks whether it has been filled; nobody waits while a tile that he has taken is unmeasured, and
+//                 tiles taken are in the hands of blocks that run: progress needs no cooperative launch.
+//
+// Deterministic: partial sums depend on the tile alone, they are added in an order that depends on their number alone,
+// and scaling goes element by element. Which block does what, and the order of the list, change from run to run.
+#pragma once
+
+#include "elements.cuh"
+
+namespace cwclip::cuda {
+
+enum class Mode { sum, scale, both };
+
+constexpr int kThreads = kWorkers + kLanes;
+// 64 KB of loads in flight on each processor, and more would cost form 2 its reuse of L2.
+constexpr int kBlocksPerProcessor = 3;
+
+enum class Work : int32_t { sum, scale, none, leave };
+
+// What a block's workers do next, all they need to know.
+struct Job {
+  Work work;
+  DType dtype;
+  void* address;          // of the run's first element, or of the gradient's if that has gaps
+  int64_t start;          // used with gaps only
+  const int64_t* layout;  // null if dense
+  int32_t count;
+  bool erase;
+  uint32_t tile;
+  uint32_t component;
+  double coef;
+};
+
+struct Shared {
+  Job jobs[2];                    // this one and the next
+  double sums[2][kWorkerWarps];  // likewise: of each worker warp
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// From power sum to coefficient
+// ---------------------------------------------------------------------------------------------------------------------
+
+CWCLIP_DEVICE double rounded(double x, bool wide) { return wide ? x : static_cast<double>(static_cast<float>(x)); }
+
+CWCLIP_DEVICE bool is_finite(double x) { return magnitude(x) < double_of(0x7ff0000000000000u); }
+
+// cwclip_kernels/formula.py: coefficients(), for one component.
+CWCLIP_DEVICE double coefficient(double norm, double cap, const Rule& rule) {
+  if (cap == double_of(0x7ff0000000000000u) || norm == 0) return 1;
+  if (!is_finite(norm) && rule.nonfinite != NonFinite::propagate) return rule.nonfinite == NonFinite::skip ? 1 : 0;
+  if (!(cap >= 0)) return double_of(0x7ff8000000000000u);
+  const double padded = norm + rule.eps;
+  return padded <= cap ? 1 : quotient(cap, padded);
+}
+
+CWCLIP_DEVICE void store_result(void* results, uint32_t component, double value, bool wide) {
+  if (wide) {
+    static_cast<double*>(results)[component] = value;
+  } else {
+    static_cast<float*>(results)[component] = static_cast<float>(value);
+  }
+}
+
+CWCLIP_DEVICE double load_result(const void* results, uint32_t component, bool wide) {
+  return wide ? static_cast<const double*>(results)[component]
+              : static_cast<double>(static_cast<const float*>(results)[component]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The scheduler warp
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The sum of a warp's values, or their maximum, in a fixed tree; valid in its first lane.
+template <Order order>
+CWCLIP_DEVICE double sum_of_warp(double value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value = merged<order>(value, from_lane_above(value, distance));
+  }
+  return value;
+}
+
+// Puts a component's tiles on the list, the one read last first. By a whole warp, after one of its lanes has written
+// the coefficient.
+CWCLIP_DEVICE void list_component(const Call& call, uint32_t component, int lane) {
+  const uint32_t first = call.tables.spans[component];
+  const uint32_t count = call.tables.spans[component + 1] - first;
+  uint32_t place = 0;
+  if (lane == 0) place = fetch_add_relaxed(&call.workspace.counters->listed, count);
+  place = from_first_lane(place);
+  warp_barrier();
+  for (uint32_t i = lane; i < count; i += kLanes) store_release(&call.workspace.list[place + i], first + count - i);
+}
+
+// Adds up a component whose last tile has been measured, and says what becomes of it.
+template <Order order>
+CWCLIP_DEVICE void finish_component(const Call& call, uint32_t component, int lane) {
+  const uint32_t first = call.tables.spans[component], last = call.tables.spans[component + 1];
+  double sum = 0;
+  for (uint32_t i = first + lane; i < last; i += kLanes) {
+    sum = merged<order>(sum, load_relaxed(&call.workspace.partials[i]));
+  }
+  sum = sum_of_warp<order>(sum);
+  uint32_t clipped = 0;
+  if (lane == 0) {
+    store_relaxed(&call.workspace.done[component], 0);
+    if (call.results.sums != nullptr) {
+      call.results.sums[component] = sum;
+    } else {
+      const bool wide = call.rule.wide;
+      const double norm = rounded(order == Order::two ? square_root(sum) : sum, wide);
+      const double cap = call.rule.caps[component * call.rule.caps_stride];
+      const double coef = rounded(coefficient(norm, cap, call.rule), wide);
+      store_result(call.results.norms, component, norm, wide);
+      store_result(call.results.coefs, component, coef, wide);
+      clipped = coef != 1;  // NaN included
+    }
+  }
+  if (from_first_lane(clipped)) list_component(call, component, lane);
+  warp_barrier();
+  if (lane == 0) fetch_add_acq_rel(&call.workspace.counters->finished, 1);
+}
+
+// Hands in what the workers have measured.
+template <Order order>
+CWCLIP_DEVICE void hand_in(const Call& call, uint32_t tile, uint32_t component, const double (&sums)[kWorkerWarps],
+                           int lane) {
+  uint32_t is_last = 0;
+  if (lane == 0) {
+    double sum = sums[0];
+#pragma unroll
+    for (int warp = 1; warp < kWorkerWarps; ++warp) sum = merged<order>(sum, sums[warp]);
+    call.workspace.partials[tile] = sum;
+    const uint32_t tiles = call.tables.spans[component + 1] - call.tables.spans[component];
+    is_last = fetch_add_acq_rel(&call.workspace.done[component], 1) == tiles - 1;
+  }
+  is_last = from_first_lane(is_last);
+  warp_barrier();  // what its first lane has acquired, all have
+  if (is_last) finish_component<order>(call, component, lane);
+}
+
+// Finds a block's next tile. One lane's business.
+template <Mode mode, int kCapacity>
+struct Scheduler {
+  CWCLIP_DEVICE Scheduler(const Call& call, const Addresses<kCapacity>& addresses, bool on_duty)
+      : call(call), addresses(addresses) {
+    if (!on_duty) return;
+    Counters* const counters = call.workspace.counters;
+    if constexpr (mode != Mode::scale) sum_ticket = draw_sum_ticket();
+    if constexpr (mode == Mode::both) scale_ticket = fetch_add_relaxed(&counters->scale_ticket, 1);
+    if constexpr (mode == Mode::scale) {
+      scale_ticket = block_index();
+      listed = load_acquire(&counters->listed);
+    }
+  }
+
+  // The next job. Work::none if there is nothing to do until the sum that the block is working on is handed in.
+  CWCLIP_DEVICE Job next(bool sum_in_hand) {
+    const Workspace& workspace = call.workspace;
+    for (;;) {
+      // In this order: once all are finished, a place that is empty stays empty.
+      uint32_t finished = 0;
+      if constexpr (mode == Mode::both) finished = load_acquire(&workspace.counters->finished);
+      if constexpr (mode != Mode::sum) {
+        if (const uint32_t entry = take_listed()) return scale_job(entry - 1);
+      }
+      if constexpr (mode != Mode::scale) {
+        if (sum_ticket < call.range.tile_end) {
+          const uint32_t tile = sum_ticket;
+          sum_ticket = draw_sum_ticket();
+          return job_of(tile, Work::sum);
+        }
+      }
+      if (sum_in_hand) return idle(Work::none);
+      if (mode != Mode::both || finished == call.measured) return idle(Work::leave);
+      pause();
+    }
+  }
+
+ private:
+  CWCLIP_DEVICE uint32_t draw_sum_ticket() {
+    return call.range.tile_begin + fetch_add_relaxed(&call.workspace.sum_tickets[call.range.table], 1);
+  }
+
+  // 1 + a listed tile that this launch can reach, or 0. An empty place stays this block's to look at again.
+  CWCLIP_DEVICE uint32_t take_listed() {
+    uint32_t* const list = call.workspace.list;
+    if constexpr (mode == Mode::both) {
+      if (scale_ticket >= call.range.tile_end) return 0;
+      const uint32_t entry = load_acquire(&list[scale_ticket]);
+      if (entry != 0) {
+        store_relaxed(&list[scale_ticket], 0);
+        scale_ticket = fetch_add_relaxed(&call.workspace.counters->scale_ticket, 1);
+      }
+      return entry;
+    } else {
+      while (scale_ticket < listed) {
+        const uint32_t place = scale_ticket;
+        scale_ticket += block_count();
+        const uint32_t entry = load_acquire(&list[place]);
+        if (entry == 0 || entry - 1 < call.range.tile_begin || entry - 1 >= call.range.tile_end) continue;
+        store_relaxed(&list[place], 0);
+        return entry;
+      }
+      return 0;
+    }
+  }
+
+  CWCLIP_DEVICE Job scale_job(uint32_t tile) const {
+    Job job = job_of(tile, Work::scale);
+    job.coef = load_result(call.results.coefs, job.component, call.rule.wide);
+    job.erase = job.coef == 0 && call.rule.nonfinite == NonFinite::zero;
+    return job;
+  }
+
+  CWCLIP_DEVICE Job job_of(uint32_t index, Work work) const {
+    const Tile tile = call.tables.tiles[index];
+    Job job;
+    job.work = work;
+    job.dtype = tile.dtype;
+    job.address = addresses.address[tile.segment - call.range.segment_begin];
+    job.start = tile.start;
+    job.layout = nullptr;
+    if (tile.layout >= 0) {
+      job.layout = call.tables.layouts + tile.layout;
+    } else {
+      job.address = static_cast<char*>(job.address) + tile.start * size_of(tile.dtype);
+    }
+    job.count = tile.count;
+    job.erase = false;
+    job.tile = index;
+    job.component = static_cast<uint32_t>(tile.component);
+    job.coef = 1;
+    return job;
+  }
+
+  CWCLIP_DEVICE static Job idle(Work work) {
+    Job job = {};
+    job.work = work;
+    return job;
+  }
+
+  const Call& call;
+  const Addresses<kCapacity>& addresses;
+  uint32_t sum_ticket = 0, scale_ticket = 0, listed = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The worker warps
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Calls work(std::integral_constant-like tag) with the job's dtype as a compile-time constant.
+template <DType value>
+struct DTypeTag {
+  static constexpr DType dtype = value;
+};
+template <class Each>
+CWCLIP_DEVICE void with_dtype(DType dtype, Each&& work) {
+  switch (dtype) {
+    case DType::f32: return work(DTypeTag<DType::f32>());
+    case DType::bf16: return work(DTypeTag<DType::bf16>());
+    case DType::f16: return work(DTypeTag<DType::f16>());
+    case DType::f64: return work(DTypeTag<DType::f64>());
+  }
+}
+
+template <Order order, bool kGaps>
+CWCLIP_DEVICE void measure(const Job& job, double (&sums)[kWorkerWarps], int thread) {
+  double sum = 0;
+  with_dtype(job.dtype, [&](auto tag) {
+    constexpr DType dtype = decltype(tag)::dtype;
+    if (kGaps && job.layout != nullptr) {
+      sum = sum_gapped<order, dtype>(job.address, job.layout, job.start, job.count, thread);
+    } else {
+      sum = sum_dense<order, dtype>(job.address, job.count, thread);
+    }
+  });
+  sum = sum_of_warp<order>(sum);
+  if (thread % kLanes == 0) sums[thread / kLanes] = sum;
+}
+
+template <bool kGaps>
+CWCLIP_DEVICE void rescale(const Job& job, int thread) {
+  with_dtype(job.dtype, [&](auto tag) {
+    constexpr DType dtype = decltype(tag)::dtype;
+    if (kGaps && job.layout != nullptr) {
+      scale_gapped<dtype>(job.address, job.layout, job.start, job.count, job.coef, job.erase, thread);
+    } else {
+      scale_dense<dtype>(job.address, job.count, job.coef, job.erase, thread);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernels
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Components without elements, which no tile speaks for: norm 0, coefficient 1.
+CWCLIP_DEVICE void fill_in_empty_components(const Call& call) {
+  const uint32_t step = block_count() * kThreads;
+  for (uint32_t c = block_index() * kThreads + thread_index(); c < call.components; c += step) {
+    if (call.tables.spans[c] != call.tables.spans[c + 1]) continue;
+    if (call.results.sums != nullptr) {
+      call.results.sums[c] = 0;
+    } else {
+      store_result(call.results.norms, c, 0, call.rule.wide);
+      store_result(call.results.coefs, c, 1, call.rule.wide);
+    }
+  }
+}
+
+// The last block to leave the call's last launch sets every counter back, for the next call.
+CWCLIP_DEVICE void leave(const Call& call) {
+  Counters* const counters = call.workspace.counters;
+  if (!call.range.last || fetch_add_acq_rel(&counters->left, 1) != block_count() - 1) return;
+  store_relaxed(&counters->scale_ticket, 0);
+  store_relaxed(&counters->listed, 0);
+  store_relaxed(&counters->finished, 0);
+  store_relaxed(&counters->left, 0);
+  for (uint32_t i = 0; i < call.range.tables; ++i) store_relaxed(&call.workspace.sum_tickets[i], 0);
+}
+
+// Measures, scales, or both; see the head of this file. Any number of blocks from one up.
+template <Mode mode, Order order, int kCapacity, bool kGaps>
+CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, kBlocksPerProcessor)
+    clip_kernel(CWCLIP_PARAMETER Call call, CWCLIP_PARAMETER Addresses<kCapacity> addresses) {
+  CWCLIP_SHARED(Shared, shared);
+  const int thread = thread_index(), lane = thread % kLanes;
+  const bool is_worker = thread < kWorkers;
+  if (mode != Mode::scale && call.measured < call.components && call.range.table == 0) fill_in_empty_components(call);
+
+  Scheduler<mode, kCapacity> scheduler(call, addresses, thread == kWorkers);
+  if (thread == kWorkers) shared.jobs[0] = scheduler.next(false);
+  block_barrier();
+  Work before = Work::none;
+  uint32_t tile_before = 0, component_before = 0;
+  for (int turn = 0;; turn ^= 1) {
+    const Job job = shared.jobs[turn];
+    if (job.work == Work::leave) break;
+    if (is_worker) {
+      if (mode != Mode::scale && job.work == Work::sum) measure<order, kGaps>(job, shared.sums[turn], thread);
+      if (mode != Mode::sum && job.work == Work::scale) rescale<kGaps>(job, thread);
+    } else {
+      if (mode != Mode::scale && before == Work::sum) {
+        hand_in<order>(call, tile_before, component_before, shared.sums[turn ^ 1], lane);
+      }
+      if (lane == 0) shared.jobs[turn ^ 1] = scheduler.next(job.work == Work::sum);
+    }
+    before = job.work;
+    tile_before = job.tile;
+    component_before = job.component;
+    block_barrier();
+  }
+  if (thread == kWorkers) leave(call);
+}
+
+// Puts on the list what given coefficients clip: one warp for each component. Before Mode::scale.
+CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, 1) list_kernel(CWCLIP_PARAMETER Call call) {
+  const int lane = thread_index() % kLanes;
+  const uint32_t warps = kThreads / kLanes;
+  for (uint32_t c = block_index() * warps + thread_index() / kLanes; c < call.components; c += block_count() * warps) {
+    if (load_result(call.results.coefs, c, call.rule.wide) != 1) list_component(call, c, lane);
+  }
+}
+
+}  // namespace cwclip::cuda

@@ -1,0 +1,126 @@
+// What the kernels ask of the machine, each under a name of ours: who am I, barriers, shuffles, atomics with their memory
+// order, conversions. Here for GPUs; tests/native/machine_on_host.h has the same names for a CPU, so that the suite
+// runs the kernels where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#define CWCLIP_DEVICE __device__ __forceinline__
+#define CWCLIP_KERNEL __global__
+#define CWCLIP_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define CWCLIP_PARAMETER const __grid_constant__
+#define CWCLIP_SHARED(type, name) __shared__ type name
+
+namespace cwclip::cuda {
+
+constexpr int kLanes = 32;
+constexpr int kWorkerWarps = 8;
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+
+CWCLIP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+CWCLIP_DEVICE uint32_t block_index() { return blockIdx.x; }
+CWCLIP_DEVICE uint32_t block_count() { return gridDim.x; }
+
+CWCLIP_DEVICE void block_barrier() { __syncthreads(); }
+CWCLIP_DEVICE void warp_barrier() { __syncwarp(); }
+CWCLIP_DEVICE uint32_t from_first_lane(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+CWCLIP_DEVICE double from_lane_above(double value, int distance) {
+  return __shfl_down_sync(0xffffffffu, value, distance);
+}
+CWCLIP_DEVICE void pause() {
+#if __CUDA_ARCH__ >= 700
+  __nanosleep(100);
+#endif
+}
+
+// What blocks share. Relaxed: the value alone. Acquire and release: with everything written before.
+CWCLIP_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t n) {
+  uint32_t old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(n) : "memory");
+  return old;
+}
+CWCLIP_DEVICE uint32_t fetch_add_acq_rel(uint32_t* p, uint32_t n) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(n) : "memory");
+  return old;
+}
+CWCLIP_DEVICE uint32_t load_acquire(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+CWCLIP_DEVICE void store_release(uint32_t* p, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+CWCLIP_DEVICE void store_relaxed(uint32_t* p, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+// Written by another block: not from this processor's own cache.
+CWCLIP_DEVICE double load_relaxed(const double* p) {
+  double value;
+  asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(value) : "l"(p) : "memory");
+  return value;
+}
+
+// Gradients, 16 bytes at a time. First read: they may be read again soon. Last read and write: they won't be.
+CWCLIP_DEVICE Vector load_vector(const Vector* p) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+CWCLIP_DEVICE Vector load_vector_last(const Vector* p) {
+  const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+CWCLIP_DEVICE void store_vector_last(Vector* p, Vector v) {
+  __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+
+CWCLIP_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+CWCLIP_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+CWCLIP_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
+CWCLIP_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+
+CWCLIP_DEVICE float float_of_f16(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+// To nearest even, two at a time, the first in the low half.
+CWCLIP_DEVICE uint32_t pack_f16(float low, float high) {
+  uint16_t a, b;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(a) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(high));
+  return a | static_cast<uint32_t>(b) << 16;
+}
+CWCLIP_DEVICE uint32_t pack_bf16(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  const auto rounded = [](float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
+  };
+  return rounded(low) | rounded(high) << 16;
+#endif
+}
+
+CWCLIP_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+CWCLIP_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+// IEEE, whatever flags the file is compiled with.
+CWCLIP_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+CWCLIP_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+CWCLIP_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
+CWCLIP_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
+
+}  // namespace cwclip::cuda
+
+#else
+#include "machine_on_host.h"
+#endif

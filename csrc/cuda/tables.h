@@ -1,0 +1,86 @@
+// What one call on a GPU works on, in plain structs that host and device share.
+#pragma once
+
+#include "../plan.h"
+
+namespace cwclip::cuda {
+
+// A tile is what a block works on at a time: one 16-byte load by each thread, eight times.
+constexpr int64_t kTileBytes = 32 * 1024;
+
+// A run of elements of one gradient. The static table of tiles lies on the device, component by component, so that a
+// component's partial sums lie together.
+struct alignas(16) Tile {
+  int64_t start;       // element of the gradient, in memory order if it is dense
+  int32_t count;       // elements
+  int32_t segment;     // gradient, by its place in the order of components
+  int32_t component;
+  DType dtype;
+  int32_t layout;      // where its Layout is among the layouts, -1 if it is dense
+  int32_t unused;
+};
+static_assert(sizeof(Tile) == 32, "read as two 16-byte words");
+
+// Where the static tables lie.
+struct Tables {
+  const Tile* tiles;
+  const uint32_t* spans;    // [K + 1]; the tiles of component c are spans[c] up to spans[c + 1]
+  const int64_t* layouts;   // for each gradient with gaps: dims, then size and stride of each, innermost first
+};
+
+// What blocks tell each other. Zero before a call and, by the last block to leave, after it.
+struct Counters {
+  uint32_t scale_ticket;  // next place in the list to take
+  uint32_t listed;        // places in the list given out
+  uint32_t finished;      // components whose norm is known and, if it is to be scaled, listed
+  uint32_t left;          // blocks that have nothing more to do
+};
+
+// Device memory that a call uses and leaves as it found it; calls on one stream share it, others don't.
+struct Workspace {
+  Counters* counters;
+  uint32_t* sum_tickets;  // one for each table of addresses: next tile to measure
+  uint32_t* done;         // [K] tiles measured
+  uint32_t* list;         // [tiles]: 1 + tile to be scaled, 0 where nothing is listed (yet)
+  double* partials;       // [tiles]: power sums; not zero afterwards
+};
+
+// What comes out, on the device.
+struct Results {
+  double* sums;  // [K] power sums if only they are asked for; then there are no norms and coefs
+  void* norms;   // [K] float, or double if wide
+  void* coefs;   // likewise; read, not written, by kernels that only scale
+};
+
+// The tiles and gradients that one launch can reach: those whose addresses are in its parameters.
+struct Range {
+  uint32_t tile_begin, tile_end;
+  int32_t segment_begin, segment_end;
+  uint32_t table;    // index of the ticket to draw from
+  uint32_t tables;   // how many tickets there are
+  uint32_t last;     // whether the last block to leave sets everything back to zero
+};
+
+struct Call {
+  Tables tables;
+  Workspace workspace;
+  Results results;
+  Range range;
+  Rule rule;
+  uint32_t components;          // K
+  uint32_t measured;            // components that have tiles
+};
+
+// Addresses travel in the kernel's own parameters: no copy to the device, and safe in CUDA graphs. 4 KB of parameters
+// can always be had; 32,764 bytes since CUDA 12.1.
+constexpr int kFewAddresses = 464;
+constexpr int kManyAddresses = 4048;
+
+template <int kCapacity>
+struct Addresses {
+  void* address[kCapacity];
+};
+static_assert(sizeof(Call) + sizeof(Addresses<kFewAddresses>) <= 4096, "fits the small parameter space");
+static_assert(sizeof(Call) + sizeof(Addresses<kManyAddresses>) <= 32764, "fits the large parameter space");
+
+}  // namespace cwclip::cuda
