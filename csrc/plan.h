@@ -9,7 +9,7 @@ namespace cwclip {
 
 enum class DType : int32_t { f32, bf16, f16, f64 };
 
-inline int64_t size_of(DType dtype) {
+constexpr int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 

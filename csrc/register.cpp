@@ -6,6 +6,8 @@
 #include <Python.h>
 
 #include "cpu/ops.h"
+#include "cuda/calls.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -23,8 +25,22 @@ STABLE_TORCH_LIBRARY_IMPL(cwclip_kernels, CPU, m) {
   m.impl("scale_", TORCH_BOX(&cwclip::cpu::scale_));
 }
 
-// Importing the module runs the registrations above; it has nothing else in it.
+// What is called too often, with too many tensors, to go through torch's dispatcher.
+static PyMethodDef methods[] = {
+    {"layout_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_layout_of)), METH_FASTCALL,
+     nullptr},
+    {"addresses_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_addresses_of)),
+     METH_FASTCALL, nullptr},
+#if defined(CWCLIP_WITH_CUDA)
+    {"cuda_program", &cwclip::cuda::py_program, METH_VARARGS, nullptr},
+    {"cuda_enqueue", &cwclip::cuda::py_enqueue, METH_VARARGS, nullptr},
+    {"cuda_stream", &cwclip::cuda::py_stream, METH_O, nullptr},
+#endif
+    {nullptr, nullptr, 0, nullptr},
+};
+
+// Importing the module runs the registrations above, too.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return cwclip::find_torch() ? PyModule_Create(&module) : nullptr;
 }

@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include "../segments.h"
 #include "queue.h"
 #include "strided.h"
 
@@ -24,31 +25,9 @@ DType dtype_of(const Tensor& grad) {
   }
 }
 
-// Sorts the dimensions by stride and joins what lies seamlessly together; one dimension of stride 1 is dense.
 Layout layout_of(const Tensor& grad, size_t index) {
   if (grad.is_contiguous()) return {};
-  const auto sizes = grad.sizes(), strides = grad.strides();
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < grad.dim(); ++d) {
-    if (sizes[d] == 0) return {};
-    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
-  }
-  STD_TORCH_CHECK(dims.size() <= kMaxDims, "grads[", index, "] has more than ", kMaxDims, " dimensions");
-  std::sort(dims.begin(), dims.end());
-  Layout layout;
-  int64_t span = 0;
-  for (const auto& [stride, size] : dims) {
-    STD_TORCH_CHECK(stride > span, "grads[", index, "] has several elements on one place in memory");
-    span += stride * (size - 1);
-    if (!layout.sizes.empty() && stride == layout.strides.back() * layout.sizes.back()) {
-      layout.sizes.back() *= size;
-    } else {
-      layout.sizes.push_back(size);
-      layout.strides.push_back(stride);
-    }
-  }
-  const bool dense = layout.sizes.empty() || (layout.sizes.size() == 1 && layout.strides[0] == 1);
-  return dense ? Layout{} : layout;
+  return cwclip::layout_of(grad.sizes().data(), grad.strides().data(), grad.dim(), index);
 }
 
 const int64_t* owners_of(const Tensor& components, size_t count) {
@@ -62,28 +41,6 @@ const double* doubles_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_cpu() && tensor.is_contiguous(), name,
                   ": expected contiguous float64 on the CPU");
   return tensor.const_data_ptr<double>();
-}
-
-// Two threads must not scale one gradient, and nobody may scale it twice. Gradients with gaps may interleave, but not
-// begin at the same place.
-void check_distinct(const std::vector<Segment>& segments) {
-  struct Place {
-    const char *start, *end;
-    size_t index;
-  };
-  std::vector<Place> places;
-  places.reserve(segments.size());
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const Segment& s = segments[i];
-    if (s.numel == 0) continue;
-    const char* const start = static_cast<const char*>(s.data);
-    places.push_back({start, start + (s.layout.dense() ? s.numel * size_of(s.dtype) : 1), i});
-  }
-  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.start < b.start; });
-  for (size_t i = 1; i < places.size(); ++i) {
-    STD_TORCH_CHECK(places[i - 1].end <= places[i].start, "grads[", places[i - 1].index, "] and grads[",
-                    places[i].index, "] share memory");
-  }
 }
 
 // Everything is checked here, before the first byte is written.

@@ -182,15 +182,44 @@ CWCLIP_DEVICE double with_element(double sum, double x) {
   }
 }
 
-// Float32 sums of up to 8 terms are kept for each element of a vector, then added in float64. Their squares fit float32
-// if the sum is finite, and it loses less than 2^-40 of itself to underflow (64 x 2^-150) if it is above 2^-100. What
-// isn't trusted, the same thread adds up once more, in float64 from the start.
+// Which of a dense run's vectors a thread takes at a time: `at`, and then each kWorkers further on.
+template <DType dtype>
+CWCLIP_DEVICE void load_share(const Run<dtype>& run, int32_t at, Vector (&loads)[kSumLoads]) {
+#pragma unroll
+  for (int k = 0; k < kSumLoads; ++k) {
+    const int32_t i = at + k * kWorkers;
+    loads[k] = i < run.vectors ? load_vector(run.body + i) : Vector{};
+  }
+}
+
+// The power sum of a share in float64 from the start, for what float32 can't hold. Reads the vectors once more, so that
+// nobody keeps them in registers for its sake.
+template <Order order, DType dtype>
+CWCLIP_DEVICE double sum_of_share_in_double(const Run<dtype>& run, int32_t at) {
+  double total = 0;
+#pragma unroll 1
+  for (int k = 0; k < kSumLoads && at < run.vectors; ++k, at += kWorkers) {
+    for_each_element<dtype>(load_vector(run.body + at), [&](int, double x) { total = with_element<order>(total, x); });
+  }
+  return total;
+}
+
+// Float32 sums of up to 8 terms, one for each element of a vector, then added in float64. Their squares fit float32 if
+// the sum is finite, and it loses less than 2^-40 of itself to underflow (64 x 2^-150) if it is above 2^-100. What isn't
+// trusted, the same thread adds up once more, in float64.
 constexpr double kTrustedFrom = 0x1p-100;
 
 template <Order order, DType dtype>
-CWCLIP_DEVICE double sum_of_loads(const Vector (&loads)[kSumLoads]) {
-  constexpr int kPerVector = dtype == DType::f32 ? 4 : 8;
-  if constexpr (order == Order::inf) {
+CWCLIP_DEVICE double sum_of_share(const Run<dtype>& run, int32_t at) {
+  Vector loads[kSumLoads];
+  load_share(run, at, loads);
+  double total = 0;
+  if constexpr (dtype == DType::f64) {
+#pragma unroll
+    for (const Vector& v : loads) {
+      for_each_element<dtype>(v, [&](int, double x) { total = with_element<order>(total, x); });
+    }
+  } else if constexpr (order == Order::inf) {
     uint32_t peak = 0;
 #pragma unroll
     for (const Vector& v : loads) {
@@ -199,9 +228,9 @@ CWCLIP_DEVICE double sum_of_loads(const Vector (&loads)[kSumLoads]) {
         peak = peak > bits ? peak : bits;
       });
     }
-    return float_of(peak);
+    total = float_of(peak);
   } else {
-    float sums[kPerVector] = {};
+    float sums[Run<dtype>::kPerVector] = {};
     uint32_t any = 0;
 #pragma unroll
     for (const Vector& v : loads) {
@@ -210,30 +239,13 @@ CWCLIP_DEVICE double sum_of_loads(const Vector (&loads)[kSumLoads]) {
       });
       any |= v.word[0] | v.word[1] | v.word[2] | v.word[3];
     }
-    double total = 0;
 #pragma unroll
     for (const float sum : sums) total += sum;
     if constexpr (dtype != DType::f16) {  // whose squares always fit
       const bool underflow = order == Order::two && total < kTrustedFrom && (any & Element<dtype>::kMagnitude) != 0;
       const bool overflow = !(total < static_cast<double>(float_of(0x7f800000u)));
-      if (underflow || overflow) {
-        total = 0;
-#pragma unroll
-        for (const Vector& v : loads) {
-          for_each_element<dtype>(v, [&](int, float x) { total = with_element<order>(total, x); });
-        }
-      }
+      if (underflow || overflow) total = sum_of_share_in_double<order>(run, at);
     }
-    return total;
-  }
-}
-
-template <Order order>
-CWCLIP_DEVICE double sum_of_doubles(const Vector (&loads)[kSumLoads]) {
-  double total = 0;
-#pragma unroll
-  for (const Vector& v : loads) {
-    for_each_element<DType::f64>(v, [&](int, double x) { total = with_element<order>(total, x); });
   }
   return total;
 }
@@ -244,17 +256,7 @@ CWCLIP_DEVICE double sum_dense(void* address, int32_t count, int thread) {
   const Run<dtype> run(address, count);
   double total = 0;
   for (int32_t at = thread; at < run.vectors; at += kWorkers * kSumLoads) {
-    Vector loads[kSumLoads];
-#pragma unroll
-    for (int k = 0; k < kSumLoads; ++k) {
-      const int32_t i = at + k * kWorkers;
-      loads[k] = i < run.vectors ? load_vector(run.body + i) : Vector{};
-    }
-    if constexpr (dtype == DType::f64) {
-      total = merged<order>(total, sum_of_doubles<order>(loads));
-    } else {
-      total = merged<order>(total, sum_of_loads<order, dtype>(loads));
-    }
+    total = merged<order>(total, sum_of_share<order>(run, at));
   }
   for (int32_t i = thread; i < run.edges; i += kWorkers) {
     total = with_element<order>(total, Element<dtype>::widen(*run.edge(i)));

@@ -43,6 +43,7 @@ struct Job {
   bool erase;
   uint32_t tile;
   uint32_t component;
+  uint32_t of;  // tiles of the component
   double coef;
 };
 
@@ -95,8 +96,10 @@ CWCLIP_DEVICE double sum_of_warp(double value) {
   return value;
 }
 
-// Puts a component's tiles on the list, the one read last first. By a whole warp, after one of its lanes has written
-// the coefficient.
+// Puts a component's tiles on the list, so that the one read last is scaled first: it may still be in L2. Mode::both takes
+// the list from its beginning, while Mode::scale, which comes after all reading, takes it from its end. By a whole warp,
+// after one of its lanes has written the coefficient.
+template <Mode mode>
 CWCLIP_DEVICE void list_component(const Call& call, uint32_t component, int lane) {
   const uint32_t first = call.tables.spans[component];
   const uint32_t count = call.tables.spans[component + 1] - first;
@@ -104,11 +107,14 @@ CWCLIP_DEVICE void list_component(const Call& call, uint32_t component, int lane
   if (lane == 0) place = fetch_add_relaxed(&call.workspace.counters->listed, count);
   place = from_first_lane(place);
   warp_barrier();
-  for (uint32_t i = lane; i < count; i += kLanes) store_release(&call.workspace.list[place + i], first + count - i);
+  for (uint32_t i = lane; i < count; i += kLanes) {
+    const uint32_t tile = mode == Mode::both ? first + count - 1 - i : first + i;
+    store_release(&call.workspace.list[place + i], 1 + tile);
+  }
 }
 
 // Adds up a component whose last tile has been measured, and says what becomes of it.
-template <Order order>
+template <Mode mode, Order order>
 CWCLIP_DEVICE void finish_component(const Call& call, uint32_t component, int lane) {
   const uint32_t first = call.tables.spans[component], last = call.tables.spans[component + 1];
   double sum = 0;
@@ -131,27 +137,25 @@ CWCLIP_DEVICE void finish_component(const Call& call, uint32_t component, int la
       clipped = coef != 1;  // NaN included
     }
   }
-  if (from_first_lane(clipped)) list_component(call, component, lane);
+  if (from_first_lane(clipped)) list_component<mode>(call, component, lane);
   warp_barrier();
   if (lane == 0) fetch_add_acq_rel(&call.workspace.counters->finished, 1);
 }
 
 // Hands in what the workers have measured.
-template <Order order>
-CWCLIP_DEVICE void hand_in(const Call& call, uint32_t tile, uint32_t component, const double (&sums)[kWorkerWarps],
-                           int lane) {
+template <Mode mode, Order order>
+CWCLIP_DEVICE void hand_in(const Call& call, const Job& job, const double (&sums)[kWorkerWarps], int lane) {
   uint32_t is_last = 0;
   if (lane == 0) {
     double sum = sums[0];
 #pragma unroll
     for (int warp = 1; warp < kWorkerWarps; ++warp) sum = merged<order>(sum, sums[warp]);
-    call.workspace.partials[tile] = sum;
-    const uint32_t tiles = call.tables.spans[component + 1] - call.tables.spans[component];
-    is_last = fetch_add_acq_rel(&call.workspace.done[component], 1) == tiles - 1;
+    call.workspace.partials[job.tile] = sum;
+    is_last = fetch_add_acq_rel(&call.workspace.done[job.component], 1) == job.of - 1;
   }
   is_last = from_first_lane(is_last);
   warp_barrier();  // what its first lane has acquired, all have
-  if (is_last) finish_component<order>(call, component, lane);
+  if (is_last) finish_component<mode, order>(call, job.component, lane);
 }
 
 // Finds a block's next tile. One lane's business.
@@ -210,7 +214,7 @@ struct Scheduler {
       return entry;
     } else {
       while (scale_ticket < listed) {
-        const uint32_t place = scale_ticket;
+        const uint32_t place = listed - 1 - scale_ticket;
         scale_ticket += block_count();
         const uint32_t entry = load_acquire(&list[place]);
         if (entry == 0 || entry - 1 < call.range.tile_begin || entry - 1 >= call.range.tile_end) continue;
@@ -245,6 +249,7 @@ struct Scheduler {
     job.erase = false;
     job.tile = index;
     job.component = static_cast<uint32_t>(tile.component);
+    job.of = static_cast<uint32_t>(tile.of);
     job.coef = 1;
     return job;
   }
@@ -338,43 +343,41 @@ CWCLIP_DEVICE void leave(const Call& call) {
 // Measures, scales, or both; see the head of this file. Any number of blocks from one up.
 template <Mode mode, Order order, int kCapacity, bool kGaps>
 CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, kBlocksPerProcessor)
-    clip_kernel(CWCLIP_PARAMETER Call call, CWCLIP_PARAMETER Addresses<kCapacity> addresses) {
+    clip_kernel(CWCLIP_PARAMETER(Call) call, CWCLIP_PARAMETER(Addresses<kCapacity>) addresses) {
   CWCLIP_SHARED(Shared, shared);
   const int thread = thread_index(), lane = thread % kLanes;
   const bool is_worker = thread < kWorkers;
   if (mode != Mode::scale && call.measured < call.components && call.range.table == 0) fill_in_empty_components(call);
 
   Scheduler<mode, kCapacity> scheduler(call, addresses, thread == kWorkers);
-  if (thread == kWorkers) shared.jobs[0] = scheduler.next(false);
+  if (thread == kWorkers) {
+    shared.jobs[0] = scheduler.next(false);
+    shared.jobs[1].work = Work::none;
+  }
   block_barrier();
-  Work before = Work::none;
-  uint32_t tile_before = 0, component_before = 0;
   for (int turn = 0;; turn ^= 1) {
-    const Job job = shared.jobs[turn];
+    const Job& job = shared.jobs[turn];
+    Job& other = shared.jobs[turn ^ 1];  // the one before, and then the one after
     if (job.work == Work::leave) break;
     if (is_worker) {
       if (mode != Mode::scale && job.work == Work::sum) measure<order, kGaps>(job, shared.sums[turn], thread);
       if (mode != Mode::sum && job.work == Work::scale) rescale<kGaps>(job, thread);
     } else {
-      if (mode != Mode::scale && before == Work::sum) {
-        hand_in<order>(call, tile_before, component_before, shared.sums[turn ^ 1], lane);
-      }
-      if (lane == 0) shared.jobs[turn ^ 1] = scheduler.next(job.work == Work::sum);
+      if (mode != Mode::scale && other.work == Work::sum) hand_in<mode, order>(call, other, shared.sums[turn ^ 1], lane);
+      warp_barrier();
+      if (lane == 0) other = scheduler.next(job.work == Work::sum);
     }
-    before = job.work;
-    tile_before = job.tile;
-    component_before = job.component;
     block_barrier();
   }
   if (thread == kWorkers) leave(call);
 }
 
 // Puts on the list what given coefficients clip: one warp for each component. Before Mode::scale.
-CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, 1) list_kernel(CWCLIP_PARAMETER Call call) {
+CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, 1) list_kernel(CWCLIP_PARAMETER(Call) call) {
   const int lane = thread_index() % kLanes;
   const uint32_t warps = kThreads / kLanes;
   for (uint32_t c = block_index() * warps + thread_index() / kLanes; c < call.components; c += block_count() * warps) {
-    if (load_result(call.results.coefs, c, call.rule.wide) != 1) list_component(call, c, lane);
+    if (load_result(call.results.coefs, c, call.rule.wide) != 1) list_component<Mode::scale>(call, c, lane);
   }
 }
 

@@ -1,6 +1,6 @@
-// What the kernels ask of the machine, each under a name of ours: who am I, barriers, shuffles, atomics with their memory
-// order, conversions. Here for GPUs; tests/native/machine_on_host.h has the same names for a CPU, so that the suite
-// runs the kernels where there is no GPU.
+// What the kernels and their launches ask of the machine, each under a name of ours: who am I, barriers, shuffles,
+// atomics with their memory order, conversions, devices and streams. Here for GPUs; tests/native/machine_on_host.h has
+// the same names for a CPU, so that the suite runs all of csrc/cuda/ where there is no GPU.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #define CWCLIP_DEVICE __device__ __forceinline__
 #define CWCLIP_KERNEL __global__
 #define CWCLIP_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define CWCLIP_PARAMETER const __grid_constant__
+#define CWCLIP_PARAMETER(type) const __grid_constant__ type
 #define CWCLIP_SHARED(type, name) __shared__ type name
 
 namespace cwclip::cuda {
@@ -118,6 +118,56 @@ CWCLIP_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 CWCLIP_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 CWCLIP_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
 CWCLIP_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// On the host
+// ---------------------------------------------------------------------------------------------------------------------
+
+using Stream = cudaStream_t;
+
+// Why not, or null.
+using Failure = const char*;
+inline Failure failure_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Makes a device the current one, and the one before again at the end.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) failure = failure_of(cudaSetDevice(device));
+    switched_ = before_ != device;
+  }
+  ~OnDevice() {
+    if (switched_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  Failure failure = nullptr;
+
+ private:
+  int before_ = 0;
+  bool switched_ = false;
+};
+
+inline Failure count_processors(int device, int* count) {
+  return failure_of(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+}
+
+inline Failure is_capturing(Stream stream, bool* capturing) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const Failure failure = failure_of(cudaStreamIsCapturing(stream, &status));
+  *capturing = status != cudaStreamCaptureStatusNone;
+  return failure;
+}
+
+// Puts kernel(parameters...) on the current device's stream.
+template <auto kernel, class... Parameters>
+Failure launch(uint32_t blocks, int threads, Stream stream, const Parameters&... parameters) {
+  const void* addresses[] = {&parameters...};
+  return failure_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
+                                     const_cast<void**>(addresses), 0, stream));
+}
 
 }  // namespace cwclip::cuda
 

@@ -3,6 +3,9 @@
 
 #include "../plan.h"
 
+#include <string>
+#include <vector>
+
 namespace cwclip::cuda {
 
 // A tile is what a block works on at a time: one 16-byte load by each thread, eight times.
@@ -17,7 +20,7 @@ struct alignas(16) Tile {
   int32_t component;
   DType dtype;
   int32_t layout;      // where its Layout is among the layouts, -1 if it is dense
-  int32_t unused;
+  int32_t of;          // tiles that the component has
 };
 static_assert(sizeof(Tile) == 32, "read as two 16-byte words");
 
@@ -82,5 +85,24 @@ struct Addresses {
 };
 static_assert(sizeof(Call) + sizeof(Addresses<kFewAddresses>) <= 4096, "fits the small parameter space");
 static_assert(sizeof(Call) + sizeof(Addresses<kManyAddresses>) <= 32764, "fits the large parameter space");
+
+// What is static about the calls with one set of gradients, in bytes that can be kept anywhere.
+struct Program {
+  // Where things are: in the tables, which lie on the device, and in the workspace.
+  int64_t spans_at, layouts_at, tables_bytes;
+  int64_t sum_tickets_at, done_at, list_at, partials_at, workspace_bytes;
+  uint32_t tiles, components, measured;
+  uint32_t launches;  // of one kernel; more than one past kManyAddresses gradients
+  int32_t gradients, segments;
+  bool few, gaps;     // whether kFewAddresses are enough; whether any gradient has gaps
+  // Range[launches] and int32_t[segments], the gradient that each segment is, follow.
+
+  const Range* ranges() const { return reinterpret_cast<const Range*>(this + 1); }
+  const int32_t* gradient_of() const { return reinterpret_cast<const int32_t*>(ranges() + launches); }
+};
+
+// Cuts gradients (whose data is not looked at) into tiles. `tables` is what has to be brought to the device, and
+// `program` a Program.
+void write_program(const std::vector<Segment>& gradients, int64_t components, std::string& tables, std::string& program);
 
 }  // namespace cwclip::cuda

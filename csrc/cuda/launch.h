@@ -1,0 +1,30 @@
+// From a call, as Python makes it, to kernels on a stream.
+#pragma once
+
+#include "tables.h"
+
+namespace cwclip::cuda {
+
+enum class Kind : int32_t { power_sums, scale, clip };
+
+// Everything about one call. Memory is the device's, but for program and addresses.
+struct Request {
+  Kind kind;
+  Order order;
+  const Program* program;
+  void* const* addresses;  // [program->gradients]
+  char* tables;
+  char* workspace;         // zero, or as the call before on this stream left it
+  Results results;
+  Rule rule;
+  int device;
+  void* stream;
+};
+
+// Puts the call's kernels on its stream; why that failed, or null. Nothing waits.
+const char* enqueue(const Request& request);
+
+// Whether a stream is being captured into a graph; why that can't be told, or null.
+const char* find_capturing(int device, void* stream, bool* capturing);
+
+}  // namespace cwclip::cuda

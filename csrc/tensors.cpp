@@ -1,0 +1,189 @@
+#include "tensors.h"
+
+#include "segments.h"
+
+#include <ATen/dlpack.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace cwclip {
+namespace {
+
+PyObject* tensor_type = nullptr;
+const DLPackExchangeAPI* api = nullptr;
+
+// A layout is, for each gradient, one Head and then its sizes and its strides.
+struct Head {
+  int32_t code, bits, device_type, device, dims, unused;
+};
+static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay aligned");
+
+Head head_of(const DLTensor& tensor) {
+  return {tensor.dtype.code, tensor.dtype.bits, tensor.device.device_type, tensor.device.device_id, tensor.ndim, 0};
+}
+
+DType dtype_of(const Head& head, size_t index) {
+  if (head.code == kDLFloat && head.bits == 32) return DType::f32;
+  if (head.code == kDLFloat && head.bits == 16) return DType::f16;
+  if (head.code == kDLFloat && head.bits == 64) return DType::f64;
+  if (head.code == kDLBfloat && head.bits == 16) return DType::bf16;
+  throw std::runtime_error("grads[" + std::to_string(index) +
+                           "]: expected float32, bfloat16, float16 or float64 elements");
+}
+
+void* address_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+// Goes through a layout one gradient at a time.
+class LayoutReader {
+ public:
+  LayoutReader(const char* layout, size_t bytes) : at_(layout), end_(layout + bytes) {}
+
+  bool at_end() const { return at_ == end_; }
+
+  // The next gradient, or an error if there is none.
+  Head next(const int64_t** sizes, const int64_t** strides) {
+    Head head;
+    if (end_ - at_ < static_cast<ptrdiff_t>(sizeof head)) throw std::runtime_error("layout: too short");
+    std::memcpy(&head, at_, sizeof head);
+    const ptrdiff_t bytes = head.dims * static_cast<ptrdiff_t>(sizeof(int64_t));
+    if (head.dims < 0 || end_ - at_ - static_cast<ptrdiff_t>(sizeof head) < 2 * bytes) {
+      throw std::runtime_error("layout: too short");
+    }
+    *sizes = reinterpret_cast<const int64_t*>(at_ + sizeof head);
+    *strides = *sizes + head.dims;
+    at_ += sizeof head + 2 * bytes;
+    return head;
+  }
+
+  // Whether the next gradient is like this one; moves past it if so.
+  bool matches(const DLTensor& tensor) {
+    const Head head = head_of(tensor);
+    const size_t bytes = tensor.ndim * sizeof(int64_t);
+    if (static_cast<size_t>(end_ - at_) < sizeof head + 2 * bytes || std::memcmp(at_, &head, sizeof head) != 0) {
+      return false;
+    }
+    const char* const sizes = at_ + sizeof head;
+    if (bytes != 0 && (std::memcmp(sizes, tensor.shape, bytes) != 0 ||
+                       std::memcmp(sizes + bytes, tensor.strides, bytes) != 0)) {
+      return false;
+    }
+    at_ = sizes + 2 * bytes;
+    return true;
+  }
+
+ private:
+  const char *at_, *end_;
+};
+
+bool describe(PyObject* grad, DLTensor* tensor) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(grad)) == tensor_type &&
+         api->dltensor_from_py_object_no_sync(grad, tensor) == 0;
+}
+
+PyObject* refuse(const char* expected) {
+  PyErr_SetString(PyExc_TypeError, expected);
+  return nullptr;
+}
+
+}  // namespace
+
+bool find_torch() {
+  PyObject* const torch = PyImport_ImportModule("torch");
+  if (torch == nullptr) return false;
+  tensor_type = PyObject_GetAttrString(torch, "Tensor");
+  Py_DECREF(torch);
+  if (tensor_type == nullptr) return false;
+  PyObject* const capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
+  if (capsule == nullptr) return false;
+  const auto* header =
+      static_cast<const DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);  // torch's own class keeps it
+  while (header != nullptr && header->version.major > DLPACK_MAJOR_VERSION) header = header->prev_api;
+  api = reinterpret_cast<const DLPackExchangeAPI*>(header);
+  if (api != nullptr && api->dltensor_from_py_object_no_sync != nullptr) return true;
+  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ImportError, "this torch's DLPack is not one that cwclip_kernels knows");
+  return false;
+}
+
+PyObject* py_layout_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 1 || !PyList_Check(arguments[0])) return refuse("layout_of(grads: list)");
+  std::string layout;
+  const Py_ssize_t length = PyList_Size(arguments[0]);
+  for (Py_ssize_t i = 0; i < length; ++i) {
+    DLTensor tensor;
+    if (!describe(PyList_GetItem(arguments[0], i), &tensor)) {
+      return PyErr_Occurred() ? nullptr : refuse("grads: expected torch.Tensor, not a subclass of it");
+    }
+    const Head head = head_of(tensor);
+    layout.append(reinterpret_cast<const char*>(&head), sizeof head);
+    if (tensor.ndim == 0) continue;
+    layout.append(reinterpret_cast<const char*>(tensor.shape), tensor.ndim * sizeof(int64_t));
+    layout.append(reinterpret_cast<const char*>(tensor.strides), tensor.ndim * sizeof(int64_t));
+  }
+  return PyBytes_FromStringAndSize(layout.data(), static_cast<Py_ssize_t>(layout.size()));
+}
+
+PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyList_Check(arguments[0]) || !PyBytes_Check(arguments[1]) ||
+      !(arguments[2] == Py_None || PyBytes_Check(arguments[2]))) {
+    return refuse("addresses_of(grads: list, layout: bytes, last: bytes | None)");
+  }
+  PyObject* const grads = arguments[0];
+  const char* const layout = PyBytes_AsString(arguments[1]);
+  const size_t layout_bytes = static_cast<size_t>(PyBytes_Size(arguments[1]));
+  LayoutReader reader(layout, layout_bytes);
+  const Py_ssize_t length = PyList_Size(grads), bytes = length * static_cast<Py_ssize_t>(sizeof(void*));
+  PyObject* const result = PyBytes_FromStringAndSize(nullptr, bytes);
+  if (result == nullptr) return nullptr;
+  auto* const addresses = reinterpret_cast<void**>(PyBytes_AsString(result));
+  bool matches = true;
+  for (Py_ssize_t i = 0; matches && i < length; ++i) {
+    DLTensor tensor;
+    matches = describe(PyList_GetItem(grads, i), &tensor) && reader.matches(tensor);
+    if (matches) addresses[i] = address_of(tensor);
+  }
+  PyErr_Clear();  // what torch can't describe isn't what was there before
+  if (!matches || !reader.at_end()) {
+    Py_DECREF(result);
+    Py_RETURN_NONE;
+  }
+  PyObject* const last = arguments[2];
+  if (last != Py_None && PyBytes_Size(last) == bytes && std::memcmp(PyBytes_AsString(last), addresses, bytes) == 0) {
+    Py_DECREF(result);
+    Py_INCREF(last);
+    return last;
+  }
+  try {
+    std::vector<Segment> segments = segments_of(layout, layout_bytes, nullptr, length);
+    for (Py_ssize_t i = 0; i < length; ++i) segments[i].data = addresses[i];
+    check_distinct(segments);
+  } catch (const std::exception&) {
+    Py_DECREF(result);
+    Py_RETURN_NONE;
+  }
+  return result;
+}
+
+std::vector<Segment> segments_of(const char* layout, Py_ssize_t bytes, const int64_t* components, size_t count) {
+  LayoutReader reader(layout, static_cast<size_t>(bytes));
+  std::vector<Segment> segments;
+  segments.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t *sizes, *strides;
+    const Head head = reader.next(&sizes, &strides);
+    int64_t numel = 1;
+    for (int32_t d = 0; d < head.dims; ++d) numel *= sizes[d];
+    const int32_t component = components == nullptr ? 0 : static_cast<int32_t>(components[i]);
+    segments.push_back({nullptr, numel, dtype_of(head, i), component, layout_of(sizes, strides, head.dims, i)});
+  }
+  if (!reader.at_end()) throw std::runtime_error("layout: too long");
+  return segments;
+}
+
+bool find_stream(int32_t device_type, int32_t device, void** stream) {
+  return api->current_work_stream(static_cast<DLDeviceType>(device_type), device, stream) == 0;
+}
+
+}  // namespace cwclip

@@ -1,0 +1,31 @@
+// Lists of gradients, as Python passes them, without torch's dispatcher: some 20 ns a tensor instead of 200.
+//
+// Through DLPack's C exchange API (DLPack 1.3, torch >= 2.10), which reads address, dtype, device and layout from a
+// torch.Tensor and takes no reference.
+#pragma once
+
+#include <Python.h>
+
+#include "plan.h"
+
+#include <cstdint>
+
+namespace cwclip {
+
+// Looks torch up. False with a Python error set if it isn't there.
+bool find_torch();
+
+// layout_of(grads: list) -> bytes. All that is static about strided tensors: dtypes, devices, shapes, strides.
+PyObject* py_layout_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+
+// addresses_of(grads: list, layout: bytes, last: bytes | None) -> bytes | None. Their addresses, int64 each; `last` itself
+// if they haven't moved. None if these tensors don't have that layout, aren't exactly torch.Tensor, or share memory.
+PyObject* py_addresses_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+
+// The gradients that a layout describes, each with its component; without data.
+std::vector<Segment> segments_of(const char* layout, Py_ssize_t bytes, const int64_t* components, size_t count);
+
+// The stream that torch uses on a device now. False with a Python error set if that can't be told.
+bool find_stream(int32_t device_type, int32_t device, void** stream);
+
+}  // namespace cwclip
