@@ -1,38 +1,65 @@
 """Builds the native extension; everything else about the package is in pyproject.toml.
 
 CWCLIP_BUILD=auto   (default) builds what this machine can and says what it left out
-CWCLIP_BUILD=cpu    the C++ extension, or fails
+CWCLIP_BUILD=cuda   the C++ extension with the CUDA kernels, or fails
+CWCLIP_BUILD=cpu    the C++ extension without them, or fails
 CWCLIP_BUILD=none   pure Python: Triton and torch._foreach only
-CWCLIP_BUILD=cuda   refused by this version, whose GPU kernels are Triton's and need no build
+
+CXX                   C++ compiler, also behind nvcc
+CUDA_HOME, CUDA_PATH  where bin/nvcc is; otherwise the one on the PATH
+TORCH_CUDA_ARCH_LIST  GPUs, as for torch: "8.0;9.0;10.0+PTX"
+MAX_JOBS              how many of them nvcc compiles for at a time
+
+No GPU and no CUDA build of torch are needed: the CUDA runtime is linked statically, and a GPU is looked for when a
+gradient on one comes along.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("CWCLIP_BUILD", "auto").lower()
-TORCH_FLOOR = (2, 10)  # std::vector<Tensor> arguments in torch's stable ABI
+TORCH_FLOOR = (2, 10)  # std::vector<Tensor> arguments in torch's stable ABI, DLPack's C exchange API
+CUDA_FLOOR = (12, 1)  # kernels with more than 4 KB of parameters
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def main() -> None:
     """Decides what to build and hands over to setuptools."""
     if MODE not in ("auto", "none", "cpu", "cuda"):
         sys.exit(f"CWCLIP_BUILD: expected auto, none, cpu or cuda, not {MODE!r}")
-    if MODE == "cuda":
-        sys.exit(
-            "CWCLIP_BUILD=cuda: this version has no CUDA sources. On GPUs its kernels are Triton's, compiled at "
-            "first use: build with CWCLIP_BUILD=cpu and install triton."
-        )
     obstacle = "CWCLIP_BUILD=none" if MODE == "none" else missing()
-    if obstacle and MODE == "cpu":
-        sys.exit(f"CWCLIP_BUILD=cpu: {obstacle}")
-    report = f"without the C++ extension ({obstacle})" if obstacle else "with the C++ extension"
+    if obstacle and MODE in ("cpu", "cuda"):
+        sys.exit(f"CWCLIP_BUILD={MODE}: {obstacle}")
+    nvcc: Nvcc | None = None
+    if obstacle:
+        report = f"without the C++ extension ({obstacle})"
+    elif MODE == "cpu":
+        report = "with the C++ extension, without CUDA kernels (CWCLIP_BUILD=cpu)"
+    else:
+        try:
+            nvcc = Nvcc()
+            report = f"with the C++ extension and CUDA kernels for {', '.join(nvcc.targets)}"
+        except BuildError as error:
+            if MODE == "cuda":
+                sys.exit(f"CWCLIP_BUILD=cuda: {error}")
+            report = f"with the C++ extension, without CUDA kernels ({error})"
     print(f"cwclip_kernels: building {report}", file=sys.stderr)
-    setup(ext_modules=[] if obstacle else [extension()], cmdclass={"bdist_wheel": AbiWheel})
+    setup(
+        ext_modules=[] if obstacle else [extension(nvcc)],
+        cmdclass={"bdist_wheel": AbiWheel, "build_ext": BuildWithNvcc},
+    )
+
+
+class BuildError(Exception):
+    """What can't be built here, with the way out."""
 
 
 def missing() -> str | None:
@@ -50,16 +77,94 @@ def missing() -> str | None:
     return None
 
 
-def extension() -> Extension:
+class Nvcc:
+    """The CUDA compiler of this machine.
+
+    Attributes:
+        path: of nvcc.
+        targets: what it compiles for, as in ``-gencode arch=...,code=...``'s code.
+
+    Raises:
+        BuildError: there is none, it is too old, or doesn't know the GPUs asked for.
+    """
+
+    def __init__(self) -> None:
+        self.path = self._find()
+        release = re.search(r"release (\d+)\.(\d+)", self._ask("--version"))
+        if release is None or (int(release[1]), int(release[2])) < CUDA_FLOOR:
+            found = release[0] if release else "of unknown version"
+            raise BuildError(f"nvcc {self.path} is {found}, and {'.'.join(map(str, CUDA_FLOOR))} is needed: update CUDA")
+        known = self._ask("--list-gpu-code").split()
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        self.targets = self._targets(asked or ARCHITECTURES, known, strict=bool(asked))
+        if not self.targets:
+            raise BuildError(f"nvcc {self.path} compiles for none of {ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST")
+
+    @staticmethod
+    def _find() -> str:
+        for variable in ("CUDA_HOME", "CUDA_PATH"):
+            if home := os.environ.get(variable):
+                path = shutil.which("nvcc", path=str(Path(home) / "bin"))
+                if path is None:
+                    raise BuildError(f"no nvcc in {home}/bin: unset {variable}, or correct it")
+                return path
+        path = shutil.which("nvcc")
+        if path is None:
+            raise BuildError("no nvcc: install the CUDA toolkit, and set CUDA_HOME or put nvcc on the PATH")
+        return path
+
+    @staticmethod
+    def _targets(architectures: str, known: list[str], *, strict: bool) -> list[str]:
+        targets: list[str] = []
+        for text in architectures.replace(";", " ").split():
+            match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", text)
+            if match is None:
+                raise BuildError(f"TORCH_CUDA_ARCH_LIST: {text!r} is not a number like 9.0 or 10.0+PTX")
+            major, minor, family, ptx = match.groups()
+            if f"sm_{major}{minor}" not in known:
+                if strict:
+                    raise BuildError(f"TORCH_CUDA_ARCH_LIST: this nvcc doesn't know {text} ({', '.join(known)})")
+                continue
+            targets.append(f"sm_{major}{minor}{family}")
+            if ptx:
+                targets.append(f"compute_{major}{minor}{family}")
+        if targets and not strict and not targets[-1].startswith("compute"):
+            targets.append(targets[-1].replace("sm", "compute"))  # an nvcc that doesn't know our newest yet
+        return targets
+
+    def compile(self, source: str, target: str) -> None:
+        """One .cu file to one object file."""
+        options = ["-c", source, "-o", target, "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-DCWCLIP_WITH_CUDA"]
+        options += ["--threads", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
+        options += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+        options += ["-ccbin", os.environ.get("CXX", "g++").split()[0]]
+        for code in self.targets:
+            options += ["-gencode", f"arch={code.replace('sm', 'compute')},code={code}"]
+        subprocess.run([self.path, *options], check=True)
+
+    def library_dirs(self) -> list[str]:
+        """Where this nvcc's static runtime lies, by its own account."""
+        found = re.search(r"^#\$ LIBRARIES=(.*)$", self._ask("--dryrun", "-shared", "none.cu"), re.MULTILINE)
+        return re.findall(r'-L([^"\s]+)', found[1]) if found else []
+
+    def _ask(self, *arguments: str) -> str:
+        done = subprocess.run([self.path, *arguments], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+
+def extension(nvcc: Nvcc | None) -> Extension:
     """csrc/ as one module over torch's stable ABI, for any Python >= 3.10 and torch >= 2.10."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     os.environ.setdefault("CC", "gcc")
     os.environ.setdefault("CXX", "g++")
-    return Extension(
+    sources = [path for path in Path("csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    if nvcc is None:
+        sources = [path for path in sources if path.parent.name != "cuda"]
+    result = Extension(
         "cwclip_kernels._C",
-        sources=sorted(map(str, Path("csrc").rglob("*.cpp"))),
-        depends=["csrc/exports.map", *sorted(map(str, Path("csrc").rglob("*.h")))],
+        sources=sorted(map(str, sources)),
+        depends=["csrc/exports.map", *sorted(map(str, Path("csrc").rglob("*.*h")))],
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         define_macros=[("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
@@ -78,6 +183,31 @@ def extension() -> Extension:
         language="c++",
         py_limited_api=True,
     )
+    if nvcc is not None:
+        result.define_macros.append(("CWCLIP_WITH_CUDA", None))
+        result.library_dirs += nvcc.library_dirs()
+        result.libraries += ["cudart_static", "dl", "pthread", "rt"]
+        result.extra_link_args.append("-Wl,--exclude-libs,ALL")
+        result.nvcc = nvcc
+    return result
+
+
+class BuildWithNvcc(build_ext):
+    """Hands .cu files to nvcc, which setuptools doesn't know, and everything else to the C++ compiler.
+
+    Not torch's CUDAExtension: it links libtorch_cuda, and the module would no longer load beside a CPU build of torch.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compiles and links one extension."""
+        kernels = [source for source in ext.sources if source.endswith(".cu")]
+        ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
+        for source in kernels:
+            target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            ext.nvcc.compile(source, str(target))
+            ext.extra_objects.append(str(target))
+        super().build_extension(ext)
 
 
 class AbiWheel(bdist_wheel):

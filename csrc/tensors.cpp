@@ -1,8 +1,7 @@
 #include "tensors.h"
 
+#include "dlpack.h"
 #include "segments.h"
-
-#include <ATen/dlpack.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -12,28 +11,28 @@ namespace cwclip {
 namespace {
 
 PyObject* tensor_type = nullptr;
-const DLPackExchangeAPI* api = nullptr;
+const dlpack::ExchangeApi* api = nullptr;
 
 // A layout is, for each gradient, one Head and then its sizes and its strides.
 struct Head {
-  int32_t code, bits, device_type, device, dims, unused;
+  int32_t kind, bits, device_type, device, dims, unused;
 };
 static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay aligned");
 
-Head head_of(const DLTensor& tensor) {
-  return {tensor.dtype.code, tensor.dtype.bits, tensor.device.device_type, tensor.device.device_id, tensor.ndim, 0};
+Head head_of(const dlpack::Tensor& tensor) {
+  return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, 0};
 }
 
 DType dtype_of(const Head& head, size_t index) {
-  if (head.code == kDLFloat && head.bits == 32) return DType::f32;
-  if (head.code == kDLFloat && head.bits == 16) return DType::f16;
-  if (head.code == kDLFloat && head.bits == 64) return DType::f64;
-  if (head.code == kDLBfloat && head.bits == 16) return DType::bf16;
+  if (head.kind == dlpack::kFloat && head.bits == 32) return DType::f32;
+  if (head.kind == dlpack::kFloat && head.bits == 16) return DType::f16;
+  if (head.kind == dlpack::kFloat && head.bits == 64) return DType::f64;
+  if (head.kind == dlpack::kBfloat && head.bits == 16) return DType::bf16;
   throw std::runtime_error("grads[" + std::to_string(index) +
                            "]: expected float32, bfloat16, float16 or float64 elements");
 }
 
-void* address_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+void* address_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 // Goes through a layout one gradient at a time.
 class LayoutReader {
@@ -58,14 +57,14 @@ class LayoutReader {
   }
 
   // Whether the next gradient is like this one; moves past it if so.
-  bool matches(const DLTensor& tensor) {
+  bool matches(const dlpack::Tensor& tensor) {
     const Head head = head_of(tensor);
-    const size_t bytes = tensor.ndim * sizeof(int64_t);
+    const size_t bytes = tensor.dims * sizeof(int64_t);
     if (static_cast<size_t>(end_ - at_) < sizeof head + 2 * bytes || std::memcmp(at_, &head, sizeof head) != 0) {
       return false;
     }
     const char* const sizes = at_ + sizeof head;
-    if (bytes != 0 && (std::memcmp(sizes, tensor.shape, bytes) != 0 ||
+    if (bytes != 0 && (std::memcmp(sizes, tensor.sizes, bytes) != 0 ||
                        std::memcmp(sizes + bytes, tensor.strides, bytes) != 0)) {
       return false;
     }
@@ -77,9 +76,9 @@ class LayoutReader {
   const char *at_, *end_;
 };
 
-bool describe(PyObject* grad, DLTensor* tensor) {
+bool describe(PyObject* grad, dlpack::Tensor* tensor) {
   return reinterpret_cast<PyObject*>(Py_TYPE(grad)) == tensor_type &&
-         api->dltensor_from_py_object_no_sync(grad, tensor) == 0;
+         api->from_python(grad, tensor) == 0;
 }
 
 PyObject* refuse(const char* expected) {
@@ -97,12 +96,10 @@ bool find_torch() {
   if (tensor_type == nullptr) return false;
   PyObject* const capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
   if (capsule == nullptr) return false;
-  const auto* header =
-      static_cast<const DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
   Py_DECREF(capsule);  // torch's own class keeps it
-  while (header != nullptr && header->version.major > DLPACK_MAJOR_VERSION) header = header->prev_api;
-  api = reinterpret_cast<const DLPackExchangeAPI*>(header);
-  if (api != nullptr && api->dltensor_from_py_object_no_sync != nullptr) return true;
+  while (api != nullptr && api->major > dlpack::kMajorVersion) api = api->older;
+  if (api != nullptr && api->from_python != nullptr && api->current_stream != nullptr) return true;
   if (!PyErr_Occurred()) PyErr_SetString(PyExc_ImportError, "this torch's DLPack is not one that cwclip_kernels knows");
   return false;
 }
@@ -112,15 +109,15 @@ PyObject* py_layout_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   std::string layout;
   const Py_ssize_t length = PyList_Size(arguments[0]);
   for (Py_ssize_t i = 0; i < length; ++i) {
-    DLTensor tensor;
+    dlpack::Tensor tensor;
     if (!describe(PyList_GetItem(arguments[0], i), &tensor)) {
       return PyErr_Occurred() ? nullptr : refuse("grads: expected torch.Tensor, not a subclass of it");
     }
     const Head head = head_of(tensor);
     layout.append(reinterpret_cast<const char*>(&head), sizeof head);
-    if (tensor.ndim == 0) continue;
-    layout.append(reinterpret_cast<const char*>(tensor.shape), tensor.ndim * sizeof(int64_t));
-    layout.append(reinterpret_cast<const char*>(tensor.strides), tensor.ndim * sizeof(int64_t));
+    if (tensor.dims == 0) continue;
+    layout.append(reinterpret_cast<const char*>(tensor.sizes), tensor.dims * sizeof(int64_t));
+    layout.append(reinterpret_cast<const char*>(tensor.strides), tensor.dims * sizeof(int64_t));
   }
   return PyBytes_FromStringAndSize(layout.data(), static_cast<Py_ssize_t>(layout.size()));
 }
@@ -140,7 +137,7 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   auto* const addresses = reinterpret_cast<void**>(PyBytes_AsString(result));
   bool matches = true;
   for (Py_ssize_t i = 0; matches && i < length; ++i) {
-    DLTensor tensor;
+    dlpack::Tensor tensor;
     matches = describe(PyList_GetItem(grads, i), &tensor) && reader.matches(tensor);
     if (matches) addresses[i] = address_of(tensor);
   }
@@ -182,8 +179,8 @@ std::vector<Segment> segments_of(const char* layout, Py_ssize_t bytes, const int
   return segments;
 }
 
-bool find_stream(int32_t device_type, int32_t device, void** stream) {
-  return api->current_work_stream(static_cast<DLDeviceType>(device_type), device, stream) == 0;
+bool find_cuda_stream(int32_t device, void** stream) {
+  return api->current_stream(dlpack::kCuda, device, stream) == 0;
 }
 
 }  // namespace cwclip

@@ -25,7 +25,7 @@ PyObject* py_addresses_of(PyObject* module, PyObject* const* arguments, Py_ssize
 // The gradients that a layout describes, each with its component; without data.
 std::vector<Segment> segments_of(const char* layout, Py_ssize_t bytes, const int64_t* components, size_t count);
 
-// The stream that torch uses on a device now. False with a Python error set if that can't be told.
-bool find_stream(int32_t device_type, int32_t device, void** stream);
+// The stream that torch uses on a CUDA device now. False with a Python error set if that can't be told.
+bool find_cuda_stream(int32_t device, void** stream);
 
 }  // namespace cwclip

@@ -4,8 +4,6 @@
 #include "../tensors.h"
 #include "launch.h"
 
-#include <ATen/dlpack.h>
-
 #include <cmath>
 #include <exception>
 #include <string>
@@ -93,7 +91,7 @@ PyObject* py_stream(PyObject*, PyObject* device) {
   const long index = PyLong_AsLong(device);
   if (index == -1 && PyErr_Occurred()) return nullptr;
   void* stream = nullptr;
-  if (!find_stream(kDLCUDA, static_cast<int32_t>(index), &stream)) return nullptr;
+  if (!find_cuda_stream(static_cast<int32_t>(index), &stream)) return nullptr;
   bool capturing = false;
   if (const char* const failure = find_capturing(static_cast<int>(index), stream, &capturing)) {
     return raise_failure("looking at a stream", failure);
