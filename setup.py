@@ -93,7 +93,9 @@ class Nvcc:
         release = re.search(r"release (\d+)\.(\d+)", self._ask("--version"))
         if release is None or (int(release[1]), int(release[2])) < CUDA_FLOOR:
             found = release[0] if release else "of unknown version"
-            raise BuildError(f"nvcc {self.path} is {found}, and {'.'.join(map(str, CUDA_FLOOR))} is needed: update CUDA")
+            raise BuildError(
+                f"nvcc {self.path} is {found}, and {'.'.join(map(str, CUDA_FLOOR))} is needed: update CUDA"
+            )
         known = self._ask("--list-gpu-code").split()
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
         self.targets = self._targets(asked or ARCHITECTURES, known, strict=bool(asked))
@@ -195,7 +197,7 @@ def extension(nvcc: Nvcc | None) -> Extension:
 class BuildWithNvcc(build_ext):
     """Hands .cu files to nvcc, which setuptools doesn't know, and everything else to the C++ compiler.
 
-    Not torch's CUDAExtension: it links libtorch_cuda, and the module would no longer load beside a CPU build of torch.
+    Not torch's CUDAExtension: that links libtorch_cuda, and the module couldn't load beside a CPU build of torch.
     """
 
     def build_extension(self, ext: Extension) -> None:

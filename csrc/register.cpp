@@ -1,7 +1,7 @@
 // The index of the native side: the Python module, every operator's schema, every implementation.
 //
 // All through torch's stable ABI (torch/csrc/stable), so that one wheel serves every Python >= 3.10 and
-// torch >= 2.10. Arguments as in cwclip_kernels/backends/native.py.
+// torch >= 2.10. Arguments as in cwclip_kernels/backends/cpu.py.
 
 #include <Python.h>
 
@@ -35,6 +35,7 @@ static PyMethodDef methods[] = {
     {"cuda_program", &cwclip::cuda::py_program, METH_VARARGS, nullptr},
     {"cuda_enqueue", &cwclip::cuda::py_enqueue, METH_VARARGS, nullptr},
     {"cuda_stream", &cwclip::cuda::py_stream, METH_O, nullptr},
+    {"cuda_obstacle", &cwclip::cuda::py_obstacle, METH_O, nullptr},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import foreach, native, triton
+from .backends import cpu, cuda, foreach, triton
 from .components import type_name
 
 if TYPE_CHECKING:
     from .plan import ClipPlan
 
 BACKENDS: dict[str, ModuleType] = {
-    "cpu": native,
+    "cuda": cuda,
+    "cpu": cpu,
     "triton": triton,
     "foreach": foreach,
     "reference": reference,
@@ -27,7 +28,7 @@ BACKENDS: dict[str, ModuleType] = {
 # Device type -> backends in order of preference; the first that does not refuse a gradient serves it.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "foreach"),
-    "cuda": ("triton", "foreach"),  # AMD GPUs too: torch calls them cuda
+    "cuda": ("cuda", "triton", "foreach"),  # AMD GPUs too: torch calls them cuda
     "xpu": ("triton", "foreach"),
 }
 ELSEWHERE = ("foreach",)
@@ -39,8 +40,6 @@ def check_backend(backend: object) -> None:
         return
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a string or None, not {type_name(backend)}")
-    if backend == "cuda":
-        raise ValueError("backend: 'cuda' is not in this version; on GPUs 'triton' is what backend=None takes")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, not {backend!r}")
 

@@ -78,10 +78,10 @@ class ClipPlan:
 
     @property
     def self_checking(self) -> bool:
-        """Whether one fused call of the native extension does it all. That looks at every gradient, at no cost,
-        and refuses what it can't serve before it writes.
+        """Whether the compiled extension does it all. That looks at every gradient, at no cost, and refuses what
+        it can't serve before it writes.
         """
-        return len(self.buckets) == 1 and self.buckets[0].backend == "cpu" and self.buckets[0].plain
+        return all(bucket.plain and bucket.backend in ("cpu", "cuda") for bucket in self.buckets)
 
 
 class Planner:
@@ -131,13 +131,18 @@ _METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
 
 
 def _outline(grads: Gradients) -> object:
-    # An attribute of a tensor costs Python 40 ns, and there may be thousands of tensors.
-    present = [g for g in grads if g is not None]
-    holes = [i for i, g in enumerate(grads) if g is None] if len(present) < len(grads) else None
-    requires_grad = list(map(_REQUIRES_GRAD, present))
+    # An attribute of a tensor costs Python 50 ns and more, and there may be thousands of tensors.
+    types = set(map(type, grads))
+    holes = [i for i, g in enumerate(grads) if g is None] if type(None) in types else None
+    present = [g for g in grads if g is not None] if holes else grads
     # What requires grad is either a gradient with a graph of its own (create_graph=True), or a parameter by mistake.
-    leaves = [g.is_leaf for g in present] if True in requires_grad else None
-    return holes, list(map(type, present)), requires_grad, leaves
+    leaves = [g.requires_grad and g.is_leaf for g in present] if _any_requires_grad(present) else None  # type: ignore[union-attr]
+    return holes, types, leaves
+
+
+def _any_requires_grad(tensors: Gradients) -> bool:
+    fast = getattr(torch._C, "_any_requires_grad", None)  # a sixth of the time, where this torch has it
+    return fast(*tensors) if fast is not None else any(map(_REQUIRES_GRAD, tensors))
 
 
 def _signature(grads: Gradients) -> object:

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 import torch
@@ -32,3 +33,16 @@ def needs_triton() -> None:
     reason = triton.unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
         pytest.skip(f"the triton backend {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _cuda_without_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where there is no GPU, tests of the CUDA backend run its kernels on the CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    if torch.cuda.is_available() or callspec is None or callspec.params.get("backend") != "cuda":
+        yield
+        return
+    import cuda_on_host
+
+    with cuda_on_host.in_place_of_a_gpu():
+        yield

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Every backend that can serve the tests' device; the triton kernels run interpreted where there is no GPU.
-FUSED = ("cpu", "triton") if DEVICE == "cpu" else ("triton",)
+# Every backend that can serve the tests' device; where there is no GPU, the triton kernels run interpreted and the
+# CUDA kernels compiled for the CPU.
+FUSED = ("cpu", "cuda", "triton") if DEVICE == "cpu" else ("cuda", "triton")
 BACKENDS = (*FUSED, "foreach", "reference")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

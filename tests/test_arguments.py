@@ -72,9 +72,8 @@ def params():
         (
             {"backend": "cudnn"},
             ValueError,
-            "backend: expected None or one of cpu, triton, foreach, reference, not",
+            "backend: expected None or one of cuda, cpu, triton, foreach, reference, not",
         ),
-        ({"backend": "cuda"}, ValueError, "backend: 'cuda' is not in this version; on GPUs 'triton'"),
         ({"backend": 1}, TypeError, "backend: expected a string or None, not int"),
         ({"components": "layers"}, ValueError, "components: expected one of"),
     ],
@@ -182,9 +181,11 @@ def test_wrapped_gradients_are_refused():
 def test_a_named_backend_is_used_or_refused(params, monkeypatch):
     with pytest.raises(RuntimeError, match="backend='cpu' serves norm_type 1, 2 and inf, not 3; backend=None takes"):
         fused_component_clip_(params, 1.0, 3.0, backend="cpu")
-    from cwclip_kernels.backends import native
+    with pytest.raises(RuntimeError, match="backend='cuda' serves NVIDIA GPUs, not cpu; backend=None takes"):
+        fused_component_clip_(params, 1.0, backend="cuda")
+    from cwclip_kernels.backends import extension
 
-    monkeypatch.setattr(native, "unavailable", lambda: "the compiled extension is missing (for this test)")
+    monkeypatch.setattr(extension, "unavailable", lambda: "the compiled extension is missing (for this test)")
     with pytest.raises(RuntimeError, match="backend='cpu' the compiled extension is missing"):
         fused_component_clip_(params, 1.0, backend="cpu")
     assert "'foreach' (cpu the compiled extension is missing" in ComponentClipper(params, 1.0).explain()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
-from cwclip_kernels.backends import native
+from cwclip_kernels.backends import extension
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -153,17 +153,17 @@ def test_explain_passes_over_what_never_has_a_gradient():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="about the extension")
 def test_the_extension_is_loaded_once_by_many_threads():
-    native._load.cache_clear()
+    extension._load.cache_clear()
     answers = []
     barrier = threading.Barrier(8)
 
     def load():
         barrier.wait()
-        answers.append(native.unavailable())
+        answers.append(extension.unavailable())
 
     # Registering a second time in one process warns by itself; what is tested is that eight threads register once.
     registered = []
-    original, native._complete_registration = native._complete_registration, lambda: registered.append(1)
+    original, extension._complete_registration = extension._complete_registration, lambda: registered.append(1)
     try:
         threads = [threading.Thread(target=load) for _ in range(8)]
         for t in threads:
@@ -171,7 +171,7 @@ def test_the_extension_is_loaded_once_by_many_threads():
         for t in threads:
             t.join()
     finally:
-        native._complete_registration = original
+        extension._complete_registration = original
     assert answers == [None] * 8
     assert registered == [1]
 

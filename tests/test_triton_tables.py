@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cwclip_kernels.backends import memory
 from cwclip_kernels.backends import triton as backend
 from helpers import DEVICE, DTYPES, random_grad, same_bits
 from triton_buckets import bucket_of, expected_sums, one_each
@@ -96,7 +97,7 @@ def test_default_device_does_not_matter():
 def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
     # Only the bookkeeping: nothing is captured here, and pinned memory needs a GPU.
     monkeypatch.setattr(backend, "_pinned", lambda n: torch.empty(n, dtype=torch.int64))
-    monkeypatch.setattr(backend, "_KEPT_FOR_GRAPHS", [])
+    monkeypatch.setattr(memory, "_KEPT_FOR_GRAPHS", [])
     grads = [random_grad((300,)), random_grad((9,))]
     bucket = one_each(grads)
     bucket.scratch["calls"] = {}
@@ -106,7 +107,7 @@ def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
     eager = backend._prepare(bucket, grads)
     captured = [backend._prepare_captured(bucket, pointers, ()) for pointers in ((1, 2), (3, 4))]
     assert [call.addresses.tolist() for call in captured] == [[1, 2], [3, 4]]
-    assert [host.tolist() for host, _ in backend._KEPT_FOR_GRAPHS] == [[1, 2], [3, 4]]
+    assert [host.tolist() for host, _ in memory._KEPT_FOR_GRAPHS] == [[1, 2], [3, 4]]
     assert backend._prepare(bucket, grads) is eager
 
 

@@ -100,4 +100,12 @@ PyObject* py_stream(PyObject*, PyObject* device) {
                        capturing ? Py_True : Py_False);
 }
 
+PyObject* py_obstacle(PyObject*, PyObject* device) {
+  const long index = PyLong_AsLong(device);
+  if (index == -1 && PyErr_Occurred()) return nullptr;
+  const char* const failure = find_obstacle(static_cast<int>(index));
+  if (failure == nullptr) Py_RETURN_NONE;
+  return PyUnicode_FromString(failure);
+}
+
 }  // namespace cwclip::cuda

@@ -16,4 +16,7 @@ PyObject* py_enqueue(PyObject* module, PyObject* arguments);
 // cuda_stream(device) -> (stream, whether it is being captured), torch's current one.
 PyObject* py_stream(PyObject* module, PyObject* device);
 
+// cuda_obstacle(device) -> why the kernels can't run there, or None.
+PyObject* py_obstacle(PyObject* module, PyObject* device);
+
 }  // namespace cwclip::cuda

@@ -119,6 +119,11 @@ const char* enqueue(const Request& request) {
   return Launcher(request, processors).all();
 }
 
+const char* find_obstacle(int device) {
+  const OnDevice on_device(device);
+  return on_device.failure != nullptr ? on_device.failure : find_image<list_kernel>();
+}
+
 const char* find_capturing(int device, void* stream, bool* capturing) {
   const OnDevice on_device(device);
   if (on_device.failure != nullptr) return on_device.failure;

@@ -24,6 +24,9 @@ struct Request {
 // Puts the call's kernels on its stream; why that failed, or null. Nothing waits.
 const char* enqueue(const Request& request);
 
+// Why this device can't run the kernels, or null.
+const char* find_obstacle(int device);
+
 // Whether a stream is being captured into a graph; why that can't be told, or null.
 const char* find_capturing(int device, void* stream, bool* capturing);
 

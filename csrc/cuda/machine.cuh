@@ -161,6 +161,13 @@ inline Failure is_capturing(Stream stream, bool* capturing) {
   return failure;
 }
 
+// Whether this binary has a kernel for the current device.
+template <auto kernel>
+Failure find_image() {
+  cudaFuncAttributes attributes;
+  return failure_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+}
+
 // Puts kernel(parameters...) on the current device's stream.
 template <auto kernel, class... Parameters>
 Failure launch(uint32_t blocks, int threads, Stream stream, const Parameters&... parameters) {

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..formula import ClipRule
+from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 
 if TYPE_CHECKING:
     from ..plan import Bucket
@@ -223,10 +224,10 @@ class _Tables:
     def to(self, device: torch.device) -> _Tables:
         return replace(
             self,
-            sum_tiles=tuple((dtype, _upload(t, device)) for dtype, t in self.sum_tiles),
-            scale_tiles=tuple((dtype, _upload(t, device)) for dtype, t in self.scale_tiles),
-            chunks=None if self.chunks is None else _upload(self.chunks, device),
-            spans=_upload(self.spans, device),
+            sum_tiles=tuple((dtype, upload(t, device)) for dtype, t in self.sum_tiles),
+            scale_tiles=tuple((dtype, upload(t, device)) for dtype, t in self.scale_tiles),
+            chunks=None if self.chunks is None else upload(self.chunks, device),
+            spans=upload(self.spans, device),
         )
 
 
@@ -242,10 +243,6 @@ class _Call:
     def copy_back(self, grads: list[Tensor]) -> None:
         for i, copy in self.staged:
             grads[i].copy_(copy)
-
-
-# What captured graphs read at every replay and nobody else may be holding any more; a few KB each.
-_KEPT_FOR_GRAPHS: list[object] = []
 
 
 def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
@@ -274,7 +271,7 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
     last: _Call | None = scratch["calls"].get(stream)
     if last is None or last.pointers != pointers:
         tables = last.tables if last else scratch["tables"].to(bucket.device)
-        addresses = _upload(_on_host(pointers), bucket.device)
+        addresses = upload(_on_host(pointers), bucket.device)
         last = scratch["calls"][stream] = _Call(tables, addresses, pointers)
     return replace(last, staged=staged) if staged else last
 
@@ -283,17 +280,14 @@ def _prepare_captured(bucket: Bucket, pointers: tuple[int, ...], staged: Sequenc
     """Addresses of the graph's own, copied at each replay from host memory that nobody writes again."""
     earlier = next(iter(bucket.scratch["calls"].values()), None)
     if earlier is None:
-        raise RuntimeError(
-            "the first call with these gradients was made while a CUDA graph is being captured: make one "
-            "before, so that kernels are compiled and tables are on the device"
-        )
+        raise RuntimeError(BEFORE_CAPTURE)
     host = bucket.scratch.pop("spare", None)
     if host is None:  # a second capture in a row; allocating now may fail in older versions of torch
         host = _pinned(len(pointers))
     host.copy_(_on_host(pointers))
     addresses = torch.empty(len(pointers), dtype=torch.int64, device=bucket.device)
     addresses.copy_(host, non_blocking=True)
-    _KEPT_FOR_GRAPHS.append((host, earlier.tables))
+    keep_for_graphs(host, earlier.tables)
     return _Call(earlier.tables, addresses, pointers, staged)
 
 
@@ -303,11 +297,6 @@ def _on_host(pointers: tuple[int, ...]) -> Tensor:
 
 def _pinned(length: int) -> Tensor:
     return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
-
-
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 def _build_tables(bucket: Bucket, grads: list[Tensor]) -> _Tables:

@@ -1,25 +1,21 @@
-"""The compiled extension ``_C``: csrc/ through torch.ops. Serves CPU tensors."""
+"""The compiled extension ``_C``, built from csrc/: loaded when first needed, and what its backends share."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import sys
 import threading
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formula import ClipRule
-
-if TYPE_CHECKING:
-    from ..plan import Bucket
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 _ORDERS = (1.0, 2.0, math.inf)
-_POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
+POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
 
 
 # Its registrations live as long as this does.
@@ -35,6 +31,11 @@ def unavailable() -> str | None:
         return _load()
 
 
+def module() -> Any:
+    """The extension itself, once ``unavailable()`` has said that there is one."""
+    return sys.modules["cwclip_kernels._C"]
+
+
 @cache
 def _load() -> str | None:
     try:
@@ -48,43 +49,13 @@ def _load() -> str | None:
     return None
 
 
-def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
-    """Why this backend can't serve such a gradient, or None."""
-    if device.type != "cpu":
-        return f"serves CPU tensors, not {device.type}"
+def unserved(dtype: torch.dtype, norm_type: float) -> str | None:
+    """Why the extension has no kernel for such a gradient, or None."""
     if norm_type not in _ORDERS:
         return f"serves norm_type 1, 2 and inf, not {norm_type:g}"
     if dtype in _COMPLEX:
-        if norm_type != 2.0:
-            return "serves complex gradients for norm_type 2 only"
-    elif dtype not in _DTYPES:
-        return f"does not serve {dtype}"
-    return unavailable()
-
-
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
-    """sum |g|^p of each component, or max |g|: float64 [K]."""
-    sums: Tensor = torch.ops.cwclip_kernels.power_sums(grads, bucket.components, bucket.count, norm_type)
-    return sums
-
-
-def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """g <- coef * g in place; nothing written where coef is 1."""
-    torch.ops.cwclip_kernels.scale_(grads, bucket.components, coefs.double(), zero_fill)
-
-
-def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, [K], float64 if any gradient is; each component scaled while still in cache."""
-    norms, coefs = torch.ops.cwclip_kernels.clip_(
-        grads,
-        bucket.components,
-        bucket.count,
-        caps,
-        rule.norm_type,
-        rule.eps,
-        _POLICY_CODES[rule.nonfinite],
-    )
-    return norms, coefs
+        return None if norm_type == 2.0 else "serves complex gradients for norm_type 2 only"
+    return None if dtype in _DTYPES else f"does not serve {dtype}"
 
 
 def _refuse_meta(grads: list[Tensor]) -> None:

@@ -1,0 +1,188 @@
+"""The CUDA kernels, csrc/cuda/: at most two launches a call, addresses in the kernel's own parameters, no sync.
+
+Static tables lie on the device from the first call on. At every call the gradients' addresses are read from the
+tensors, together with all that the tables depend on, so that a plan needn't compare it too.
+
+CUDA graphs: call once before capturing. Addresses are frozen into the graph, caps are read at every replay.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..formula import ClipRule
+from . import extension
+from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+
+_POWER_SUMS, _SCALE, _CLIP = range(3)  # csrc/cuda/launch.h: Kind
+
+
+def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
+    """Why this backend can't serve such a gradient, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"serves NVIDIA GPUs, not {'AMD GPUs' if device.type == 'cuda' else device.type}"
+    return extension.unserved(dtype, norm_type) or unavailable(device)
+
+
+@cache
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels can't run on this device and what to do about it, or None."""
+    if reason := extension.unavailable():
+        return reason
+    native = extension.module()
+    if not hasattr(native, "cuda_enqueue"):
+        return (
+            "was left out when the compiled extension was built; reinstall with nvcc on the PATH: "
+            "CWCLIP_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
+        )
+    if reason := native.cuda_obstacle(device.index or 0):
+        return (
+            f"has no kernels for {torch.cuda.get_device_name(device)} ({reason}); reinstall with "
+            "TORCH_CUDA_ARCH_LIST set to its compute capability"
+        )
+    return None
+
+
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+    """sum |g|^p of each component, or max |g|: float64 [K]."""
+    sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
+    _enqueue(bucket, grads, _POWER_SUMS, ClipRule(norm_type), sums=sums)
+    return sums
+
+
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+    """g <- coef * g in place; nothing written where coef is 1."""
+    rule = ClipRule(nonfinite="zero" if zero_fill else "propagate")
+    _enqueue(bucket, grads, _SCALE, rule, coefs=coefs.contiguous())
+
+
+def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+    coefs = torch.empty_like(norms)
+    _enqueue(bucket, grads, _CLIP, rule, norms=norms, coefs=coefs, caps=caps)
+    return norms, coefs
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Launching
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """What a bucket keeps from call to call.
+
+    Attributes:
+        layout: dtypes, devices, shapes and strides of its gradients, as ``layout_of`` tells them.
+        program: what the host has to know about the tables.
+        tables: uint8, on the device.
+        arrived: when the tables have; None on the CPU.
+        workspace_bytes: device memory that a call needs beside its results.
+        workspaces: for each stream, zero between calls: calls on one stream come one after another.
+        addresses: of the gradients at the last call.
+    """
+
+    layout: bytes
+    program: bytes
+    tables: Tensor
+    arrived: torch.cuda.Event | None
+    workspace_bytes: int
+    workspaces: dict[int, Tensor] = field(default_factory=dict)
+    addresses: bytes | None = None
+
+
+def _enqueue(
+    bucket: Bucket,
+    grads: list[Tensor],
+    kind: int,
+    rule: ClipRule,
+    *,
+    sums: Tensor | None = None,
+    norms: Tensor | None = None,
+    coefs: Tensor | None = None,
+    caps: Tensor | None = None,
+) -> None:
+    native = extension.module()
+    device = bucket.device.index or 0
+    stream, capturing = native.cuda_stream(device)
+    state, addresses = _look_up(native, bucket, grads, capturing)
+    workspace: Tensor | None
+    if capturing:
+        # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
+        workspace = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=bucket.device)
+        keep_for_graphs(state.tables, caps)
+    else:
+        workspace = state.workspaces.get(stream)
+        if workspace is None:
+            workspace = state.workspaces[stream] = _workspace(state, bucket.device)
+    native.cuda_enqueue(
+        kind,
+        rule.norm_type,
+        state.program,
+        addresses,
+        state.tables.data_ptr(),
+        workspace.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        0 if norms is None else norms.data_ptr(),
+        0 if coefs is None else coefs.data_ptr(),
+        0 if caps is None else caps.data_ptr(),
+        caps.stride(0) if caps is not None and caps.ndim else 0,
+        rule.eps,
+        extension.POLICY_CODES[rule.nonfinite],
+        coefs is not None and coefs.dtype == torch.float64,
+        device,
+        stream,
+    )
+
+
+def _workspace(state: _State, device: torch.device) -> Tensor:
+    """Zeros, for the current stream, which from here on also sees the tables."""
+    if state.arrived is not None:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(state.arrived)
+        state.tables.record_stream(stream)
+    return torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=device)
+
+
+def _look_up(native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool) -> tuple[_State, bytes]:
+    """The bucket's state, and the addresses of these gradients.
+
+    Raises:
+        RuntimeError: these are not the gradients that the bucket was made for.
+    """
+    state: _State | None = bucket.scratch.get("cuda")
+    addresses: bytes | None = None
+    if state is not None:
+        addresses = native.addresses_of(grads, state.layout, state.addresses)
+    if state is None or (addresses is None and not bucket.plain):
+        # The first call, or values of sparse gradients, whose number changes.
+        if capturing:
+            raise RuntimeError(BEFORE_CAPTURE)
+        state = bucket.scratch["cuda"] = _make_state(native, bucket, grads)
+        addresses = native.addresses_of(grads, state.layout, None)
+    if addresses is None:
+        raise RuntimeError("these are not the gradients that the plan was made for")
+    state.addresses = addresses
+    return state, addresses
+
+
+def _make_state(native: Any, bucket: Bucket, grads: list[Tensor]) -> _State:
+    layout = native.layout_of(grads)
+    components = struct.pack(f"{len(grads)}q", *bucket.components.tolist())
+    tables, program, workspace_bytes = native.cuda_program(layout, components, bucket.count)
+    on_device = upload(torch.frombuffer(bytearray(tables), dtype=torch.uint8), bucket.device)
+    arrived = None
+    if on_device.is_cuda:
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(bucket.device))
+    return _State(layout, program, on_device, arrived, workspace_bytes)

@@ -1,0 +1,153 @@
+// csrc/cuda/machine.cuh for a CPU: the same names, so that the suite runs csrc/cuda/ where there is no GPU.
+//
+// Blocks and their threads are fibers (blocks.h), or, with CWCLIP_BLOCKS_AS_THREADS, one host thread for each warp of
+// one lane, for ThreadSanitizer to judge what blocks hand each other.
+#pragma once
+
+#include "blocks.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#define CWCLIP_DEVICE inline
+#define CWCLIP_KERNEL inline
+#define CWCLIP_BOUNDS(threads, blocks)
+#define CWCLIP_PARAMETER(type) const type&
+#define CWCLIP_SHARED(type, name) type& name = *static_cast<type*>(on_host::shared_memory(sizeof(type)))
+
+namespace cwclip::cuda {
+
+#if defined(CWCLIP_BLOCKS_AS_THREADS)
+constexpr int kLanes = 1;
+constexpr int kWorkerWarps = 1;
+#else
+constexpr int kLanes = 32;
+constexpr int kWorkerWarps = 8;
+#endif
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+
+inline int thread_index() { return on_host::thread_index(); }
+inline uint32_t block_index() { return on_host::block_index(); }
+inline uint32_t block_count() { return on_host::block_count(); }
+
+inline void block_barrier() { on_host::block_barrier(); }
+inline void warp_barrier() { on_host::warp_barrier(kLanes); }
+inline uint32_t from_first_lane(uint32_t value) {
+  return static_cast<uint32_t>(on_host::exchange(value, thread_index() / kLanes * kLanes, kLanes));
+}
+inline double from_lane_above(double value, int distance) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  const int lane = thread_index() % kLanes;
+  const int source = thread_index() + (lane + distance < kLanes ? distance : 0);
+  bits = on_host::exchange(bits, source, kLanes);
+  std::memcpy(&value, &bits, 8);
+  return value;
+}
+inline void pause() { on_host::pause(); }
+
+inline uint32_t fetch_add_relaxed(uint32_t* p, uint32_t n) {
+  on_host::maybe_switch();
+  return std::atomic_ref<uint32_t>(*p).fetch_add(n, std::memory_order_relaxed);
+}
+inline uint32_t fetch_add_acq_rel(uint32_t* p, uint32_t n) {
+  on_host::maybe_switch();
+  return std::atomic_ref<uint32_t>(*p).fetch_add(n, std::memory_order_acq_rel);
+}
+inline uint32_t load_acquire(const uint32_t* p) {
+  on_host::maybe_switch();
+  return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(p)).load(std::memory_order_acquire);
+}
+inline void store_release(uint32_t* p, uint32_t value) {
+  on_host::maybe_switch();
+  std::atomic_ref<uint32_t>(*p).store(value, std::memory_order_release);
+}
+inline void store_relaxed(uint32_t* p, uint32_t value) {
+  std::atomic_ref<uint32_t>(*p).store(value, std::memory_order_relaxed);
+}
+// A plain load here: order comes from the counter that was acquired before, and ThreadSanitizer shall see that it does.
+inline double load_relaxed(const double* p) { return *p; }
+
+inline const Vector* checked(const Vector* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
+    std::fprintf(stderr, "a 16-byte access to %p, which a GPU would refuse\n", static_cast<const void*>(p));
+    std::abort();
+  }
+  return p;
+}
+inline Vector load_vector(const Vector* p) { return *checked(p); }
+inline Vector load_vector_last(const Vector* p) { return *checked(p); }
+inline void store_vector_last(Vector* p, Vector v) { *const_cast<Vector*>(checked(p)) = v; }
+
+template <class To, class From>
+To cast_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline uint32_t bits_of(float x) { return cast_bits<uint32_t>(x); }
+inline float float_of(uint32_t bits) { return cast_bits<float>(bits); }
+inline uint64_t bits_of(double x) { return cast_bits<uint64_t>(x); }
+inline double double_of(uint64_t bits) { return cast_bits<double>(bits); }
+
+inline float float_of_f16(uint16_t bits) { return static_cast<float>(cast_bits<_Float16>(bits)); }
+inline uint32_t pack_f16(float low, float high) {
+  const auto rounded = [](float x) { return uint32_t{cast_bits<uint16_t>(static_cast<_Float16>(x))}; };
+  return rounded(low) | rounded(high) << 16;
+}
+inline uint32_t pack_bf16(float low, float high) {
+  const auto rounded = [](float x) {
+    const uint32_t bits = bits_of(x);
+    return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float product(float a, float b) { return a * b; }
+inline double product(double a, double b) { return a * b; }
+inline double quotient(double a, double b) { return a / b; }
+inline double square_root(double x) { return std::sqrt(x); }
+
+// On the host.
+
+using Stream = void*;
+using Failure = const char*;
+
+struct OnDevice {
+  explicit OnDevice(int) {}
+  Failure failure = nullptr;
+};
+
+inline Failure count_processors(int, int* count) {
+  *count = on_host::machine.processors;
+  return nullptr;
+}
+
+inline Failure is_capturing(Stream, bool* capturing) {
+  *capturing = false;
+  return nullptr;
+}
+
+template <auto kernel>
+Failure find_image() {
+  return nullptr;
+}
+
+template <auto kernel, class... Parameters>
+Failure launch(uint32_t blocks, int threads, Stream, const Parameters&... parameters) {
+  on_host::run(blocks, threads, [&] { kernel(parameters...); });
+  return nullptr;
+}
+
+}  // namespace cwclip::cuda
