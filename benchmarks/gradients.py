@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,18 @@ from shapes import ShapeSet
 
 CASES = ("none", "half", "all")
 Cap = float | list[float]
+PIECE = 1 << 24  # elements that torch may sum in float32 and still be right to some digits
+
+
+def clips(case: str, count: int) -> list[bool]:
+    """Which of ``count`` components ``case`` clips: none, every other one, or all."""
+    return [case == "all" or (case == "half" and i % 2 == 0) for i in range(count)]
+
+
+def clipped_share(shape_set: ShapeSet, case: str) -> float:
+    """Share of the bytes, 0 to 1, that belong to components which ``case`` clips."""
+    sizes = [math.prod(shape) for _, shape in shape_set.shapes]
+    return sum(size for size, clipped in zip(sizes, clips(case, len(sizes)), strict=True) if clipped) / sum(sizes)
 
 
 class Gradients:
@@ -44,19 +57,22 @@ class Gradients:
         generator = torch.Generator(device).manual_seed(seed)
         # A scale of its own for each, so that equal shapes have different norms; at most 1, so that even the
         # norm of a large model fits float16.
+        scales = torch.rand(len(shape_set.shapes), device=device, generator=generator).tolist()
         first = [
-            torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            * (0.25 + 0.75 * float(torch.rand((), device=device, generator=generator)))
-            for _, shape in shape_set.shapes
+            torch.randn(shape, dtype=dtype, device=device, generator=generator).mul_(0.25 + 0.75 * scale)
+            for (_, shape), scale in zip(shape_set.shapes, scales, strict=True)
         ]
+        if shape_set.misaligned:
+            first = _misaligned(first)
         self.named = [
             (name, nn.Parameter(torch.empty((), dtype=dtype, device=device).expand(shape)))
             for name, shape in shape_set.shapes
         ]
-        self.norms = [float(torch.linalg.vector_norm(g, dtype=torch.float32)) for g in first]
-        self._sets = [first, *([g.clone() for g in first] for _ in range(rotate - 1))]
-        self._pristine = [g.clone() for g in first] if restorable else None
+        copy = _misaligned if shape_set.misaligned else _clones
+        self._sets = [first, *(copy(first) for _ in range(rotate - 1))]
+        self._pristine = _clones(first) if restorable else None
         self.use(0)
+        self.norms = self.current_norms()
 
     @property
     def current(self) -> list[Tensor]:
@@ -73,12 +89,24 @@ class Gradients:
         """Undoes what clipping did to the current set."""
         if self._pristine is None:
             raise ValueError("these gradients were made with restorable=False: they can't be clipped")
-        for grad, pristine in zip(self._current, self._pristine, strict=True):
-            grad.copy_(pristine)
+        torch._foreach_copy_(self._current, self._pristine)
 
-    def clips(self, case: str) -> list[bool]:
-        """Which components ``case`` clips: none, every other one, or all."""
-        return [case == "all" or (case == "half" and i % 2 == 0) for i in range(len(self.norms))]
+    def current_norms(self) -> list[float]:
+        """Each gradient's norm as it is now, exact to some digits at any size."""
+        pieces = [g.flatten().split(PIECE) for g in self._current]
+        norms = torch.stack(torch._foreach_norm([p for own in pieces for p in own], 2, torch.float32)).tolist()
+        following = iter(norms)
+        return [math.hypot(*(next(following) for _ in own)) for own in pieces]
+
+    def expected_norms(self, case: str, componentwise: bool = True) -> list[float]:
+        """Each gradient's norm after a clip that does what ``case`` says."""
+        cap = self.cap(case)
+        if componentwise:
+            caps = cap if isinstance(cap, list) else [cap] * len(self.norms)
+            return [min(norm, limit) for norm, limit in zip(self.norms, caps, strict=True)]
+        total = math.hypot(*self.norms)
+        assert isinstance(cap, float)  # the global clip has no case "half"
+        return [norm * min(1.0, cap / total) for norm in self.norms]
 
     def cap(self, case: str) -> Cap:
         """A cap that clips what ``case`` says: one number for none and all, as in use; a list for half.
@@ -90,10 +118,25 @@ class Gradients:
         if case == "all":
             return 0.5 * min(self.norms)
         return [
-            norm * (0.5 if clipped else 2.0) for norm, clipped in zip(self.norms, self.clips("half"), strict=True)
+            norm * (0.5 if clipped else 2.0)
+            for norm, clipped in zip(self.norms, clips("half", len(self.norms)), strict=True)
         ]
 
-    def clipped_share(self, case: str) -> float:
-        """Share of the bytes, 0 to 1, that belong to clipped components."""
-        sizes = [g.numel() for g in self._current]
-        return sum(s for s, clipped in zip(sizes, self.clips(case), strict=True) if clipped) / sum(sizes)
+
+def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def _misaligned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies as views into one buffer, their starts going round all places that no 16-byte load may begin at."""
+    per_vector = 16 // tensors[0].itemsize
+    starts: list[int] = []
+    end = 0
+    for index, tensor in enumerate(tensors):
+        next_vector = -(-end // per_vector) * per_vector
+        starts.append(next_vector + 1 + index % (per_vector - 1))
+        end = starts[-1] + tensor.numel()
+    buffer = tensors[0].new_empty(end)
+    views = [buffer[start : start + t.numel()].view(t.shape) for start, t in zip(starts, tensors, strict=True)]
+    torch._foreach_copy_(views, list(tensors))
+    return views

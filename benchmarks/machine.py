@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -23,6 +24,7 @@ def metadata(device: torch.device) -> dict[str, str | int]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "cwclip_kernels": cwclip_kernels.__version__,
+        "commit": _said_by("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -32,16 +34,26 @@ def metadata(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
     }
+    # They choose among kernels, so figures taken with one of them set tell about that one.
+    found |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("CWCLIP_")}
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+        chip = torch.cuda.get_device_properties(device)
+        found["gpu"] = chip.name
+        found["gpu_memory_bytes"] = chip.total_memory
+        found["multiprocessors"] = chip.multi_processor_count
+        found["l2_bytes"] = chip.L2_cache_size
+        found["architecture"] = f"{chip.major}.{chip.minor}"
         found["cuda"] = torch.version.cuda or torch.version.hip or "unknown"
-        found["driver"] = _driver()
+        found["driver"] = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["nvcc"] = _said_by("nvcc", "--version")
     return found
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can be taken now without swapping."""
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what torch keeps of earlier sets is there to be taken
         return torch.cuda.mem_get_info(device)[0]
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable"):
@@ -63,13 +75,14 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _driver() -> str:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
+def _said_by(program: str, *arguments: str) -> str:
+    """The last line that a program prints about itself."""
+    path = shutil.which(program)
+    if path is None:
         return "unknown"
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    return answer[0] if answer else "unknown"
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if done.returncode == 0 and lines else "unknown"
 
 
 def _lines(path: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -17,6 +18,8 @@ from torch import Tensor
 BEYOND_CACHES = 256 << 20
 # Ceilings don't change above this size; a second Llama-sized buffer would only cost memory.
 CEILING_LIMIT = 1 << 30
+# What even the slowest variant is given, however short the time.
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,12 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def interleave(
-    variants: Sequence[Variant], clock: Clock, rounds: int, warmup: int = 2, warm: bool = False
+    variants: Sequence[Variant],
+    clock: Clock,
+    rounds: int,
+    warmup: int = 2,
+    warm: bool = False,
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Times every variant once a round, in another random order each round.
 
@@ -128,11 +136,14 @@ def interleave(
         rounds: timed rounds.
         warmup: rounds before that, not kept: plans are made, kernels compiled, pages touched.
         warm: read the variant's own data before the call instead of foreign data.
+        seconds: for all of it, in equal shares. A variant that has used up its share, restoring included, sits out
+            the rounds that are left, once it has had ``LEAST_ROUNDS``: so one slow way costs the others nothing.
 
     Returns:
         Timings by variant key.
     """
     timings: dict[str, Timing] = defaultdict(Timing)
+    spent: dict[str, float] = defaultdict(float)
     turn = 0
     order = random.Random(0)
     gc.collect()
@@ -140,9 +151,14 @@ def interleave(
     try:
         for round_ in range(warmup + rounds):
             for variant in order.sample(variants, len(variants)):
+                timing = timings[variant.key]
+                if spent[variant.key] * len(variants) > seconds and len(timing.samples) >= LEAST_ROUNDS:
+                    continue
+                began = time.perf_counter()
                 variant.before(turn)
                 clock.settle(variant.data() if warm else clock.scratch)
-                clock.time(variant.call, timings[variant.key] if round_ >= warmup else Timing())
+                clock.time(variant.call, timing if round_ >= warmup else Timing())
+                spent[variant.key] += time.perf_counter() - began
                 turn += 1
     finally:
         gc.enable()

@@ -91,8 +91,9 @@ def _draw_case(panel: Axes, case: str, results: Sequence[CaseResult]) -> dict[st
 
 
 def _times(row: Row) -> str:
-    """How many times as fast as the fastest of torch's component-wise ways."""
-    return f"{min(ratio for key, (ratio, _) in row.speedup.items() if key != 'global'):.1f} x"
+    """How many times as fast as the fastest of torch's component-wise ways, if any took part."""
+    ratios = [ratio for key, (ratio, _) in row.speedup.items() if key != "global"]
+    return f"{min(ratios):.1f} x" if ratios else ""
 
 
 def _tick(result: CaseResult) -> str:

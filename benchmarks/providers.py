@@ -6,8 +6,10 @@ that call alone is timed, Python included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,10 @@ from gradients import Cap
 Named = Sequence[tuple[str, nn.Parameter]]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
+# What can be set behind a backend's name, and the variable that the library reads at each call (csrc/cuda/launch.cu).
+SETTINGS = {"form": "CWCLIP_CUDA_FORM", "blocks": "CWCLIP_CUDA_BLOCKS_PER_SM"}
+_AS_STARTED = {variable: os.environ.get(variable) for variable in SETTINGS.values()}
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -29,12 +35,24 @@ class Provider:
         label: name in tables.
         prepare: (named parameters, cap) -> the call to time.
         componentwise: False for the global clip, which can't take a cap for each component.
+        environment: variables to be set while it runs; see ``set_environment``.
     """
 
     key: str
     label: str
     prepare: Callable[[Named, Cap], Callable[[], object]]
     componentwise: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def set_environment(wanted: Mapping[str, str]) -> None:
+    """Gives the library's variables the values of one provider; those it leaves out are as the script found them."""
+    for variable, found in _AS_STARTED.items():
+        value = wanted.get(variable, found)
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = value
 
 
 def _loop(named: Named, cap: Cap) -> Callable[[], object]:
@@ -77,8 +95,18 @@ TORCH = (
 )
 
 
-def ours(backend: str | None) -> tuple[Provider, ...]:
-    """The function and the clipper, on one backend; None for the best available."""
+def ours(spec: str = "best", calls: Sequence[str] = ("function", "clipper")) -> tuple[Provider, ...]:
+    """The function and the clipper, on one backend.
+
+    Args:
+        spec: a backend's name, or "best" for what the package takes by itself; settings may follow, as in
+            "cuda:form2" or "cuda:form1:blocks2".
+        calls: which of the two.
+
+    Raises:
+        ValueError: a setting that doesn't exist.
+    """
+    backend, environment = _parsed(spec)
 
     def function(named: Named, cap: Cap) -> Callable[[], object]:
         parameters = [p for _, p in named]
@@ -88,20 +116,36 @@ def ours(backend: str | None) -> tuple[Provider, ...]:
     def clipper(named: Named, cap: Cap) -> Callable[[], object]:
         return ComponentClipper(named, _as_max_norm(named, cap), backend=backend).clip_
 
-    shown = backend or "best"
-    return (
-        Provider(f"function/{shown}", f"fused_component_clip_ ({shown})", function),
-        Provider(f"clipper/{shown}", f"ComponentClipper ({shown})", clipper),
+    known = (
+        ("function", "fused_component_clip_", function),
+        ("clipper", "ComponentClipper", clipper),
+    )
+    return tuple(
+        Provider(f"{call}/{spec}", f"{label} ({spec})", prepare, environment=environment)
+        for call, label, prepare in known
+        if call in calls
     )
 
 
-def explain(named: Named, backend: str | None) -> str:
+def explain(named: Named, spec: str) -> str:
     """Which backend serves these gradients, and why, in the package's words.
 
     Raises:
         RuntimeError, ValueError: the named backend can't serve here, or doesn't exist; the message says why.
     """
-    return ComponentClipper(named, 1.0, backend=backend).explain()
+    return ComponentClipper(named, 1.0, backend=_parsed(spec)[0]).explain()
+
+
+def _parsed(spec: str) -> tuple[str | None, dict[str, str]]:
+    """Backend and environment that a spec stands for."""
+    backend, *settings = spec.split(":")
+    environment = {}
+    for setting in settings:
+        match = re.fullmatch(r"([a-z]+)(\d+)", setting)
+        if match is None or match[1] not in SETTINGS:
+            raise ValueError(f"{spec!r}: {setting!r} is none of {', '.join(SETTINGS)} with a number, as in form2")
+        environment[SETTINGS[match[1]]] = match[2]
+    return (None if backend == "best" else backend), environment
 
 
 def _as_max_norm(named: Named, cap: Cap) -> float | Tensor:

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from launches import SetActivity
 from measure import Ceilings, Timing
 from providers import TORCH
 
@@ -116,9 +117,19 @@ def rows_and_floor(
     return rows, {key: _gbps(nbytes, t.min) for key, t in ceilings.items()}, floor
 
 
-def as_json(metadata: dict[str, Any], results: Sequence[CaseResult], skipped: Sequence[str]) -> dict[str, Any]:
+def as_json(
+    metadata: dict[str, Any],
+    results: Sequence[CaseResult],
+    activity: Sequence[SetActivity],
+    skipped: Sequence[str],
+) -> dict[str, Any]:
     """All of it as plain dictionaries and lists."""
-    return {"metadata": metadata, "results": [asdict(r) for r in results], "skipped": list(skipped)}
+    return {
+        "metadata": metadata,
+        "results": [asdict(r) for r in results],
+        "launches": [asdict(a) for a in activity],
+        "skipped": list(skipped),
+    }
 
 
 def print_metadata(console: Console, metadata: dict[str, Any]) -> None:
@@ -162,13 +173,34 @@ def print_case(console: Console, result: CaseResult) -> None:
             row.label,
             f"{row.min_ms:.4g}",
             f"{row.median_ms:.4g}",
-            *([f"{row.host_ms:.3g}"] if with_host else []),
+            *([_milliseconds(row.host_ms)] if with_host else []),
             _short(row.gbps),
             f"{row.of_ceiling:.0%}",
             *("/".join(map(_short, row.speedup[key])) for key in references),
             style="" if row.is_torch else "bold",
         )
     console.print(table)
+
+
+def print_activity(console: Console, activity: Sequence[SetActivity], labels: dict[str, str]) -> None:
+    """One table: what one call of each provider makes the GPU do, a column a set.
+
+    Args:
+        console: where to.
+        activity: of each set.
+        labels: provider key -> name in the table, in the order of the rows.
+    """
+    _say(console, "\nKernels launched by one call; sync: the host waits for the device; -: not looked at")
+    # A few sets at a time: what torch does can take many characters.
+    for first in range(0, len(activity), 4):
+        shown = activity[first : first + 4]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for one in shown:
+            table.add_column(f"{one.set}\n{one.dtype}, {one.clipped}", justify="right")
+        for key, label in labels.items():
+            table.add_row(label, *(str(one.by_provider.get(key, "-")) for one in shown))
+        console.print(table)
 
 
 def _say(console: Console, text: str) -> None:
@@ -179,6 +211,11 @@ def _say(console: Console, text: str) -> None:
 def _short(ratio: float) -> str:
     """Three digits, or as many as stand before the point."""
     return f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.1f}" if ratio < 99.95 else f"{ratio:.0f}"
+
+
+def _milliseconds(ms: float | None) -> str:
+    """Three digits, and no exponent."""
+    return "-" if ms is None else f"{ms:.3g}" if ms < 999.5 else f"{ms:.0f}"
 
 
 def _gbps(nbytes: int, ms: float) -> float:

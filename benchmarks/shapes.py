@@ -24,12 +24,16 @@ class ShapeSet:
         description: what the model is, and which head it has.
         shapes: (parameter name, shape) in the model's own order.
         dtype: the dtype its gradients usually have.
+        misaligned: its gradients are views into one buffer, none at a multiple of 16 bytes.
+        opt_in: too large for "all": measured when asked for by name.
     """
 
     name: str
     description: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     dtype: torch.dtype = torch.float32
+    misaligned: bool = False
+    opt_in: bool = False
 
     @property
     def elements(self) -> int:
@@ -177,6 +181,12 @@ def _tiny(count: int, size: int) -> Shapes:
         yield f"blocks.{index}.scale", (size,)
 
 
+def _uneven(count: int, largest: int = 4099) -> Shapes:
+    """Sizes that are spread evenly over 1..largest and follow no pattern: steps of another prime."""
+    for index in range(count):
+        yield f"blocks.{index}.weight", (1 + 1009 * index % largest,)
+
+
 _ALL = (
     ShapeSet("bert-base", "BERT-base, pooler and 2-label head", tuple(_bert(12, 768))),
     ShapeSet("bert-large", "BERT-large, pooler and 2-label head: the paper's model", tuple(_bert(24, 1024))),
@@ -188,6 +198,9 @@ _ALL = (
     ShapeSet("llama3-8b", "Llama-3-8B, output head of its own", tuple(_llama3_8b()), torch.bfloat16),
     ShapeSet("lora-384", "rank-8 LoRA on all attention of PEGASUS-large", tuple(_lora_pegasus_large())),
     ShapeSet("tiny-20000", "20,000 tensors of 64 elements: overhead alone", tuple(_tiny(20_000, 64))),
+    ShapeSet("views-2000", "2,000 misaligned views of 1 to 4,099 elements", tuple(_uneven(2000)), misaligned=True),
+    # Past what 32-bit indices reach, and no multiple of anything that a kernel may step by.
+    ShapeSet("huge", "one tensor past 2^31 elements", (("weight", (2**31 + 4099,)),), torch.bfloat16, opt_in=True),
 )
 
 SETS: dict[str, ShapeSet] = {shape_set.name: shape_set for shape_set in _ALL}

@@ -26,7 +26,7 @@ ROUNDS, WARMUP = 15, 2
 
 # From launch overhead alone (20,000 tensors of 64 elements) over a few kilobytes each to a small real model.
 SMALL_SETS = ("tiny-20000", "lora-384", "minilm-l6")
-PROVIDERS = (*TORCH, *ours(None))
+PROVIDERS = (*TORCH, *ours())
 # What bounds each case: reading everything, or reading and writing it.
 FLOORS = {"none": Ceilings.READ, "all": Ceilings.WRITE}
 
