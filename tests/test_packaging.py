@@ -14,6 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "cwclip_kernels")
 
 
@@ -43,13 +44,14 @@ def wheel_of(source: Path, mode: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source):
-    """The wheel as ``make wheel`` makes it."""
+    """The wheel as ``make wheel`` makes it; where there is nvcc, for one kind of GPU, to save time."""
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("no C++ compiler")
-    done = build(source, "cpu")
+    mode, report = ("cuda", "and CUDA kernels for sm_90, compute_90") if NVCC else ("cpu", "without CUDA kernels")
+    done = build(source, mode, TORCH_CUDA_ARCH_LIST="9.0+PTX")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "cwclip_kernels: building with the C++ extension" in done.stdout + done.stderr
-    return wheel_of(source, "cpu")
+    assert re.search(f"cwclip_kernels: building with the C\\+\\+ extension,? {report}", done.stdout + done.stderr)
+    return wheel_of(source, mode)
 
 
 def test_one_abi3_wheel_with_types_and_one_binary(wheel):
@@ -71,7 +73,7 @@ def test_exports_its_entry_point_alone_and_needs_no_cuda(wheel, tmp_path):
     assert [line.split()[-1] for line in listing.splitlines()] == ["PyInit__C"]
     needed = subprocess.run(["readelf", "-d", binary], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed
-    for absent in ("libtorch_cuda", "libcudart", "libtorch_python", "libpython"):
+    for absent in ("libtorch_cuda", "libc10_cuda", "libcudart", "libcuda.so", "libtorch_python", "libpython"):
         assert absent not in needed
 
 
@@ -104,13 +106,30 @@ def test_without_extension_the_wheel_is_pure(source):
 @pytest.mark.parametrize(
     ("mode", "environment", "message"),
     [
-        ("cuda", {}, "CWCLIP_BUILD=cuda: this version has no CUDA sources"),
+        ("cuda", {"CUDA_HOME": "/no/such/cuda"}, "CWCLIP_BUILD=cuda: no nvcc in /no/such/cuda/bin: unset CUDA_HOME"),
+        ("cuda", {"CUDA_HOME": "{folder}"}, "CWCLIP_BUILD=cuda: nvcc .* is release 11.8, and 12.1 is needed"),
+        pytest.param(
+            *(
+                "cuda",
+                {"TORCH_CUDA_ARCH_LIST": "9.0;Hopper"},
+                "TORCH_CUDA_ARCH_LIST: 'Hopper' is not a number like 9.0",
+            ),
+            marks=pytest.mark.skipif(NVCC is None, reason="no nvcc"),
+        ),
+        pytest.param(
+            *("cuda", {"TORCH_CUDA_ARCH_LIST": "3.5"}, r"this nvcc doesn't know 3.5 \(sm_"),
+            marks=pytest.mark.skipif(NVCC is None, reason="no nvcc"),
+        ),
         ("fast", {}, "CWCLIP_BUILD: expected auto, none, cpu or cuda, not 'fast'"),
         ("cpu", {"CXX": "no-such-compiler"}, "CWCLIP_BUILD=cpu: no C\\+\\+ compiler"),
     ],
 )
-def test_what_was_asked_for_and_cannot_be_built_fails_loudly(source, mode, environment, message):
-    done = build(source, mode, **environment)
+def test_what_was_asked_for_and_cannot_be_built_fails_loudly(source, mode, environment, message, tmp_path):
+    old = tmp_path / "bin/nvcc"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    old.chmod(0o755)
+    done = build(source, mode, **{k: v.format(folder=tmp_path) for k, v in environment.items()})
     assert done.returncode != 0
     assert re.search(message, done.stdout + done.stderr)
 
@@ -119,3 +138,11 @@ def test_auto_says_what_it_leaves_out(source):
     done = build(source, "auto", CXX="no-such-compiler")
     assert done.returncode == 0
     assert "building without the C++ extension (no C++ compiler (no-such-compiler)" in done.stdout + done.stderr
+
+
+def test_auto_without_nvcc_says_so(source):
+    code = "import sys; sys.argv[1:] = ['--version']; exec(open('setup.py').read())"
+    environment = {**os.environ, "CWCLIP_BUILD": "auto", "CUDA_HOME": "/no/such/cuda"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "with the C++ extension, without CUDA kernels (no nvcc in /no/such/cuda/bin" in done.stderr

@@ -67,9 +67,10 @@ CWCLIP_DEVICE double load_relaxed(const double* p) {
   return value;
 }
 
-// Gradients, 16 bytes at a time. First read: they may be read again soon. Last read and write: they won't be.
+// Gradients, 16 bytes at a time. First read: to be read again from L2, but by another processor as likely as not. Last
+// read and write: not to be kept anywhere.
 CWCLIP_DEVICE Vector load_vector(const Vector* p) {
-  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
 CWCLIP_DEVICE Vector load_vector_last(const Vector* p) {
