@@ -35,7 +35,7 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
 
 stage_tests() {
   # shellcheck disable=SC2086 # arguments are words
-  "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/test_cuda_gpu.py}
+  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/test_cuda_gpu.py}
 }
 
 stage_sanitize() {

@@ -1,0 +1,284 @@
+"""What only a GPU can show: streams, graphs, syncs, launches, memory, several devices. Skipped where there is none.
+
+The rest of the suite runs there too, with every backend that serves GPUs.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels.backends import cuda, triton
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_grads,
+    assert_norms,
+    copy_of,
+    float64_norm,
+    grads_of,
+    parameter,
+    parameters,
+    random_grad,
+    same_bits,
+)
+
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+
+NVIDIA = torch.version.hip is None
+WAYS = ("cuda-1", "cuda-2", "triton")
+SIZES = [(0,), (1,), (31,), (33,), (300, 100), (8191,), (8192,), (8193,), (1000, 1000)]
+
+
+@pytest.fixture(params=WAYS)
+def backend(request, monkeypatch) -> str:
+    """A backend by name, the CUDA one in each of its forms."""
+    name, _, form = request.param.partition("-")
+    module = {"cuda": cuda, "triton": triton}[name]
+    reason = module.refuses(torch.device("cuda", 0), torch.float32, 2.0)
+    if reason is not None:
+        # What the machine should have, and hasn't, is no reason to call it tested.
+        assert not os.environ.get("CWCLIP_REQUIRE_GPU"), reason
+        pytest.skip(f"{name} {reason}")
+    if form:
+        monkeypatch.setenv("CWCLIP_CUDA_FORM", form)
+    return name
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def check(params, backend, max_norm=0.7, norm_type=2.0, **more):
+    expected = copy_of(params)
+    norms = fused_component_clip_(params, max_norm, norm_type, backend=backend, **more)
+    reference = fused_component_clip_(expected, max_norm, norm_type, backend="reference", **more)
+    dtypes = {p.grad.dtype for p in params if p.grad is not None}
+    exact = torch.float64 if dtypes == {torch.float64} else torch.float32
+    assert_norms(norms, reference, exact)
+    assert_grads(params, expected, exact)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_sizes(dtype, norm_type, backend):
+    check(parameters(SIZES, dtype), backend, norm_type=norm_type)
+
+
+def test_what_none_names_is_the_cuda_backend():
+    if cuda.unavailable(torch.device("cuda", 0)):
+        assert not os.environ.get("CWCLIP_REQUIRE_GPU")
+        pytest.skip("built without CUDA kernels")
+    assert "'cuda' (first choice on cuda)" in ComponentClipper(parameters([(3,)]), 1.0).explain()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_views(dtype, backend):
+    flat = random_grad((400_000,), dtype)
+    starts = range(1, 390_000, 30_011)
+    params = [parameter(flat[start : start + 29_000 + start % 7]) for start in starts]
+    before = flat.clone()
+    inside = torch.zeros(len(flat), dtype=torch.bool, device=DEVICE)
+    for p, start in zip(params, starts, strict=True):
+        inside[start : start + p.numel()] = True
+    check(params, backend)
+    assert same_bits(flat[~inside], before[~inside])
+
+
+def test_twenty_thousand_tiny_tensors(backend):
+    flat = random_grad((20_000 * 3,))
+    check([parameter(grad) for grad in flat.split(3)], backend)
+
+
+def test_gaps_sparse_and_complex(backend):
+    indices = torch.tensor([[0, 3, 3]], device=DEVICE)
+    sparse = torch.sparse_coo_tensor(indices, random_grad((3, 5)), (9, 5), check_invariants=True)
+    params = [
+        parameter(random_grad((60, 50))[:, ::2]),
+        parameter(random_grad((50, 40)).t()),
+        parameter(random_grad((30,), torch.complex64)),
+        parameter(sparse),
+    ]
+    check(params, backend)
+
+
+def test_same_bits_a_hundred_times(backend):
+    params = parameters([(1000, 999), (7,), (33, 1000), (100_003,)])
+    clipper = ComponentClipper(params, 0.3, backend=backend)
+    before = grads_of(params)
+    first: list[torch.Tensor] = []
+    for _ in range(100):
+        for p, grad in zip(params, before, strict=True):
+            p.grad.copy_(grad)
+        result = clipper.clip_()
+        now = [result.norms, result.coefs, *grads_of(params)]
+        first = first or now
+        assert all(same_bits(a, b) for a, b in zip(first, now, strict=True))
+
+
+def test_nothing_waits_for_the_device(backend, no_sync):
+    caps = torch.full((2,), 0.1, device=DEVICE)
+    params = parameters([(100, 50), (33,)])
+    clipper = ComponentClipper(params, caps, backend=backend)
+    for _ in range(3):
+        clipper.clip_()
+        clipper.norms()
+        fused_component_clip_(params, 0.01, backend=backend)
+        fused_component_clip_(params, 0.01, nonfinite="zero", backend=backend)
+        for p in params:
+            p.grad = torch.randn_like(p)
+
+
+def test_on_a_side_stream(backend):
+    params = parameters([(1000, 1000), (77,)])
+    clipper = ComponentClipper(params, 0.1, backend=backend)
+    clipper.clip_()
+    for _ in range(5):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(2_000_000)  # what comes before on this stream takes its time
+            for p in params:
+                p.grad = torch.ones_like(p)
+            norms = clipper.clip_().norms
+        torch.cuda.current_stream().wait_stream(stream)
+        assert norms.tolist() == pytest.approx([1000.0, math.sqrt(77.0)])
+        assert (clipper.norms() <= 0.1 * (1 + 1e-6)).all()
+
+
+def test_streams_side_by_side(backend):
+    """Calls on several streams at once share tables, and nothing that they write."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    params = parameters([(500, 1000), (77,), (1000, 999)])
+    clipper = ComponentClipper(params, math.inf, backend=backend)
+    expected = clipper.norms()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(clipper.norms())
+    torch.cuda.synchronize()
+    assert all(same_bits(result, expected) for result in results)
+
+
+def test_a_graph_replays_with_new_gradients_and_caps(backend):
+    params = parameters([(300, 200), (33,), (5,), (9000,)])
+    caps = torch.full((4,), 0.5, device=DEVICE)
+    clipper = ComponentClipper(params, caps, backend=backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        clipper.clip_()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = clipper.clip_()
+    for step in range(4):
+        caps.copy_(torch.rand(4) * 2.0)
+        for p in params:
+            p.grad.copy_(random_grad(p.shape, scale=10.0 ** (step - 2)))
+        expected = copy_of(params)
+        graph.replay()
+        reference = fused_component_clip_(expected, caps, backend="reference")
+        assert_norms(result.norms, reference, torch.float32)
+        assert_grads(params, expected, torch.float32)
+        if step == 1:  # a call outside, on the same clipper, changes nothing for the graph
+            assert_norms(clipper.norms(), component_norms(params, backend="reference"), torch.float32)
+
+
+def test_a_graph_outlives_its_clipper(backend):
+    params = parameters([(300, 200), (9000,)])
+    clipper = ComponentClipper(params, 0.5, backend=backend)
+    clipper.clip_()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        clipper.clip_()
+    del clipper
+    torch.cuda.empty_cache()
+    junk = [
+        torch.full((n,), 255, dtype=torch.uint8, device=DEVICE) for n in (64, 512, 4096, 1 << 20) for _ in range(50)
+    ]
+    for p in params:
+        p.grad.fill_(1.0)
+    graph.replay()
+    assert component_norms(params).tolist() == pytest.approx([0.5, 0.5], rel=1e-5)
+    del junk
+
+
+def test_capturing_a_graph_first_is_refused_with_the_way_out(backend):
+    clipper = ComponentClipper(parameters([(30,)]), 0.5, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="make one before"), torch.cuda.graph(graph):
+        clipper.clip_()
+    torch.cuda.synchronize()
+    clipper.clip_()
+
+
+def test_launches_and_copies(backend):
+    """Two launches, or one; nothing copied to the device once the first call has been made."""
+    params = parameters([(300, 200), (33,), (9000,)])
+    clipper = ComponentClipper(params, 0.1, backend=backend)
+    clipper.clip_()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        clipper.clip_()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    if not on_device:
+        pytest.skip("this machine's profiler sees no kernels")
+    assert not [name for name in on_device if "emcpy" in name or "emset" in name]
+    assert len(on_device) == (1 if os.environ.get("CWCLIP_CUDA_FORM") == "2" and backend == "cuda" else 2), on_device
+
+
+def test_memory_of_a_call(backend):
+    """Results, and no more than partial sums beside them."""
+    params = parameters([(4000, 1000), (33,)])
+    clipper = ComponentClipper(params, 0.1, backend=backend)
+    clipper.clip_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = clipper.clip_()
+    assert torch.cuda.max_memory_allocated() - before <= 16 * 1024
+    assert torch.cuda.memory_allocated() - before <= 4 * 512
+    del result
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_component_over_two_devices_has_one_norm(backend):
+    params = [torch.nn.Parameter(torch.zeros(1000, 10, device=torch.device("cuda", index % 2))) for index in range(4)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    expected = float64_norm([p.grad for p in params])
+    assert torch.cuda.current_device() == 0
+    norms = fused_component_clip_(params, 0.5, components="all", backend=backend)
+    assert norms.tolist() == pytest.approx([expected.item()])
+    assert float64_norm([p.grad for p in params]).item() == pytest.approx(0.5, rel=1e-5)
+    check_second = params[1::2]
+    fused_component_clip_(check_second, 0.1, backend=backend)
+    assert all(p.grad.norm().item() == pytest.approx(0.1, rel=1e-4) for p in check_second)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_compiled_step(backend):
+    params = parameters([(300, 200), (33,)])
+    expected = copy_of(params)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step():
+        return fused_component_clip_(params, 0.1, backend=backend)
+
+    norms = step()
+    reference = fused_component_clip_(expected, 0.1, backend="reference")
+    assert_norms(norms, reference, torch.float32)
+    assert_grads(params, expected, torch.float32)
