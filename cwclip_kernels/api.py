@@ -11,7 +11,9 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from . import compiled
 from .caps import MaxNorm
 from .clipper import Engine, check_options
 from .components import Grouping, Parameters, as_items, named_tensors, resolve
@@ -83,6 +85,12 @@ def fused_component_clip_(
         Norm Clipping", EMNLP 2022, arXiv 2210.10325. eps: ``torch.nn.utils.clip_grad_norm_``.
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+    if is_dynamo_compiling():
+        named = named_tensors(parameters)
+        resolved = resolve(named, components)
+        return compiled.clip_(
+            named.tensors, resolved, max_norm, options.rule, options.raise_nonfinite, options.backend
+        )[0]
     tensors, engine = _engine_for(parameters, components)
     return engine.clip_(tensors, engine.caps(max_norm), options)[0]
 
@@ -119,6 +127,9 @@ def component_norms(
         tensor([7.])
     """
     options = check_options(norm_type, False, 0.0, "propagate", backend)
+    if is_dynamo_compiling():
+        named = named_tensors(parameters)
+        return compiled.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
     tensors, engine = _engine_for(parameters, components)
     return engine.norms(tensors, options.rule.norm_type, backend)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import is_lazy
 
-from . import dispatch, execute
+from . import compiled, dispatch, execute
 from .caps import Caps, MaxNorm, as_float
 from .components import Components, Grouping, Parameters, named_tensors, resolve, type_name
 from .formula import POLICIES, ClipRule
-from .plan import Planner
+from .plan import ClipPlan, Planner
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -107,40 +111,59 @@ class Engine:
     def __init__(self, components: Components) -> None:
         self.components = components
         self._planner = Planner(components)
-        self._last_mapping: tuple[object, Caps] | None = None
+        self._last_caps: tuple[object, Caps] | None = None
 
     def caps(self, max_norm: MaxNorm) -> Caps:
-        """``max_norm``, checked; a mapping is matched with the component names once while it stays the same."""
-        if not isinstance(max_norm, Mapping):
+        """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
+        if isinstance(max_norm, Tensor):
             return Caps(max_norm, self.components.names)
         # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
-        items = [(pattern, type(value), value) for pattern, value in max_norm.items()]
-        if self._last_mapping is None or self._last_mapping[0] != items:
-            self._last_mapping = items, Caps(max_norm, self.components.names)
-        return self._last_mapping[1]
+        named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
+        items = [(pattern, type(value), value) for pattern, value in named]
+        if self._last_caps is None or self._last_caps[0] != items:
+            self._last_caps = items, Caps(max_norm, self.components.names)
+        return self._last_caps[1]
 
-    @torch.no_grad()
     def clip_(self, tensors: Sequence[Tensor], caps: Caps, options: Options) -> tuple[Tensor, Tensor]:
         """Clips the tensors' gradients in place: norms before and coefficients, [K] each."""
+        rule, raise_nonfinite = options.rule, options.raise_nonfinite
+        return self._carry_out(
+            lambda plan, grads: execute.clip_(plan, grads, caps, rule, raise_nonfinite),
+            tensors,
+            rule.norm_type,
+            options.backend,
+            exact=raise_nonfinite,  # its RuntimeError may be about the norms
+        )
+
+    def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
+        """Norms [K] of the tensors' gradients, which stay as they are."""
+        return self._carry_out(
+            lambda plan, grads: execute.norms_of(plan, grads, norm_type), tensors, norm_type, backend, exact=False
+        )
+
+    @torch.no_grad()
+    def _carry_out(
+        self,
+        work: Callable[[ClipPlan, list[Tensor | None]], _Result],
+        tensors: Sequence[Tensor],
+        norm_type: float,
+        backend: str | None,
+        *,
+        exact: bool,
+    ) -> _Result:
         grads = [t.grad for t in tensors]
-        request = grads, _home(tensors), options.rule.norm_type, options.backend
-        plan = self._planner.plan(*request, exact=options.raise_nonfinite)
+        request = grads, _home(tensors), norm_type, backend
+        plan = self._planner.plan(*request, exact=exact)
         try:
-            return execute.clip_(plan, grads, caps, options.rule, options.raise_nonfinite)
+            return work(plan, grads)
         except RuntimeError:
-            if not plan.self_checking:
+            if exact or not plan.self_checking:
                 raise
             # Refused, and nothing written. A look at every gradient says what is wrong, by name, or what changed.
             fresh = self._planner.remake(*request)
             if fresh.signature == plan.signature:
                 raise
-            return execute.clip_(fresh, grads, caps, options.rule, options.raise_nonfinite)
-
-    @torch.no_grad()
-    def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
-        """Norms [K] of the tensors' gradients, which stay as they are."""
-        grads = [t.grad for t in tensors]
-        return execute.norms_of(self._planner.plan(grads, _home(tensors), norm_type, backend), grads, norm_type)
+            return work(fresh, grads)
 
     @torch.no_grad()
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
@@ -221,6 +244,8 @@ class ComponentClipper:
         self._engine = Engine(resolve(named, components))
         self.names: tuple[str, ...] = self._engine.components.names
         self._caps = Caps(max_norm, self.names)
+        # As given, for torch.compile; a mapping as it is now, like the caps.
+        self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
 
     def clip_(self) -> ClipResult:
         """Clips the gradients that are there now, in place.
@@ -233,11 +258,25 @@ class ComponentClipper:
                 named backend can't serve a gradient.
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
+        if is_dynamo_compiling():
+            options = self._options
+            norms, coefs = compiled.clip_(
+                self._tensors,
+                self._engine.components,
+                self._max_norm,
+                options.rule,
+                options.raise_nonfinite,
+                options.backend,
+            )
+            return ClipResult(self.names, norms, coefs)
         return ClipResult(self.names, *self._engine.clip_(self._tensors, self._caps, self._options))
 
     def norms(self) -> Tensor:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""
-        return self._engine.norms(self._tensors, self._options.rule.norm_type, self._options.backend)
+        norm_type, backend = self._options.rule.norm_type, self._options.backend
+        if is_dynamo_compiling():
+            return compiled.norms_of(self._tensors, self._engine.components, norm_type, backend)
+        return self._engine.norms(self._tensors, norm_type, backend)
 
     def explain(self) -> str:
         """Which backend serves which gradients, and why, for people to read."""

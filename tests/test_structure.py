@@ -21,6 +21,7 @@ RANKS = [
     {"dispatch"},
     {"plan"},
     {"execute"},
+    {"compiled"},
     {"clipper"},
     {"api"},
     {"__init__"},
