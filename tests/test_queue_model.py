@@ -33,7 +33,7 @@ def check(folder, **settings) -> str:
 # the others; components of one tile.
 @pytest.mark.parametrize(
     ("blocks", "resident", "tiles", "per_component"),
-    [(1, 1, 4, 2), (2, 1, 4, 2), (2, 2, 4, 2), (3, 2, 3, 2), (2, 2, 3, 1)],
+    [(1, 1, 4, 2), (2, 1, 4, 2), (2, 2, 4, 2), (3, 2, 3, 2), (3, 2, 2, 2), (2, 2, 3, 1)],
 )
 @pytest.mark.parametrize("form", [1, 2])
 def test_no_block_waits_forever_and_every_tile_gets_its_due(form, blocks, resident, tiles, per_component, tmp_path):
