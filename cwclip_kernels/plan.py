@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .backends import extension
 from .components import LEFT_ALONE, Components, type_name
 
 Gradients = Sequence[Tensor | None]
@@ -78,10 +79,10 @@ class ClipPlan:
 
     @property
     def self_checking(self) -> bool:
-        """Whether the compiled extension does it all. That looks at every gradient, at no cost, and refuses what
-        it can't serve before it writes.
+        """Whether every backend looks at its gradients by itself, through the compiled extension and at little cost,
+        and refuses others than planned before it writes.
         """
-        return all(bucket.plain and bucket.backend in ("cpu", "cuda") for bucket in self.buckets)
+        return all(bucket.plain and bucket.backend in extension.users() for bucket in self.buckets)
 
 
 class Planner:

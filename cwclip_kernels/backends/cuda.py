@@ -83,22 +83,20 @@ class _State:
     """What a bucket keeps from call to call.
 
     Attributes:
-        layout: dtypes, devices, shapes and strides of its gradients, as ``layout_of`` tells them.
+        addresses: of its gradients.
         program: what the host has to know about the tables.
         tables: uint8, on the device.
         arrived: when the tables have; None on the CPU.
         workspace_bytes: device memory that a call needs beside its results.
         workspaces: for each stream, zero between calls: calls on one stream come one after another.
-        addresses: of the gradients at the last call.
     """
 
-    layout: bytes
+    addresses: extension.Addresses
     program: bytes
     tables: Tensor
     arrived: torch.cuda.Event | None
     workspace_bytes: int
     workspaces: dict[int, Tensor] = field(default_factory=dict)
-    addresses: bytes | None = None
 
 
 def _enqueue(
@@ -161,28 +159,26 @@ def _look_up(native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool) 
         RuntimeError: these are not the gradients that the bucket was made for.
     """
     state: _State | None = bucket.scratch.get("cuda")
-    addresses: bytes | None = None
     if state is not None:
-        addresses = native.addresses_of(grads, state.layout, state.addresses)
-    if state is None or (addresses is None and not bucket.plain):
-        # The first call, or values of sparse gradients, whose number changes.
-        if capturing:
-            raise RuntimeError(BEFORE_CAPTURE)
-        state = bucket.scratch["cuda"] = _make_state(native, bucket, grads)
-        addresses = native.addresses_of(grads, state.layout, None)
-    if addresses is None:
-        raise RuntimeError("these are not the gradients that the plan was made for")
-    state.addresses = addresses
-    return state, addresses
+        try:
+            return state, state.addresses.of(grads)
+        except RuntimeError:
+            if bucket.plain:
+                raise
+    # The first call, or values of sparse gradients, whose number changes.
+    if capturing:
+        raise RuntimeError(BEFORE_CAPTURE)
+    state = bucket.scratch["cuda"] = _make_state(native, bucket, grads)
+    return state, state.addresses.of(grads)
 
 
 def _make_state(native: Any, bucket: Bucket, grads: list[Tensor]) -> _State:
-    layout = native.layout_of(grads)
+    addresses = extension.Addresses(grads)
     components = struct.pack(f"{len(grads)}q", *bucket.components.tolist())
-    tables, program, workspace_bytes = native.cuda_program(layout, components, bucket.count)
+    tables, program, workspace_bytes = native.cuda_program(addresses.layout, components, bucket.count)
     on_device = upload(torch.frombuffer(bytearray(tables), dtype=torch.uint8), bucket.device)
     arrived = None
     if on_device.is_cuda:
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(bucket.device))
-    return _State(layout, program, on_device, arrived, workspace_bytes)
+    return _State(addresses, program, on_device, arrived, workspace_bytes)

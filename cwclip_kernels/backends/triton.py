@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..formula import ClipRule
+from . import extension
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 
 if TYPE_CHECKING:
@@ -256,11 +257,7 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
         scratch.clear()
         scratch.update(tables=tables, layout=layout, calls={})
     staged = [(i, grads[i].contiguous()) for i in scratch["tables"].gapped]
-    if staged:
-        grads = list(grads)
-        for i, copy in staged:
-            grads[i] = copy
-    pointers = tuple(map(Tensor.data_ptr, grads))
+    pointers = _pointers(bucket, grads, staged)
     if bucket.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return _prepare_captured(bucket, pointers, staged)
@@ -274,6 +271,28 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
         addresses = upload(_on_host(pointers), bucket.device)
         last = scratch["calls"][stream] = _Call(tables, addresses, pointers)
     return replace(last, staged=staged) if staged else last
+
+
+def _pointers(bucket: Bucket, grads: list[Tensor], staged: Sequence[tuple[int, Tensor]]) -> tuple[int, ...]:
+    """Addresses, of the copies where there are some; the same object while nothing moves.
+
+    Raises:
+        RuntimeError: these are not the gradients that the plan was made for.
+    """
+    if not bucket.plain or extension.unavailable() is not None:
+        pointers = tuple(map(Tensor.data_ptr, grads))
+    else:
+        scratch = bucket.scratch
+        if "addresses" not in scratch:
+            scratch.update(addresses=extension.Addresses(grads), found=b"", pointers=())
+        found = scratch["addresses"].of(grads)
+        if found is not scratch["found"]:
+            scratch.update(found=found, pointers=tuple(memoryview(found).cast("Q")))
+        pointers = scratch["pointers"]
+    if staged:
+        copies = dict(staged)
+        pointers = tuple(copies[i].data_ptr() if i in copies else at for i, at in enumerate(pointers))
+    return pointers
 
 
 def _prepare_captured(bucket: Bucket, pointers: tuple[int, ...], staged: Sequence[tuple[int, Tensor]]) -> _Call:
