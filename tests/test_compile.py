@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
@@ -17,7 +18,8 @@ SIZES = [(30, 20), (30,), (5, 6), (1000,)]
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def _forget(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # leaves no processes behind
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
