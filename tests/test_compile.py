@@ -18,10 +18,10 @@ SIZES = [(30, 20), (30,), (5, 6), (1000,)]
 
 
 @pytest.fixture(autouse=True)
-def _forget(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # leaves no processes behind
+def _forget():
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(compile_threads=1):  # leaves no processes behind
+        yield
     torch._dynamo.reset()
 
 
