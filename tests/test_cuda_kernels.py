@@ -9,6 +9,7 @@ import random
 import shutil
 import struct
 import subprocess
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import cuda_on_host
 from conftest import SEED
 from cuda_on_host import FORMS
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels.backends import cuda, extension
 from helpers import DEVICE, DTYPES, assert_grads, assert_norms, copy_of, grads_of, parameter, random_grad, same_bits
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="about a machine that a GPU isn't; see test_cuda_gpu.py")
@@ -149,6 +151,12 @@ def test_as_many_gradients_as_one_launch_can_address_and_more(count, form, gpu):
     assert gpu.launches() - before == (1 if form == 2 and tables == 1 else 2 * tables)
 
 
+def test_two_steps(machine):
+    """Norms first, then scaling by coefficients that are already there."""
+    params = [parameter(random_grad((size,), dtype)) for size in (3, 0, 30000, 9000) for dtype in DTYPES]
+    check(params, error_if_nonfinite=True)
+
+
 def test_two_steps_over_several_tables(gpu):
     params = [parameter(grad) for grad in random_grad((2 * MANY + 2,)).split(2)]
     grads = grads_of(params)
@@ -215,6 +223,23 @@ def test_gradients_other_than_planned_are_never_touched(gpu):
     with pytest.raises(ValueError, match="the gradients of '0' and '1' share memory"):
         clipper.clip_()
     assert same_bits(shared, before)
+
+
+def test_refusals_say_what_to_do(monkeypatch):
+    unavailable = cuda.unavailable.__wrapped__
+    gpu = torch.device("cuda", 0)
+    assert "serves NVIDIA GPUs, not cpu" in cuda.refuses(torch.device("cpu"), torch.float32, 2.0)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert "not AMD GPUs" in cuda.refuses(gpu, torch.float32, 2.0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "norm_type 1, 2 and inf, not 3" in cuda.refuses(gpu, torch.float32, 3.0)
+    monkeypatch.setattr(extension, "module", lambda: object())
+    assert "CWCLIP_BUILD=cuda pip install" in unavailable(gpu)
+    monkeypatch.setattr(extension, "module", lambda: Mock(cuda_obstacle=lambda device: "no kernel image"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of the future")
+    assert "can't run on a GPU of the future (no kernel image); reinstall with TORCH_CUDA" in unavailable(gpu)
+    monkeypatch.setattr(extension, "unavailable", lambda: "is missing")
+    assert unavailable(gpu) == "is missing"
 
 
 class TestCalls:

@@ -46,8 +46,8 @@ def unavailable(device: torch.device) -> str | None:
         )
     if reason := native.cuda_obstacle(device.index or 0):
         return (
-            f"has no kernels for {torch.cuda.get_device_name(device)} ({reason}); reinstall with "
-            "TORCH_CUDA_ARCH_LIST set to its compute capability"
+            f"can't run on {torch.cuda.get_device_name(device)} ({reason}); reinstall with TORCH_CUDA_ARCH_LIST set "
+            "to its compute capability, by a CUDA toolkit that its driver knows"
         )
     return None
 
