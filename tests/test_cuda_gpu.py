@@ -268,6 +268,12 @@ def test_a_component_over_two_devices_has_one_norm(backend):
     fused_component_clip_(check_second, 0.1, backend=backend)
     assert all(p.grad.norm().item() == pytest.approx(0.1, rel=1e-4) for p in check_second)
     assert torch.cuda.current_device() == 0
+    assert torch.zeros(1, device="cuda").device.index == 0
+    with torch.cuda.device(1):
+        fused_component_clip_(params, 0.01, backend=backend)
+        fused_component_clip_(params[::2], 0.001, backend=backend)
+        assert torch.cuda.current_device() == 1
+        assert torch.zeros(1, device="cuda").device.index == 1
 
 
 def test_a_compiled_step(backend):

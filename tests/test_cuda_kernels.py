@@ -9,6 +9,7 @@ import random
 import shutil
 import struct
 import subprocess
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
@@ -236,6 +237,7 @@ def test_refusals_say_what_to_do(monkeypatch):
     monkeypatch.setattr(extension, "module", lambda: object())
     assert "CWCLIP_BUILD=cuda pip install" in unavailable(gpu)
     monkeypatch.setattr(extension, "module", lambda: Mock(cuda_obstacle=lambda device: "no kernel image"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of the future")
     assert "can't run on a GPU of the future (no kernel image); reinstall with TORCH_CUDA" in unavailable(gpu)
     monkeypatch.setattr(extension, "unavailable", lambda: "is missing")

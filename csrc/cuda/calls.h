@@ -1,4 +1,5 @@
 // What cwclip_kernels/backends/cuda.py calls. Memory on the device comes as addresses; nothing here waits for the device.
+// `device` has to be torch's current one.
 #pragma once
 
 #include <Python.h>

@@ -112,22 +112,20 @@ class Launcher {
 }  // namespace
 
 const char* enqueue(const Request& request) {
-  const OnDevice on_device(request.device);
-  if (on_device.failure != nullptr) return on_device.failure;
+  if (const Failure failure = set_device(request.device)) return failure;
   int processors = 0;
   if (const Failure failure = count_processors(request.device, &processors)) return failure;
   return Launcher(request, processors).all();
 }
 
 const char* find_obstacle(int device) {
-  const OnDevice on_device(device);
-  return on_device.failure != nullptr ? on_device.failure : find_image<list_kernel>();
+  const Failure failure = set_device(device);
+  return failure != nullptr ? failure : find_image<list_kernel>();
 }
 
 const char* find_capturing(int device, void* stream, bool* capturing) {
-  const OnDevice on_device(device);
-  if (on_device.failure != nullptr) return on_device.failure;
-  return is_capturing(static_cast<Stream>(stream), capturing);
+  const Failure failure = set_device(device);
+  return failure != nullptr ? failure : is_capturing(static_cast<Stream>(stream), capturing);
 }
 
 }  // namespace cwclip::cuda

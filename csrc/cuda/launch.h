@@ -1,4 +1,4 @@
-// From a call, as Python makes it, to kernels on a stream.
+// From a call, as Python makes it, to kernels on a stream. `device` is torch's current one.
 #pragma once
 
 #include "tables.h"

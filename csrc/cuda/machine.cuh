@@ -130,26 +130,9 @@ using Stream = cudaStream_t;
 using Failure = const char*;
 inline Failure failure_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// Makes a device the current one, and the one before again at the end.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) failure = failure_of(cudaSetDevice(device));
-    switched_ = before_ != device;
-  }
-  ~OnDevice() {
-    if (switched_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
-  Failure failure = nullptr;
-
- private:
-  int before_ = 0;
-  bool switched_ = false;
-};
+// It is the current one already, for torch's copy of the CUDA runtime (cwclip_kernels/backends/cuda.py sees to that); this
+// tells ours. So nothing has to be set back, which could tell torch's wrongly.
+inline Failure set_device(int device) { return failure_of(cudaSetDevice(device)); }
 
 inline Failure count_processors(int device, int* count) {
   return failure_of(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));

@@ -9,6 +9,7 @@ CUDA graphs: call once before capturing. Addresses are frozen into the graph, ca
 from __future__ import annotations
 
 import struct
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,9 @@ def unavailable(device: torch.device) -> str | None:
             "was left out when the compiled extension was built; reinstall with nvcc on the PATH: "
             "CWCLIP_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
         )
-    if reason := native.cuda_obstacle(device.index or 0):
+    with torch.cuda.device(device):
+        reason = native.cuda_obstacle(device.index or 0)
+    if reason:
         return (
             f"can't run on {torch.cuda.get_device_name(device)} ({reason}); reinstall with TORCH_CUDA_ARCH_LIST set "
             "to its compute capability, by a CUDA toolkit that its driver knows"
@@ -55,21 +58,24 @@ def unavailable(device: torch.device) -> str | None:
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
-    _enqueue(bucket, grads, _POWER_SUMS, ClipRule(norm_type), sums=sums)
+    with _on(bucket.device):
+        _enqueue(bucket, grads, _POWER_SUMS, ClipRule(norm_type), sums=sums)
     return sums
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
     rule = ClipRule(nonfinite="zero" if zero_fill else "propagate")
-    _enqueue(bucket, grads, _SCALE, rule, coefs=coefs.contiguous())
+    with _on(bucket.device):
+        _enqueue(bucket, grads, _SCALE, rule, coefs=coefs.contiguous())
 
 
 def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
-    _enqueue(bucket, grads, _CLIP, rule, norms=norms, coefs=coefs, caps=caps)
+    with _on(bucket.device):
+        _enqueue(bucket, grads, _CLIP, rule, norms=norms, coefs=coefs, caps=caps)
     return norms, coefs
 
 
@@ -97,6 +103,13 @@ class _State:
     arrived: torch.cuda.Event | None
     workspace_bytes: int
     workspaces: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes it the current device, which costs something, if it isn't."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _enqueue(
