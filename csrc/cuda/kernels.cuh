@@ -12,9 +12,10 @@
 //   Mode::scale   Tiles on the list are scaled. What isn't clipped costs nothing, not even a look. Bytes: each clipped
 //                 gradient read once and written once. Form 1 is Mode::sum, then Mode::scale.
 //   Mode::both    Form 2, a single launch: a block that finds a tile on the list scales it before it measures another, so
-//                 that what was read last is scaled while it is still in L2. Every place in the list has one taker,
-//                 who looks whether it has been filled; nobody waits while a tile that he has taken is unmeasured, and
-//                 tiles taken are in the hands of blocks that run: progress needs no cooperative launch.
+//                 that what was read last is scaled while it is still in L2 (benchmarks/l2_model.py). Every place in the
+//                 list has one taker, who looks whether it has been filled; nobody waits while a tile that he has taken
+//                 is unmeasured, and tiles taken are in the hands of blocks that run: progress needs no cooperative
+//                 launch. tests/native/queue.pml is a model of it.
 //
 // Deterministic: partial sums depend on the tile alone, they are added in an order that depends on their number alone,
 // and scaling goes element by element. Which block does what, and the order of the list, change from run to run.
@@ -27,7 +28,8 @@ namespace cwclip::cuda {
 enum class Mode { sum, scale, both };
 
 constexpr int kThreads = kWorkers + kLanes;
-// 64 KB of loads in flight on each processor, and more would cost form 2 its reuse of L2.
+// 96 KB of loads in flight on each processor: twice what it takes to hide the latency of memory, so that a block may
+// pause at its barrier. More would cost form 2 its reuse of L2, and registers.
 constexpr int kBlocksPerProcessor = 3;
 
 enum class Work : int32_t { sum, scale, none, leave };
@@ -165,38 +167,50 @@ struct Scheduler {
       : call(call), addresses(addresses) {
     if (!on_duty) return;
     Counters* const counters = call.workspace.counters;
-    if constexpr (mode != Mode::scale) sum_ticket = draw_sum_ticket();
-    if constexpr (mode == Mode::both) scale_ticket = fetch_add_relaxed(&counters->scale_ticket, 1);
+    if constexpr (mode != Mode::scale) ticket_after = draw_sum_ticket();
+    if constexpr (mode == Mode::both) place = fetch_add_relaxed(&counters->scale_ticket, 1);
     if constexpr (mode == Mode::scale) {
-      scale_ticket = block_index();
+      place = block_index();
       listed = load_acquire(&counters->listed);
+    }
+    look_ahead();
+  }
+
+  // Reads the table's entry of the next tile to measure, and draws the ticket after it, so that next() needn't wait.
+  CWCLIP_DEVICE void look_ahead() {
+    if constexpr (mode != Mode::scale) {
+      if (ticket != kNone || ticket_after >= call.range.tile_end) return;
+      ticket = ticket_after;
+      tile = call.tables.tiles[ticket];
+      ticket_after = draw_sum_ticket();
     }
   }
 
-  // The next job. Work::none if there is nothing to do until the sum that the block is working on is handed in.
+  // The next job. Work::none if there is nothing to do until the sum that the block is working on is handed in. To be
+  // asked for as late as possible: what is listed by then is scaled while it is in L2, what isn't waits for a turn.
   CWCLIP_DEVICE Job next(bool sum_in_hand) {
-    const Workspace& workspace = call.workspace;
-    for (;;) {
-      // In this order: once all are finished, a place that is empty stays empty.
-      uint32_t finished = 0;
-      if constexpr (mode == Mode::both) finished = load_acquire(&workspace.counters->finished);
+    for (bool all_finished = false;;) {
       if constexpr (mode != Mode::sum) {
         if (const uint32_t entry = take_listed()) return scale_job(entry - 1);
       }
       if constexpr (mode != Mode::scale) {
-        if (sum_ticket < call.range.tile_end) {
-          const uint32_t tile = sum_ticket;
-          sum_ticket = draw_sum_ticket();
-          return job_of(tile, Work::sum);
+        if (ticket != kNone) {
+          const Job job = job_of(ticket, tile, Work::sum);
+          ticket = kNone;
+          return job;
         }
       }
       if (sum_in_hand) return idle(Work::none);
-      if (mode != Mode::both || finished == call.measured) return idle(Work::leave);
-      pause();
+      if (mode != Mode::both || all_finished) return idle(Work::leave);
+      // Once all are finished, a place that is empty stays empty: one more look, and in this order.
+      all_finished = load_acquire(&call.workspace.counters->finished) == call.measured;
+      if (!all_finished) pause();
     }
   }
 
  private:
+  static constexpr uint32_t kNone = 0xffffffffu;
+
   CWCLIP_DEVICE uint32_t draw_sum_ticket() {
     return call.range.tile_begin + fetch_add_relaxed(&call.workspace.sum_tickets[call.range.table], 1);
   }
@@ -205,20 +219,20 @@ struct Scheduler {
   CWCLIP_DEVICE uint32_t take_listed() {
     uint32_t* const list = call.workspace.list;
     if constexpr (mode == Mode::both) {
-      if (scale_ticket >= call.range.tile_end) return 0;
-      const uint32_t entry = load_acquire(&list[scale_ticket]);
+      if (place >= call.range.tile_end) return 0;
+      const uint32_t entry = load_acquire(&list[place]);
       if (entry != 0) {
-        store_relaxed(&list[scale_ticket], 0);
-        scale_ticket = fetch_add_relaxed(&call.workspace.counters->scale_ticket, 1);
+        store_relaxed(&list[place], 0);
+        place = fetch_add_relaxed(&call.workspace.counters->scale_ticket, 1);
       }
       return entry;
     } else {
-      while (scale_ticket < listed) {
-        const uint32_t place = listed - 1 - scale_ticket;
-        scale_ticket += block_count();
-        const uint32_t entry = load_acquire(&list[place]);
+      while (place < listed) {
+        uint32_t* const last = &list[listed - 1 - place];
+        place += block_count();
+        const uint32_t entry = load_acquire(last);
         if (entry == 0 || entry - 1 < call.range.tile_begin || entry - 1 >= call.range.tile_end) continue;
-        store_relaxed(&list[place], 0);
+        store_relaxed(last, 0);
         return entry;
       }
       return 0;
@@ -226,14 +240,13 @@ struct Scheduler {
   }
 
   CWCLIP_DEVICE Job scale_job(uint32_t tile) const {
-    Job job = job_of(tile, Work::scale);
+    Job job = job_of(tile, call.tables.tiles[tile], Work::scale);
     job.coef = load_result(call.results.coefs, job.component, call.rule.wide);
     job.erase = job.coef == 0 && call.rule.nonfinite == NonFinite::zero;
     return job;
   }
 
-  CWCLIP_DEVICE Job job_of(uint32_t index, Work work) const {
-    const Tile tile = call.tables.tiles[index];
+  CWCLIP_DEVICE Job job_of(uint32_t index, const Tile& tile, Work work) const {
     Job job;
     job.work = work;
     job.dtype = tile.dtype;
@@ -262,7 +275,9 @@ struct Scheduler {
 
   const Call& call;
   const Addresses<kCapacity>& addresses;
-  uint32_t sum_ticket = 0, scale_ticket = 0, listed = 0;
+  uint32_t ticket = kNone, ticket_after = 0;  // tile to measure next, if any, and the one after it
+  Tile tile;                                  // the former's entry in the table
+  uint32_t place = 0, listed = 0;             // in the list: to look at next; places that are filled
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -363,6 +378,7 @@ CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, kBlocksPerProcessor)
       if (mode != Mode::scale && job.work == Work::sum) measure<order, kGaps>(job, shared.sums[turn], thread);
       if (mode != Mode::sum && job.work == Work::scale) rescale<kGaps>(job, thread);
     } else {
+      if (lane == 0) scheduler.look_ahead();
       if (mode != Mode::scale && other.work == Work::sum) hand_in<mode, order>(call, other, shared.sums[turn ^ 1], lane);
       warp_barrier();
       if (lane == 0) other = scheduler.next(job.work == Work::sum);
