@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("rich.console")
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
-from l2_model import TILE_BYTES, traffic  # noqa: E402
+from l2_model import TILE_BYTES, traffic
 
 
 @pytest.mark.parametrize("late", [True, False])

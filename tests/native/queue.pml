@@ -2,6 +2,7 @@
  *
  *   spin -DFORM=2 -DBLOCKS=2 -DRESIDENT=2 -DTILES=4 -DPER_COMPONENT=2 -a queue.pml
  *   gcc -O2 -w -DSAFETY -o pan pan.c && ./pan -m200000 -w24
+ *   gcc -O2 -w -DNP -o pan pan.c && ./pan -m200000 -w24 -l
  *
  * FORM            1: Mode::sum, then Mode::scale; 2: Mode::both
  * BLOCKS          in each launch
@@ -10,12 +11,12 @@
  * BREAK           breaks one rule, to see that the model notices (tests/test_queue_model.py); 0 or not given: none
  *
  * Which components are clipped is any choice. A block is a scheduler and a worker that meet at a barrier, as there. What a
- * GPU does one at a time, one atomic or one access to shared memory, is one step here. Memory is in order here; that each
- * release and acquire is where it is needed, ThreadSanitizer judges (tests/native/hand_over.cpp).
+ * GPU does one at a time, one atomic or one access to shared memory, is one step here. spin's memory is sequentially
+ * consistent; that each release and acquire is where it is needed, ThreadSanitizer judges (tests/native/hand_over.cpp).
  *
- * No block may be left waiting (an invalid end state), and the assertions hold: a tile is measured once; a component is
- * added up when all of its tiles have been handed in; what is clipped is scaled once, after its coefficient was written,
- * and nothing else; everything in the workspace is zero at the end.
+ * -DSAFETY: no block is left waiting (an invalid end state), and the assertions hold: a tile is measured once; a component
+ * is added up when all of its tiles have been handed in; what is clipped is scaled once, after its coefficient was
+ * written, and nothing else; everything in the workspace is zero at the end. -DNP: nothing goes on forever.
  */
 #ifndef BREAK
 #define BREAK 0
@@ -37,27 +38,39 @@ byte measured[TILES], scaled[TILES];
 
 byte running, ended;        /* blocks, of this launch */
 byte launch;                /* the one that blocks may begin in */
+#if BREAK == 11
+byte begun;
+#endif
 
 chan job_of[BLOCKS * LAUNCHES] = [0] of { mtype, byte };
 chan barrier[BLOCKS * LAUNCHES] = [0] of { bit };
 
-inline tiles_in(c, n) { n = (c == COMPONENTS - 1 -> TILES - (COMPONENTS - 1) * PER_COMPONENT : PER_COMPONENT) }
+#define measures (FORM == 2 || number < BLOCKS)
+#define scales (FORM == 2 || number >= BLOCKS)
+#define NONE 255
 
-inline list_component(c) {
-  d_step { place = listed; listed = listed + count }
-  i = 0;
+/* An atomic or d_step below has one access to what blocks share; the rest of it is the block's own. */
+
+/* By a warp, whose lanes write in any order: forwards or backwards, which for two tiles is any. */
+inline list_component() {
+  atomic {
+    place = listed; listed = listed + count; i = 0;
+    if :: backwards = false :: count > 1 -> backwards = true fi
+  }
   do
-  :: i < count -> list[place + i] = 1 + c * PER_COMPONENT + i; i++
+  :: d_step { i < count -> lane = (backwards -> count - 1 - i : i); list[place + lane] = 1 + first + lane; i++ }
   :: else -> break
   od
 }
 
-inline finish_component(c) {
-  i = 0;
-  do
-  :: i < count -> assert(partial[c * PER_COMPONENT + i]); i++
-  :: else -> break
-  od;
+inline finish_component() {
+  d_step { /* partial sums don't change any more */
+    i = 0;
+    do
+    :: i < count -> assert(partial[first + i]); i++
+    :: else -> break
+    od
+  }
 #if BREAK != 1 /* done counters stay as they are */
   done[c] = 0;
 #endif
@@ -65,128 +78,146 @@ inline finish_component(c) {
   finished++;
 #endif
 #if BREAK == 3 /* listed before its coefficient is written */
-  if :: clipped[c] -> list_component(c) :: else fi;
+  if :: clipped[c] -> list_component() :: else fi;
   coef[c] = true;
 #else
   coef[c] = true;
-  if :: clipped[c] -> list_component(c) :: else fi;
+  if :: clipped[c] -> list_component() :: else fi;
 #endif
 #if BREAK != 2
-  finished++;
+  finished++
+#else
+  skip
 #endif
 }
 
-inline hand_in(tile) {
-  c = tile / PER_COMPONENT;
-  tiles_in(c, count);
-  partial[tile] = true;
+inline hand_in(a_tile) {
+  d_step {
+    c = a_tile / PER_COMPONENT; first = c * PER_COMPONENT;
+    count = (c == COMPONENTS - 1 -> TILES - first : PER_COMPONENT)
+  }
+#if BREAK != 9 /* counts the tile before its sum is written */
+  partial[a_tile] = true;
+#endif
   d_step { place = done[c]; done[c]++ }
 #if BREAK == 4 /* whoever is first adds up */
-  if :: place == 0 -> finish_component(c) :: else fi
+  if :: place == 0 -> finish_component() :: else fi;
 #else
-  if :: place == count - 1 -> finish_component(c) :: else fi
+  if :: place == count - 1 -> finish_component() :: else fi;
 #endif
+#if BREAK == 9
+  partial[a_tile] = true;
+#endif
+  d_step { c = 0; first = 0; count = 0; place = 0; i = 0; lane = 0; backwards = false } /* fewer states */
 }
 
-/* Into work and tile. entry: what the block's place in the list holds. */
+/* Takes the next tile to measure into `ahead`, and draws the ticket after it. */
+
+inline look_ahead() {
+  if
+  :: measures && ahead == NONE && my_tile < TILES -> d_step { ahead = my_tile; my_tile = sum_ticket; sum_ticket++ }
+  :: else
+  fi
+}
+
+/* Into work and tile. entry: what the block's place in the list holds. known: whether all components were finished. */
 inline next(sum_in_hand) {
+  d_step { work = none; tile = 0; known = 0 }
   do
-  :: work = none; entry = 0; known = 0;
-    if
-    :: FORM == 2 ->
-#if BREAK != 5 /* looks at `finished` after the list, not before */
-      known = finished;
-#endif
+  :: atomic {
       if
-      :: my_place < TILES ->
-        entry = list[my_place];
-        if
-        :: entry != 0 -> list[my_place] = 0; d_step { my_place = scale_ticket; scale_ticket++ }
-        :: else ->
+      :: FORM == 2 && my_place < TILES -> place = my_place; entry = list[place]
+      :: FORM == 1 && scales && my_place < known_listed -> place = known_listed - 1 - my_place; entry = list[place]
+      :: else -> entry = 0
+      fi
+    }
+    if
+    :: entry != 0 ->
+      list[place] = 0;
+#if FORM == 2
+      d_step { my_place = scale_ticket; scale_ticket++; work = scale; tile = entry - 1; entry = 0; place = 0; known = 0 }
+#else
+      d_step { my_place = my_place + BLOCKS; work = scale; tile = entry - 1; entry = 0; place = 0 }
+#endif
+      break
+    :: else -> place = 0
+    fi;
 #if BREAK == 6 /* gives its place up if it finds nothing there */
-          if :: sum_in_hand -> d_step { my_place = scale_ticket; scale_ticket++ } :: else fi
+    if :: FORM == 2 && sum_in_hand -> d_step { my_place = scale_ticket; scale_ticket++ } :: else fi;
 #endif
-          skip
-        fi
-      :: else
-      fi
-    :: FORM == 1 && number >= BLOCKS ->
-      if
-      :: my_place < known_listed ->
-        entry = list[known_listed - 1 - my_place];
-        list[known_listed - 1 - my_place] = 0;
-        my_place = my_place + BLOCKS
-      :: else
-      fi
-    :: else
-    fi;
     if
-    :: entry != 0 -> work = scale; tile = entry - 1; break
-    :: else
-    fi;
-    if
-    :: (FORM == 2 || number < BLOCKS) && my_tile < TILES ->
-      work = sum; tile = my_tile;
-      d_step { my_tile = sum_ticket; sum_ticket++ }
+    :: ahead != NONE -> d_step { work = sum; tile = ahead; ahead = NONE; known = 0 }
       break
     :: else
     fi;
 #if BREAK != 7 /* waits although it has a sum to hand in */
-    if :: sum_in_hand -> break :: else fi;
-#endif
-#if BREAK == 5
-    known = finished;
+    if :: sum_in_hand -> known = 0; break :: else fi;
 #endif
     if
-    :: FORM == 1 || known == COMPONENTS -> work = leave_; break
-    :: else -> /* looks again when there is something new to see */
-      (finished == COMPONENTS || (my_place < TILES && list[my_place] != 0))
-    fi
+    :: FORM == 1 || known -> work = leave_; known = 0; break
+    :: else
+    fi;
+    known = (finished == COMPONENTS);
+#if BREAK == 5 /* leaves without one more look at the list */
+    if :: known -> work = leave_; known = 0; break :: else fi;
+#endif
+#if BREAK != 12 /* looks again and again */
+    /* Looks again when there is something new to see, which stays there until then: looking before is a longer way to
+       the same. So no fairness is asked of the scheduler, and whoever could look forever is at an invalid end. */
+    (finished == COMPONENTS || (my_place < TILES && list[my_place] != 0))
+#endif
   od
 }
 
-inline leave_launch() {
-  skip;
+inline leave() {
 #if BREAK != 8 /* nobody sets the counters back */
   if
-  :: FORM == 1 && number < BLOCKS
-  :: else ->
+  :: scales ->
     d_step { place = left; left++ }
-    if
-    :: place == BLOCKS - 1 -> scale_ticket = 0; listed = 0; finished = 0; left = 0; sum_ticket = 0
+#if BREAK == 10 /* the first to leave does it, not the last */
+    if :: place == 0 ->
+#else
+    if :: place == BLOCKS - 1 ->
+#endif
+      scale_ticket = 0; listed = 0; finished = 0; left = 0; sum_ticket = 0
     :: else
     fi
-  fi
+  :: else
+  fi;
 #endif
+  skip
 }
 
 /* Block `number`, counted through both launches: what its scheduler warp does. */
 proctype Block(byte number) {
-  byte my_tile, my_place, known_listed, entry, known, tile, before, c, count, i, place;
-  mtype work, current;
+  byte my_tile, my_place, known_listed; /* tickets drawn, and how long the list was at the beginning */
+  byte ahead = NONE;                    /* the tile to measure next, if there is one */
+  byte tile, now, before;               /* of the jobs: the next one, the one that the worker has, the one before */
+  mtype work = none, current = none, previous = none;
+  byte entry, known, place, c, first, count, i, lane;
+  bool backwards;
+
   atomic { launch == number / BLOCKS && running < RESIDENT -> running++ }
+#if BREAK == 11 /* waits until all blocks have begun */
+  d_step { begun++ }
+  begun == BLOCKS * (1 + number / BLOCKS);
+#endif
+  if :: measures -> d_step { my_tile = sum_ticket; sum_ticket++ } :: else fi;
   if
-  :: FORM == 2 || number < BLOCKS -> d_step { my_tile = sum_ticket; sum_ticket++ }
-  :: else -> my_place = number - BLOCKS; known_listed = listed
+  :: FORM == 2 -> d_step { my_place = scale_ticket; scale_ticket++ }
+  :: FORM == 1 && scales -> d_step { my_place = number - BLOCKS; known_listed = listed }
+  :: else
   fi;
-  if :: FORM == 2 -> d_step { my_place = scale_ticket; scale_ticket++ } :: else fi;
-  mtype previous = none;
-  next(false);
+  look_ahead();
   do
-  :: current = work;
+  :: next(current == sum);
+    atomic { barrier[number] ? 0 -> previous = current; before = now; current = work; now = tile }
     if :: current == leave_ -> break :: else fi;
-    job_of[number] ! current, tile;
-    place = tile; /* `tile` becomes the next one's */
-    if
-    :: previous == sum -> entry = place; hand_in(before); place = entry
-    :: else
-    fi;
-    before = place;
-    previous = current;
-    next(current == sum);
-    barrier[number] ? 0
+    job_of[number] ! current, now;
+    look_ahead();
+    if :: previous == sum -> hand_in(before) :: else fi
   od;
-  leave_launch();
+  leave();
   atomic {
     running--; ended++;
     if
@@ -196,14 +227,16 @@ proctype Block(byte number) {
   }
 }
 
+/* Its worker warps. What they scale by is needed at once. */
 proctype Worker(byte number) {
   byte tile;
+  barrier[number] ! 0;
 end:
   do
   :: job_of[number] ? sum, tile -> measured[tile]++; barrier[number] ! 0
-  :: job_of[number] ? scale, tile ->
-    assert(coef[tile / PER_COMPONENT] && clipped[tile / PER_COMPONENT] && measured[tile] == 1);
-    scaled[tile]++;
+  :: atomic { job_of[number] ? scale, tile ->
+      assert(coef[tile / PER_COMPONENT] && clipped[tile / PER_COMPONENT] && measured[tile] == 1);
+      scaled[tile]++ }
     barrier[number] ! 0
   :: job_of[number] ? none, tile -> barrier[number] ! 0
   od
