@@ -135,7 +135,10 @@ inline next(sum_in_hand) {
     :: entry != 0 ->
       list[place] = 0;
 #if FORM == 2
-      d_step { my_place = scale_ticket; scale_ticket++; work = scale; tile = entry - 1; entry = 0; place = 0; known = 0 }
+      d_step {
+        my_place = scale_ticket; scale_ticket++;
+        work = scale; tile = entry - 1; entry = 0; place = 0; known = 0
+      }
 #else
       d_step { my_place = my_place + BLOCKS; work = scale; tile = entry - 1; entry = 0; place = 0 }
 #endif
