@@ -133,12 +133,14 @@ _METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
 
 def _outline(grads: Gradients) -> object:
     # An attribute of a tensor costs Python 50 ns and more, and there may be thousands of tensors.
-    types = set(map(type, grads))
-    holes = [i for i, g in enumerate(grads) if g is None] if type(None) in types else None
-    present = [g for g in grads if g is not None] if holes else grads
+    types: object = set(map(type, grads))
+    present = grads
+    if types != {Tensor}:
+        types = list(map(type, grads))  # None's among them
+        present = [g for g in grads if g is not None]
     # What requires grad is either a gradient with a graph of its own (create_graph=True), or a parameter by mistake.
     leaves = [g.requires_grad and g.is_leaf for g in present] if _any_requires_grad(present) else None  # type: ignore[union-attr]
-    return holes, types, leaves
+    return types, leaves
 
 
 def _any_requires_grad(tensors: Gradients) -> bool:
