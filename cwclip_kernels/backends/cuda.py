@@ -136,24 +136,28 @@ def _enqueue(
         workspace = state.workspaces.get(stream)
         if workspace is None:
             workspace = state.workspaces[stream] = _workspace(state, bucket.device)
-    native.cuda_enqueue(
-        kind,
-        rule.norm_type,
-        state.program,
-        addresses,
-        state.tables.data_ptr(),
-        workspace.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
-        0 if norms is None else norms.data_ptr(),
-        0 if coefs is None else coefs.data_ptr(),
-        0 if caps is None else caps.data_ptr(),
-        caps.stride(0) if caps is not None and caps.ndim else 0,
-        rule.eps,
-        extension.POLICY_CODES[rule.nonfinite],
-        coefs is not None and coefs.dtype == torch.float64,
-        device,
-        stream,
-    )
+    try:
+        native.cuda_enqueue(
+            kind,
+            rule.norm_type,
+            state.program,
+            addresses,
+            state.tables.data_ptr(),
+            workspace.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            0 if norms is None else norms.data_ptr(),
+            0 if coefs is None else coefs.data_ptr(),
+            0 if caps is None else caps.data_ptr(),
+            caps.stride(0) if caps is not None and caps.ndim else 0,
+            rule.eps,
+            extension.POLICY_CODES[rule.nonfinite],
+            coefs is not None and coefs.dtype == torch.float64,
+            device,
+            stream,
+        )
+    except RuntimeError:
+        state.workspaces.pop(stream, None)  # half a call may have been launched, and not left zeros
+        raise
 
 
 def _workspace(state: _State, device: torch.device) -> Tensor:
