@@ -64,7 +64,8 @@ Order order_of(double norm_type) {
   return norm_type == 1 ? Order::one : norm_type == 2 ? Order::two : Order::inf;
 }
 
-// Runs work() once on each of torch's threads, in one parallel region; on fewer where there is little to do for each.
+// Runs work(i) once on each of torch's threads, i counting them, in one parallel region; on fewer where there is little
+// to do for each.
 //
 // Not on threads of our own: after a backward pass torch's are still spinning, ready at once, and in the way of any
 // others. A crew that waits on a condition variable took 0.7 ms longer for 91 MB right after an operator of torch
@@ -73,9 +74,9 @@ template <class Work>
 void on_all_threads(const Tiles& tiles, const Work& work) {
   constexpr int64_t kBytesPerThread = 512 * 1024;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles.bytes / kBytesPerThread);
-  if (threads <= 1) return work();
+  if (threads <= 1) return work(0);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work();
+    for (int64_t i = begin; i < end; ++i) work(static_cast<int>(i));
   });
 }
 
@@ -84,7 +85,7 @@ template <class Each>
 void for_each_tile(const Tiles& tiles, const Each& each) {
   std::atomic<int64_t> next{0};
   const int64_t count = static_cast<int64_t>(tiles.tiles.size());
-  on_all_threads(tiles, [&] {
+  on_all_threads(tiles, [&](int) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) each(i);
   });
 }
@@ -115,8 +116,9 @@ std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, i
   const Rule rule{doubles_of(caps, "caps"), caps.dim(), eps, static_cast<NonFinite>(nonfinite), wide};
   const Tiles tiles(segments, count);
   std::vector<double> norms(count), coefs(count);
-  ClipQueue queue(segments, tiles, order, rule, norms.data(), coefs.data());
-  on_all_threads(tiles, [&] { queue.work(); });
+  const int threads = std::max(1, static_cast<int>(torch::stable::get_num_threads()));
+  ClipQueue queue(segments, tiles, order, rule, norms.data(), coefs.data(), threads);
+  on_all_threads(tiles, [&](int thread) { queue.work(thread); });
   return {to_tensor(norms, wide), to_tensor(coefs, wide)};
 }
 

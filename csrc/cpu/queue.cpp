@@ -49,12 +49,12 @@ double rounded(double value, bool wide) { return wide ? value : static_cast<doub
 }  // namespace
 
 ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule,
-                     double* norms, double* coefs)
+                     double* norms, double* coefs, int threads)
     : segments_(segments), tiles_(tiles), order_(order), rule_(rule), norms_(norms), coefs_(coefs),
-      partials_(tiles.tiles.size()) {
+      partials_(tiles.tiles.size()), measured_by_(tiles.tiles.size()), latest_(threads, kNone),
+      earlier_(tiles.tiles.size()) {
   const int64_t components = static_cast<int64_t>(tiles.first.size()) - 1;
   unmeasured_ = std::make_unique<std::atomic<int64_t>[]>(components);
-  open_.reserve(components);  // work() allocates nothing, so it can't throw while other threads wait for it
   int64_t unfinished = 0;
   for (int64_t c = 0; c < components; ++c) {
     const int64_t count = tiles.first[c + 1] - tiles.first[c];
@@ -66,23 +66,26 @@ ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, O
   unfinished_.store(unfinished, std::memory_order_relaxed);
 }
 
-void ClipQueue::work() noexcept {
+// Allocates nothing, so it can't throw while other threads wait for it.
+void ClipQueue::work(int thread) noexcept {
   const int64_t count = static_cast<int64_t>(tiles_.tiles.size());
   for (int spins = 0;;) {
-    if (scale_open_tile()) continue;
+    if (scale_own_tile(thread)) continue;
     if (next_.load(std::memory_order_relaxed) < count) {
       const int64_t tile = next_.fetch_add(1, std::memory_order_relaxed);
-      if (tile < count) measure(tile);
+      if (tile < count) measure(tile, thread);
       continue;
     }
-    // What may still open is being measured by threads that run, so waiting for them ends.
-    if (unfinished_.load(std::memory_order_acquire) == 0 && open_count_.load(std::memory_order_acquire) == 0) return;
+    if (scale_any_tile()) continue;
+    // What may still be given back is being measured by threads that run, so waiting for them ends.
+    if (unfinished_.load(std::memory_order_acquire) == 0 && given_back_.load(std::memory_order_acquire) == 0) return;
     if (++spins % 64 == 0) std::this_thread::yield();
   }
 }
 
-void ClipQueue::measure(int64_t index) {
+void ClipQueue::measure(int64_t index, int thread) {
   const Tile& tile = tiles_.tiles[index];
+  measured_by_[index] = thread;
   partials_[index] = power_sum(segments_[tile.segment], tile.start, tile.count, order_);
   // The last to arrive sees every partial of the component.
   if (unmeasured_[tile.component].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(tile.component);
@@ -97,36 +100,57 @@ void ClipQueue::finish(int64_t component) {
   coefs_[component] = coef;
   if (coef != 1) {  // NaN included
     if (end - begin == 1) {
-      scale_tile(tiles_.tiles[begin], coef);
+      scale_tile(begin);
     } else {
       const std::lock_guard<std::mutex> lock(mutex_);
-      open_.push_back({begin, end, coef});
-      open_count_.fetch_add(1, std::memory_order_release);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        int64_t& latest = latest_[measured_by_[tile]];
+        earlier_[tile] = latest;
+        latest = tile;
+      }
+      given_back_.fetch_add(end - begin, std::memory_order_release);
     }
   }
   unfinished_.fetch_sub(1, std::memory_order_release);
 }
 
-bool ClipQueue::scale_open_tile() {
-  if (open_count_.load(std::memory_order_acquire) == 0) return false;
+// The tile that a thread was given last, taken off its list, or kNone. With the lock held.
+int64_t ClipQueue::take(int thread) {
+  const int64_t tile = latest_[thread];
+  if (tile != kNone) {
+    latest_[thread] = earlier_[tile];
+    given_back_.fetch_sub(1, std::memory_order_release);
+  }
+  return tile;
+}
+
+bool ClipQueue::scale_own_tile(int thread) {
+  if (given_back_.load(std::memory_order_acquire) == 0) return false;
   int64_t tile;
-  double coef;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (open_.empty()) return false;
-    Open& newest = open_.back();
-    tile = --newest.next;
-    coef = newest.coef;
-    if (newest.next == newest.first) {
-      open_.pop_back();
-      open_count_.fetch_sub(1, std::memory_order_release);
-    }
+    tile = take(thread);
   }
-  scale_tile(tiles_.tiles[tile], coef);
+  if (tile == kNone) return false;
+  scale_tile(tile);
   return true;
 }
 
-void ClipQueue::scale_tile(const Tile& tile, double coef) const {
+bool ClipQueue::scale_any_tile() {
+  if (given_back_.load(std::memory_order_acquire) == 0) return false;
+  int64_t tile = kNone;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t thread = 0; thread < latest_.size() && tile == kNone; ++thread) tile = take(static_cast<int>(thread));
+  }
+  if (tile == kNone) return false;
+  scale_tile(tile);
+  return true;
+}
+
+void ClipQueue::scale_tile(int64_t index) const {
+  const Tile& tile = tiles_.tiles[index];
+  const double coef = coefs_[tile.component];
   const bool fill_zeros = coef == 0 && rule_.nonfinite == NonFinite::zero;
   scale(segments_[tile.segment], tile.start, tile.count, coef, fill_zeros);
 }

@@ -31,26 +31,27 @@ struct Tiles {
 // Sums the partials of one component in tile order.
 double combine(const double* partials, int64_t count, Order order);
 
-// Norms, coefficients and scaling in one go. Any number of threads, from one up, call work(); each returns when
-// nothing is left for it to do. A component's norm is known as soon as its last tile is measured; whoever measured
-// that then scales it if it is one tile, and otherwise opens it for all threads, which finish open components, last
-// tile first, before they measure new ones: that is when its bytes are still in cache.
+// Norms, coefficients and scaling in one go. Up to `threads` threads, one or more, call work(), each with a number of its
+// own below that; each returns when nothing is left for it to do. A component's norm is known as soon as its last tile is
+// measured; whoever measured that then scales it if it is one tile, and otherwise gives every tile back to the thread
+// that measured it. Threads scale what they were given, last tile first, before they measure more: that is when its bytes
+// are still in cache, and in their own, since another thread's may be far away (an EPYC's next eight cores, 11 ms
+// instead of 6 for 91 MB). Only when all is measured do they help each other out.
 class ClipQueue {
  public:
   ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule, double* norms,
-            double* coefs);
-  void work() noexcept;
+            double* coefs, int threads);
+  void work(int thread) noexcept;
 
  private:
-  struct Open {
-    int64_t first, next;  // tiles [first, next) are still to be scaled
-    double coef;
-  };
+  static constexpr int64_t kNone = -1;
 
-  void measure(int64_t tile);
+  void measure(int64_t tile, int thread);
   void finish(int64_t component);
-  bool scale_open_tile();
-  void scale_tile(const Tile& tile, double coef) const;
+  bool scale_own_tile(int thread);
+  bool scale_any_tile();
+  int64_t take(int thread);
+  void scale_tile(int64_t tile) const;
 
   const std::vector<Segment>& segments_;
   const Tiles& tiles_;
@@ -64,9 +65,11 @@ class ClipQueue {
   std::atomic<int64_t> next_{0};                        // ticket: the next tile to measure
   std::atomic<int64_t> unfinished_;                     // components whose norm is not known yet
 
-  std::atomic<int64_t> open_count_{0};  // looked at before the lock is taken
+  std::vector<int> measured_by_;  // thread, for each tile
+  std::atomic<int64_t> given_back_{0};  // tiles, looked at before the lock is taken
   std::mutex mutex_;
-  std::vector<Open> open_;
+  std::vector<int64_t> latest_;   // for each thread, the tile that it was given last, or kNone
+  std::vector<int64_t> earlier_;  // for each tile given back, the one that its thread was given before
 };
 
 }  // namespace cwclip::cpu

@@ -71,9 +71,9 @@ void check(Case& c, Order order, NonFinite policy, int threads, double cap) {
   const auto before = c.grads;
   const Rule rule{caps.data(), 1, 1e-6, policy, true};
   const cpu::Tiles tiles(c.segments, c.components);
-  cpu::ClipQueue queue(c.segments, tiles, order, rule, norms.data(), coefs.data());
+  cpu::ClipQueue queue(c.segments, tiles, order, rule, norms.data(), coefs.data(), threads);
   std::vector<std::thread> crew;
-  for (int t = 0; t < threads; ++t) crew.emplace_back([&] { queue.work(); });
+  for (int t = 0; t < threads; ++t) crew.emplace_back([&, t] { queue.work(t); });
   for (auto& t : crew) t.join();
 
   std::vector<double> wanted(c.components);
