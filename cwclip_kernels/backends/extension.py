@@ -40,7 +40,7 @@ def module() -> Any:
 def _load() -> str | None:
     try:
         importlib.import_module("cwclip_kernels._C")
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter where torch has no DLPack exchange API
         return (
             f"the compiled extension is missing ({error}); reinstall with a C++ compiler: "
             "CWCLIP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
