@@ -28,19 +28,22 @@ struct Layout {
   bool dense() const { return sizes.empty(); }
 };
 
-// One gradient.
+// A gradient, or the piece of one that belongs to one component.
 struct Segment {
   void* data;
   int64_t numel;
   DType dtype;
   int32_t component;
   Layout layout;
+  int32_t gradient = 0;  // which one
+  int64_t offset = 0;    // of its first element from the gradient's, in elements
 };
 
 // How a norm becomes a coefficient.
 struct Rule {
   const double* caps;  // one, or one for each component
   int64_t caps_stride;  // 0 or 1
+  const double* inverse;  // of the loss's scale, taken out of norms and gradients; null where there is none
   double eps;
   NonFinite nonfinite;
   bool wide;  // norms and coefficients are rounded to float64 rather than float32

@@ -13,10 +13,10 @@
 
 STABLE_TORCH_LIBRARY(cwclip_kernels, m) {
   m.def(
-      "clip_(Tensor(a!)[] grads, Tensor components, int count, Tensor caps, float norm_type, float eps, "
-      "int nonfinite) -> (Tensor norms, Tensor coefs)");
-  m.def("power_sums(Tensor[] grads, Tensor components, int count, float norm_type) -> Tensor");
-  m.def("scale_(Tensor(a!)[] grads, Tensor components, Tensor coefs, bool zero_fill) -> ()");
+      "clip_(Tensor(a!)[] grads, Tensor components, Tensor? cuts, int count, Tensor caps, Tensor? inverse, "
+      "Tensor(b!)? found_inf, float norm_type, float eps, int nonfinite) -> (Tensor norms, Tensor coefs)");
+  m.def("power_sums(Tensor[] grads, Tensor components, Tensor? cuts, int count, float norm_type) -> Tensor");
+  m.def("scale_(Tensor(a!)[] grads, Tensor components, Tensor? cuts, Tensor coefs, bool zero_fill) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cwclip_kernels, CPU, m) {

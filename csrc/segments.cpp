@@ -10,6 +10,52 @@ namespace {
 
 std::string named(size_t index) { return "grads[" + std::to_string(index) + "]"; }
 
+// Whether the elements lie in memory without gaps, last dimension innermost.
+bool is_contiguous(const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  int64_t expected = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// Reads one piece of a gradient, `numbers` being what is left of the cuts, and moves past it.
+Segment piece_of(const std::vector<Segment>& gradients, const std::vector<Shape>& shapes, const int64_t** numbers,
+                 const int64_t* end) {
+  const auto next = [&] {
+    if (*numbers == end) throw std::runtime_error("cuts: too short");
+    return *(*numbers)++;
+  };
+  const int64_t gradient = next();
+  if (gradient < 0 || gradient >= static_cast<int64_t>(gradients.size())) {
+    throw std::runtime_error("cuts: there is no gradient " + std::to_string(gradient));
+  }
+  Segment piece = gradients[gradient];
+  piece.gradient = static_cast<int32_t>(gradient);
+  const int64_t dims = next();
+  if (dims == 0) return piece;
+  const Shape& shape = shapes[gradient];
+  if (shape.dims > static_cast<int64_t>(kMaxDims)) throw std::runtime_error(named(gradient) + " has too many dimensions");
+  int64_t sizes[kMaxDims];
+  std::copy(shape.sizes, shape.sizes + shape.dims, sizes);
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t dim = next(), start = next(), size = next();
+    if (dim < 0 || dim >= shape.dims || start < 0 || size < 0 || start > sizes[dim] || size > sizes[dim] - start) {
+      throw std::runtime_error("cuts: a piece lies outside of " + named(gradient));
+    }
+    sizes[dim] = size;
+    piece.offset += start * shape.strides[dim];
+  }
+  piece.numel = 1;
+  for (int64_t d = 0; d < shape.dims; ++d) piece.numel *= sizes[d];
+  piece.layout = is_contiguous(sizes, shape.strides, shape.dims) ? Layout{}
+                                                                : layout_of(sizes, shape.strides, shape.dims, gradient);
+  if (piece.data != nullptr) piece.data = static_cast<char*>(piece.data) + piece.offset * size_of(piece.dtype);
+  return piece;
+}
+
 }  // namespace
 
 Layout layout_of(const int64_t* sizes, const int64_t* strides, int64_t dims, size_t index) {
@@ -36,6 +82,35 @@ Layout layout_of(const int64_t* sizes, const int64_t* strides, int64_t dims, siz
   }
   const bool dense = layout.sizes.empty() || (layout.sizes.size() == 1 && layout.strides[0] == 1);
   return dense ? Layout{} : layout;
+}
+
+std::vector<Segment> cut(std::vector<Segment> gradients, const std::vector<Shape>& shapes, const Cuts& cuts,
+                         int64_t count) {
+  std::vector<Segment> pieces;
+  if (cuts.numbers == nullptr) {
+    if (cuts.pieces != static_cast<int64_t>(gradients.size())) {
+      throw std::runtime_error("components: expected one for each of the " + std::to_string(gradients.size()) + " gradients");
+    }
+    pieces = std::move(gradients);
+    for (size_t i = 0; i < pieces.size(); ++i) pieces[i].gradient = static_cast<int32_t>(i);
+  } else {
+    const int64_t *numbers = cuts.numbers, *const end = numbers + cuts.length;
+    // One number too few is found out on the way; this is against a list of pieces that is longer than memory.
+    if (cuts.pieces > cuts.length) throw std::runtime_error("cuts: too short");
+    pieces.reserve(cuts.pieces);
+    while (static_cast<int64_t>(pieces.size()) < cuts.pieces) {
+      pieces.push_back(piece_of(gradients, shapes, &numbers, end));
+    }
+    if (numbers != end) throw std::runtime_error("cuts: too long");
+  }
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const int64_t component = cuts.components[i];
+    if (component < 0 || component >= count) {
+      throw std::runtime_error("components[" + std::to_string(i) + "] is outside [0, " + std::to_string(count) + ")");
+    }
+    pieces[i].component = static_cast<int32_t>(component);
+  }
+  return pieces;
 }
 
 void check_distinct(const std::vector<Segment>& segments) {

@@ -153,7 +153,7 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     return last;
   }
   try {
-    std::vector<Segment> segments = segments_of(layout, layout_bytes, nullptr, length);
+    std::vector<Segment> segments = gradients_of(layout, layout_bytes).segments;
     for (Py_ssize_t i = 0; i < length; ++i) segments[i].data = addresses[i];
     check_distinct(segments);
   } catch (const std::exception&) {
@@ -163,20 +163,18 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   return result;
 }
 
-std::vector<Segment> segments_of(const char* layout, Py_ssize_t bytes, const int64_t* components, size_t count) {
-  LayoutReader reader(layout, static_cast<size_t>(bytes));
-  std::vector<Segment> segments;
-  segments.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
+Gradients gradients_of(const char* layout, size_t bytes) {
+  LayoutReader reader(layout, bytes);
+  Gradients gradients;
+  for (size_t i = 0; !reader.at_end(); ++i) {
     const int64_t *sizes, *strides;
     const Head head = reader.next(&sizes, &strides);
     int64_t numel = 1;
     for (int32_t d = 0; d < head.dims; ++d) numel *= sizes[d];
-    const int32_t component = components == nullptr ? 0 : static_cast<int32_t>(components[i]);
-    segments.push_back({nullptr, numel, dtype_of(head, i), component, layout_of(sizes, strides, head.dims, i)});
+    gradients.segments.push_back({nullptr, numel, dtype_of(head, i), 0, layout_of(sizes, strides, head.dims, i)});
+    gradients.shapes.push_back({sizes, strides, head.dims});
   }
-  if (!reader.at_end()) throw std::runtime_error("layout: too long");
-  return segments;
+  return gradients;
 }
 
 bool find_cuda_stream(int32_t device, void** stream) {

@@ -6,7 +6,7 @@
 
 #include <Python.h>
 
-#include "plan.h"
+#include "segments.h"
 
 #include <cstdint>
 
@@ -22,8 +22,13 @@ PyObject* py_layout_of(PyObject* module, PyObject* const* arguments, Py_ssize_t 
 // if they haven't moved. None if these tensors don't have that layout, aren't exactly torch.Tensor, or share memory.
 PyObject* py_addresses_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
-// The gradients that a layout describes, each with its component; without data.
-std::vector<Segment> segments_of(const char* layout, Py_ssize_t bytes, const int64_t* components, size_t count);
+// The gradients that a layout describes, without data and components. Their shapes lie in the layout, which has to be
+// aligned as Python's bytes are.
+struct Gradients {
+  std::vector<Segment> segments;
+  std::vector<Shape> shapes;
+};
+Gradients gradients_of(const char* layout, size_t bytes);
 
 // The stream that torch uses on a CUDA device now. False with a Python error set if that can't be told.
 bool find_cuda_stream(int32_t device, void** stream);

@@ -15,8 +15,11 @@ from torch.compiler import is_dynamo_compiling
 
 from . import compiled
 from .caps import MaxNorm
-from .clipper import Engine, check_options
-from .components import Grouping, Parameters, as_items, named_tensors, resolve
+from .components import Grouping, Parameters, as_items, named_tensors
+from .engine import Engine, check_options
+from .resolve import resolve
+from .scaled_loss import NOT_SCALED, ScaledLoss
+from .spec import ComponentSpec
 
 
 def fused_component_clip_(
@@ -28,6 +31,8 @@ def fused_component_clip_(
     components: Grouping = None,
     eps: float = 1e-6,
     nonfinite: str = "propagate",
+    inv_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Clips each component's gradient to its own norm, in place.
@@ -44,8 +49,9 @@ def fused_component_clip_(
             clipped: float32, bfloat16, float16, float64 or complex, dense or sparse COO, on any mix of
             devices. A tensor that comes twice, tied weights included, counts once.
         max_norm: the cap. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a
-            sync; or a mapping of ``fnmatch`` patterns on component names to numbers: the first that matches
-            counts, a component that none matches is not clipped. ``inf`` measures only, 0 zeroes.
+            sync; a mapping of ``fnmatch`` patterns on component names to numbers: the first that matches
+            counts, a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``, which
+            follow the norms. ``inf`` measures only, 0 zeroes.
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
         components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
@@ -53,12 +59,18 @@ def fused_component_clip_(
             same place in every layer (``encoder.layer.*.output.dense.weight``). "all": everything, as
             ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
             is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
-            Parameters that the root module itself owns have "" for module and layer.
+            Parameters that the root module itself owns have "" for module and layer. Or a ``ComponentSpec``, which
+            composes these and cuts single tensors into several components.
         eps: added to the norm before dividing.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
             0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.
             "error": RuntimeError that names the components, no gradient changed; syncs with the host. A
             component whose cap is inf is only measured, whatever its norm.
+        inv_scale: for gradients of a scaled loss, what undoes the scale: a number, or a Tensor of one element, used
+            where it lies, without a sync. Norms and caps are those of g * inv_scale, and that is what is left in
+            ``.grad``, clipped, from the same pass. A parameter left alone keeps its scale.
+        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is; what
+            ``torch.amp.GradScaler`` decides by.
         backend: None for the best available, or "cpu", "triton", "foreach", "reference": used or refused.
 
     Returns:
@@ -88,11 +100,10 @@ def fused_component_clip_(
     if is_dynamo_compiling():
         named = named_tensors(parameters)
         resolved = resolve(named, components)
-        return compiled.clip_(
-            named.tensors, resolved, max_norm, options.rule, options.raise_nonfinite, options.backend
-        )[0]
+        return compiled.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
+    scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
     tensors, engine = _engine_for(parameters, components)
-    return engine.clip_(tensors, engine.caps(max_norm), options)[0]
+    return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
 
 
 def component_norms(
@@ -197,7 +208,9 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
     The key is None for what must be resolved at every call: a grouping function, which may answer differently, and
     what isn't a set of parameters; reading its names will say why.
     """
-    if not (grouping is None or isinstance(grouping, str)):
+    if not (
+        grouping is None or isinstance(grouping, str) or (isinstance(grouping, ComponentSpec) and grouping.is_static)
+    ):
         return None, ()
     if isinstance(source, nn.Module):
         names: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +13,31 @@ from torch import Tensor
 from .components import match_patterns, type_name
 from .formula import wide_dtype
 
-MaxNorm: TypeAlias = float | Tensor | Mapping[str, float]
+if TYPE_CHECKING:
+    from .thresholds import Threshold
+
+MaxNorm: TypeAlias = "float | Tensor | Mapping[str, float] | Threshold"
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+class CapPolicy(Protocol):
+    """Where a step's caps come from: ``Caps``, or one of ``thresholds``."""
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether caps depend on the norms of the step that they are for."""
+
+    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
+        """Caps [] or [K], contiguous, in ``wide_dtype`` on ``device``.
+
+        Args:
+            device: where coefficients are computed.
+            norms: [K], this step's before clipping, on ``device``; None unless ``needs_norms``.
+        """
+
+    def update_(self, norms: Tensor, coefs: Tensor) -> None:
+        """Learns from a step: norms before clipping and coefficients, both [K]. Without a host sync."""
 
 
 class Caps:
@@ -45,7 +66,9 @@ class Caps:
         else:
             self._fixed = checked_cap(max_norm, "max_norm")
 
-    def on(self, device: torch.device) -> Tensor:
+    needs_norms = False
+
+    def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
         """The caps as [] or [K] of ``wide_dtype`` on ``device``; no host sync, unless that is the host."""
         if self._live is not None:
             _check_values(self._live)
@@ -60,11 +83,14 @@ class Caps:
             self._on[device] = caps
         return caps
 
+    def update_(self, norms: Tensor, coefs: Tensor) -> None:
+        """Nothing: these caps don't depend on what was clipped."""
+
 
 def checked_cap(value: object, name: str) -> float:
     """A cap as float, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        wanted = "a number, a Tensor of shape [] or [K], or a mapping of patterns to numbers"
+        wanted = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
         if name != "max_norm":
             wanted = "a number"
         raise TypeError(f"{name}: expected {wanted}, not {type_name(value)}")
@@ -89,7 +115,7 @@ def _checked_pattern(pattern: object) -> str:
 
 
 def _checked_tensor(max_norm: Tensor, count: int) -> Tensor:
-    if max_norm.dtype not in _DTYPES or max_norm.layout != torch.strided:
+    if max_norm.dtype not in FLOATS or max_norm.layout != torch.strided:
         kind = max_norm.dtype if max_norm.layout == torch.strided else max_norm.layout
         raise TypeError(f"max_norm: expected a floating-point tensor, not {kind}")
     if max_norm.is_meta:

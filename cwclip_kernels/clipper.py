@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
-from typing import TypeVar
 
-import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.nn.parameter import is_lazy
 
-from . import compiled, dispatch, execute
-from .caps import Caps, MaxNorm, as_float
-from .components import Components, Grouping, Parameters, named_tensors, resolve, type_name
-from .formula import POLICIES, ClipRule
-from .plan import ClipPlan, Planner
-
-_Result = TypeVar("_Result")
+from . import compiled
+from .caps import MaxNorm
+from .components import Grouping, Parameters, named_tensors
+from .engine import Engine, check_options
+from .resolve import resolve
+from .scaled_loss import NOT_SCALED, ScaledLoss
 
 
 @dataclass(frozen=True)
@@ -29,12 +23,15 @@ class ClipResult:
     Attributes:
         names: the K component names.
         norms: [K], float32 (float64 if any gradient is), norms before clipping.
-        coefs: [K], same dtype, what each component was multiplied by; 1 means its bits are untouched.
+        coefs: [K], same dtype, what each component was multiplied by; 1 means its bits are untouched (but for the
+            loss's scale, where that was taken out too).
+        caps: [] or [K], float64, the caps of this step.
     """
 
     names: tuple[str, ...]
     norms: Tensor
     coefs: Tensor
+    caps: Tensor
 
     @property
     def clipped(self) -> Tensor:
@@ -44,142 +41,6 @@ class ClipResult:
     def as_dict(self) -> dict[str, tuple[float, float]]:
         """{name: (norm, coefficient)} as Python floats; syncs with the device."""
         return dict(zip(self.names, zip(self.norms.tolist(), self.coefs.tolist(), strict=True), strict=True))
-
-
-@dataclass(frozen=True)
-class Options:
-    """The scalar arguments of a call, checked.
-
-    Attributes:
-        rule: norm order, eps, non-finite policy.
-        raise_nonfinite: whether a non-finite norm is an error.
-        backend: the user's choice or None.
-    """
-
-    rule: ClipRule
-    raise_nonfinite: bool
-    backend: str | None
-
-
-def check_options(
-    norm_type: float, error_if_nonfinite: bool, eps: float, nonfinite: str, backend: str | None
-) -> Options:
-    """Checks the scalar arguments.
-
-    Raises:
-        TypeError, ValueError: names the argument and what it takes.
-    """
-    dispatch.check_backend(backend)
-    if not isinstance(error_if_nonfinite, bool):
-        raise TypeError(f"error_if_nonfinite: expected a bool, not {type_name(error_if_nonfinite)}")
-    if not isinstance(nonfinite, str):
-        raise TypeError(f"nonfinite: expected one of {', '.join(POLICIES)}, not {type_name(nonfinite)}")
-    if nonfinite not in POLICIES:
-        raise ValueError(f"nonfinite: expected one of {', '.join(POLICIES)}, not {nonfinite!r}")
-    if error_if_nonfinite and nonfinite not in ("propagate", "error"):
-        raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}; give one of them")
-    rule = ClipRule(_checked_order(norm_type), _checked_eps(eps), nonfinite)
-    return Options(rule, error_if_nonfinite or nonfinite == "error", backend)
-
-
-def _checked_order(norm_type: object) -> float:
-    if isinstance(norm_type, str) and norm_type in ("inf", "-inf"):  # torch's own spelling
-        return float(norm_type)
-    if isinstance(norm_type, bool) or not isinstance(norm_type, Real):
-        raise TypeError(f"norm_type: expected a number or 'inf', not {norm_type!r}")
-    order = as_float(norm_type, "norm_type")
-    if math.isnan(order):
-        raise ValueError("norm_type: expected a number or 'inf', not nan")
-    return order
-
-
-def _checked_eps(eps: object) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, Real):
-        raise TypeError(f"eps: expected a number, not {type_name(eps)}")
-    value = as_float(eps, "eps")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"eps: expected a finite number >= 0, not {value}")
-    return value
-
-
-class Engine:
-    """Components with their plan: one step's work on tensors that the caller holds.
-
-    It keeps no reference to the tensors themselves, so that a cache of engines keeps no model alive.
-    """
-
-    def __init__(self, components: Components) -> None:
-        self.components = components
-        self._planner = Planner(components)
-        self._last_caps: tuple[object, Caps] | None = None
-
-    def caps(self, max_norm: MaxNorm) -> Caps:
-        """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
-        if isinstance(max_norm, Tensor):
-            return Caps(max_norm, self.components.names)
-        # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
-        named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
-        items = [(pattern, type(value), value) for pattern, value in named]
-        if self._last_caps is None or self._last_caps[0] != items:
-            self._last_caps = items, Caps(max_norm, self.components.names)
-        return self._last_caps[1]
-
-    def clip_(self, tensors: Sequence[Tensor], caps: Caps, options: Options) -> tuple[Tensor, Tensor]:
-        """Clips the tensors' gradients in place: norms before and coefficients, [K] each."""
-        rule, raise_nonfinite = options.rule, options.raise_nonfinite
-        return self._carry_out(
-            lambda plan, grads: execute.clip_(plan, grads, caps, rule, raise_nonfinite),
-            tensors,
-            rule.norm_type,
-            options.backend,
-            exact=raise_nonfinite,  # its RuntimeError may be about the norms
-        )
-
-    def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
-        """Norms [K] of the tensors' gradients, which stay as they are."""
-        return self._carry_out(
-            lambda plan, grads: execute.norms_of(plan, grads, norm_type), tensors, norm_type, backend, exact=False
-        )
-
-    @torch.no_grad()
-    def _carry_out(
-        self,
-        work: Callable[[ClipPlan, list[Tensor | None]], _Result],
-        tensors: Sequence[Tensor],
-        norm_type: float,
-        backend: str | None,
-        *,
-        exact: bool,
-    ) -> _Result:
-        grads = [t.grad for t in tensors]
-        request = grads, _home(tensors), norm_type, backend
-        plan = self._planner.plan(*request, exact=exact)
-        try:
-            return work(plan, grads)
-        except RuntimeError:
-            if exact or not plan.self_checking:
-                raise
-            # Refused, and nothing written. A look at every gradient says what is wrong, by name, or what changed.
-            fresh = self._planner.remake(*request)
-            if fresh.signature == plan.signature:
-                raise
-            return work(fresh, grads)
-
-    @torch.no_grad()
-    def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
-        """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
-        shown = [_stand_in(t) if t.grad is None else t.grad for t in tensors]
-        plan = Planner(self.components).plan(shown, _home(tensors), norm_type, backend)
-        return dispatch.explain(plan, shown)
-
-
-def _stand_in(tensor: Tensor) -> Tensor | None:
-    # None for what has no data yet, or is frozen and never has a gradient.
-    return tensor.detach() if tensor.requires_grad and not is_lazy(tensor) and not tensor.is_meta else None
-
-
-def _home(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 class ComponentClipper:
@@ -243,15 +104,19 @@ class ComponentClipper:
         self._tensors = named.tensors
         self._engine = Engine(resolve(named, components))
         self.names: tuple[str, ...] = self._engine.components.names
-        self._caps = Caps(max_norm, self.names)
+        self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
         # As given, for torch.compile; a mapping as it is now, like the caps.
         self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
 
-    def clip_(self) -> ClipResult:
+    def clip_(self, *, inv_scale: float | Tensor | None = None, found_inf: Tensor | None = None) -> ClipResult:
         """Clips the gradients that are there now, in place.
 
+        Args:
+            inv_scale: as for :func:`fused_component_clip_`.
+            found_inf: likewise.
+
         Returns:
-            Norms before clipping and coefficients. A component without any gradient has norm 0, coefficient 1.
+            Norms before clipping, coefficients and caps. A component without any gradient has norm 0, coefficient 1.
 
         Raises:
             RuntimeError: a norm is non-finite and that was to be an error (nothing is changed then), or the
@@ -259,17 +124,13 @@ class ComponentClipper:
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
         if is_dynamo_compiling():
-            options = self._options
-            norms, coefs = compiled.clip_(
-                self._tensors,
-                self._engine.components,
-                self._max_norm,
-                options.rule,
-                options.raise_nonfinite,
-                options.backend,
-            )
-            return ClipResult(self.names, norms, coefs)
-        return ClipResult(self.names, *self._engine.clip_(self._tensors, self._caps, self._options))
+            components, options = self._engine.components, self._options
+            outcome = compiled.clip_(self._tensors, components, self._max_norm, options, inv_scale, found_inf)
+        else:
+            untouched = inv_scale is None and found_inf is None
+            scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
+            outcome = self._engine.clip_(self._tensors, self._policy, self._options, scaled)
+        return ClipResult(self.names, *outcome)
 
     def norms(self) -> Tensor:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""

@@ -8,6 +8,7 @@ that operator goes the way of any other call, through plan and backends, to the 
 
 from __future__ import annotations
 
+import math
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from . import execute
 from .caps import Caps, MaxNorm, checked_cap
-from .components import LEFT_ALONE, Components, type_name
-from .formula import ClipRule
+from .components import CUT, LEFT_ALONE, Components, type_name
+from .engine import Options
+from .formula import ClipRule, wide_dtype
 from .plan import Planner, check_gradient
+from .scaled_loss import ScaledLoss
+from .thresholds import Threshold
 
 # ------------------------------------------------------------------------------------------------------------
 # What Dynamo traces
@@ -30,28 +34,50 @@ def clip_(
     tensors: Sequence[Tensor],
     components: Components,
     max_norm: MaxNorm,
-    rule: ClipRule,
-    raise_nonfinite: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Clips the tensors' gradients in place, while being traced: norms before and coefficients, [K] each.
+    options: Options,
+    inv_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips the tensors' gradients in place, while being traced: norms before and coefficients, [K] each, and caps.
 
     A number or mapping as ``max_norm`` becomes part of the compiled function; a tensor is read whenever that runs.
+    What ``thresholds`` compute is traced too; those that want norms cost one more reading of the gradients.
 
     Raises:
         TypeError, ValueError: a cap or a gradient that isn't what it should be.
     """
-    caps, patterns, values = _split(max_norm)
+    ScaledLoss(inv_scale, found_inf)  # for its checks
+    rule, backend = options.rule, options.backend
     grads, text = _present(tensors, components)
-    if not grads:
-        norms = _no_norms(tensors, components)
-        return norms, torch.ones_like(norms)
-    policy = "error" if raise_nonfinite else rule.nonfinite
+    device = grads[0].device if grads else tensors[0].device if tensors else torch.device("cpu")
+    threshold = max_norm if isinstance(max_norm, Threshold) else None
     with torch.no_grad():
-        norms, coefs = torch.ops.cwclip_kernels.component_clip_(
-            grads, text, caps, patterns, values, rule.norm_type, rule.eps, policy, backend
-        )
-    return norms, coefs
+        if threshold is not None:
+            norms = None
+            if threshold.needs_norms:
+                norms = norms_of(tensors, components, rule.norm_type, backend)
+                norms = norms if inv_scale is None else norms * inv_scale
+            max_norm = threshold.caps(device, norms)
+        caps, patterns, values = _split(max_norm)
+        if grads:
+            policy = "error" if options.raise_nonfinite else rule.nonfinite
+            inverse = _as_tensor(inv_scale, device)
+            norms, coefs, caps_used = torch.ops.cwclip_kernels.component_clip_(
+                grads, text, caps, patterns, values, inverse, found_inf, rule.norm_type, rule.eps, policy, backend
+            )
+        else:
+            norms = _no_norms(tensors, components)
+            coefs = torch.ones_like(norms)
+            caps_used = torch.full((), math.inf, dtype=wide_dtype(device), device=device)
+        if threshold is not None:
+            threshold.update_(norms, coefs)
+    return norms, coefs, caps_used
+
+
+def _as_tensor(inv_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
+    if inv_scale is None or isinstance(inv_scale, Tensor):
+        return inv_scale
+    return torch.full((), inv_scale, dtype=wide_dtype(device), device=device)
 
 
 def norms_of(tensors: Sequence[Tensor], components: Components, norm_type: float, backend: str | None) -> Tensor:
@@ -84,16 +110,19 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
     grads: list[Tensor] = []
     index: list[int] = []
     names: list[str] = []
-    for tensor, component, name in zip(tensors, components.index, components.tensor_names, strict=True):
-        grad = tensor.grad
+    moved: dict[int, int] = {}
+    for position, tensor in enumerate(tensors):
+        grad, component, name = tensor.grad, components.index[position], components.tensor_names[position]
         if grad is None or component == LEFT_ALONE:
             continue
         # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
-        check_gradient(grad, name)
+        check_gradient(grad, name, cut=component == CUT)
+        moved[position] = len(grads)
         grads.append(grad)
         index.append(component)
         names.append(name)
-    return grads, repr((components.names, tuple(index), tuple(names)))
+    slices = tuple((moved[position], *rest) for position, *rest in components.slices if position in moved)
+    return grads, repr((components.names, tuple(index), tuple(names), slices))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
@@ -111,18 +140,25 @@ def _component_clip_(
     caps: Tensor | None,
     patterns: list[str],
     values: list[float],
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
     norm_type: float,
     eps: float,
     nonfinite: str,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     planner = _planner_for(grads, components)
     plan = planner.plan(grads, grads[0].device, norm_type, backend)
     if caps is None:
         checked = _fixed_caps(components, tuple(patterns), tuple(values))
     else:
         checked = Caps(caps, planner.components.names)
-    return execute.clip_(plan, grads, checked, ClipRule(norm_type, eps, nonfinite), nonfinite == "error")
+    scaled = ScaledLoss(inv_scale, found_inf)
+    loss_scale = scaled.on(plan.device)
+    rule = ClipRule(norm_type, eps, nonfinite)
+    norms, coefs, used = execute.clip_(plan, grads, checked, rule, nonfinite == "error", loss_scale)
+    scaled.deliver(loss_scale)
+    return norms, coefs, used.clone()  # what an operator returns must be new
 
 
 def _component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
@@ -158,13 +194,16 @@ def _fake_component_clip_(
     caps: Tensor | None,
     patterns: list[str],
     values: list[float],
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
     norm_type: float,
     eps: float,
     nonfinite: str,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     norms = _fake_component_norms(grads, components, norm_type, backend)
-    return norms, torch.empty_like(norms)
+    shape = (norms.shape if patterns or not values else ()) if caps is None else caps.shape
+    return norms, torch.empty_like(norms), norms.new_empty(shape, dtype=wide_dtype(norms.device))
 
 
 def _fake_component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
@@ -182,7 +221,8 @@ _library = torch.library.Library("cwclip_kernels", "FRAGMENT")  # type: ignore[n
 for _signature, _operator, _fake in (
     (
         "component_clip_(Tensor(a!)[] grads, str components, Tensor? caps, str[] patterns, float[] values, "
-        "float norm_type, float eps, str nonfinite, str? backend) -> (Tensor norms, Tensor coefs)",
+        "Tensor? inv_scale, Tensor(b!)? found_inf, float norm_type, float eps, str nonfinite, str? backend) "
+        "-> (Tensor norms, Tensor coefs, Tensor caps)",
         _component_clip_,
         _fake_component_clip_,
     ),

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from .spec import ComponentSpec
+
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
-Grouping: TypeAlias = str | Callable[[str, Tensor], Hashable | None] | None
+Grouping: TypeAlias = "str | Callable[[str, Tensor], Hashable | None] | ComponentSpec | None"
+Box: TypeAlias = tuple[tuple[int, int, int], ...]  # a slice of a tensor: (dim, start, size) of each dim that is cut
 
 WORDS = ("parameter", "module", "layer", "type", "all")
 
 LEFT_ALONE = -1  # component index of a tensor that a callable answered None for
+CUT = -2  # of one whose slices belong to components of their own
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,26 @@ class Components:
 
     Attributes:
         names: name of each component, in order of first appearance; K = len(names).
-        index: component of each tensor, ``LEFT_ALONE`` for none.
+        index: component of each tensor, ``LEFT_ALONE`` for none, ``CUT`` where ``slices`` say more.
         tensor_names: name of each tensor, for error messages.
+        slices: position among the tensors, component and place of every slice of those that are cut, in order.
     """
 
     names: tuple[str, ...]
     index: tuple[int, ...]
     tensor_names: tuple[str, ...]
+    slices: tuple[tuple[int, int, Box], ...] = ()
+
+    def members(self) -> Iterator[tuple[int, int, Box]]:
+        """Position, component and place of every tensor or slice that belongs to a component, in order."""
+        slices = iter(self.slices)
+        upcoming = next(slices, None)
+        for position, component in enumerate(self.index):
+            if component >= 0:
+                yield position, component, ()
+            while upcoming is not None and upcoming[0] == position:
+                yield upcoming
+                upcoming = next(slices, None)
 
 
 def named_tensors(parameters: Parameters) -> NamedTensors:
@@ -118,55 +136,25 @@ def _is_plain(tensor: Tensor) -> bool:
     return not (isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.grad is not None)
 
 
-def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
-    """Groups tensors into components.
-
-    Args:
-        parameters: names and tensors.
-        grouping: one of ``WORDS``, None for "parameter", or a callable that gets (name, tensor) and
-            returns a hashable key, None to leave the tensor alone. It is called once for each tensor.
+def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]:
+    """What tells a whole tensor's component.
 
     Raises:
-        TypeError: ``grouping`` is neither a word nor callable, or returned something unhashable.
-        ValueError: unknown word, a word that needs names where there are none, or two keys that look alike.
+        TypeError, ValueError: neither one of ``WORDS``, nor None, nor a function.
     """
-    key_of = _key_function(parameters, grouping)
-    order: dict[Hashable, int] = {}
-    index: list[int] = []
-    for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
-        key = key_of(name, tensor)
-        if key is None:
-            index.append(LEFT_ALONE)
-            continue
-        try:
-            index.append(order.setdefault(key, len(order)))
-        except TypeError:
-            raise TypeError(
-                f"components: the callable returned an unhashable {type_name(key)} for {name!r}; "
-                "return a string, number or tuple, or None to leave the parameter alone"
-            ) from None
-    names = tuple(map(str, order))
-    if len(set(names)) < len(names):
-        twice = next(n for i, n in enumerate(names) if n in names[:i])
-        raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
-    return Components(names, tuple(index), parameters.names)
-
-
-def _key_function(parameters: NamedTensors, grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]:
     if grouping is None:
         grouping = "parameter"
     if isinstance(grouping, str):
         if grouping not in WORDS:
-            raise ValueError(f"components: expected one of {', '.join(WORDS)} or a callable, not {grouping!r}")
-        if not parameters.named and parameters.tensors and grouping not in ("parameter", "all"):
-            raise ValueError(
-                f"components={grouping!r} needs names: pass the module or module.named_parameters(), not bare tensors"
-            )
+            raise ValueError(f"components: expected {_GROUPINGS}, not {grouping!r}")
         word = _WORD_KEYS[grouping]
         return lambda name, _: word(name)
     if not callable(grouping):
-        raise TypeError(f"components: expected one of {', '.join(WORDS)} or a callable, not {type_name(grouping)}")
+        raise TypeError(f"components: expected {_GROUPINGS}, not {type_name(grouping)}")
     return grouping
+
+
+_GROUPINGS = f"one of {', '.join(WORDS)}, a callable or a ComponentSpec"
 
 
 def module_of(name: str) -> str:
@@ -211,11 +199,10 @@ def match_patterns(names: tuple[str, ...], values: Mapping[str, float], default:
     found = [default] * len(names)
     free = set(range(len(names)))
     for pattern, value in values.items():
-        # Equality first: a name may hold brackets, which fnmatch would read as a character class.
-        hits = [i for i, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        hits = [i for i, name in enumerate(names) if matches(name, pattern)]
         if not hits:
             raise ValueError(
-                f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{_some(names)}"
+                f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{some_of(names)}"
             )
         for i in free.intersection(hits):
             found[i] = value
@@ -223,7 +210,14 @@ def match_patterns(names: tuple[str, ...], values: Mapping[str, float], default:
     return found
 
 
-def _some(names: tuple[str, ...]) -> str:
+def matches(name: str, pattern: str) -> bool:
+    """Whether it is that name, or an ``fnmatch`` pattern of it (case-sensitive; ``*``, ``?``, ``[ab]``)."""
+    # A slice's name holds brackets, which fnmatch reads as a character class: they may also mean themselves.
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, in brackets, for an error message."""
     shown = ", ".join(map(repr, names[:3]))
     return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
 

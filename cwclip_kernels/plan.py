@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import extension
-from .components import LEFT_ALONE, Components, type_name
+from .components import CUT, LEFT_ALONE, Box, Components, type_name
 
 Gradients = Sequence[Tensor | None]
 
@@ -31,7 +31,9 @@ class Bucket:
         backend: name of the backend that serves them.
         reason: why that backend, for ``explain()``.
         positions: index of each gradient in the call's list of parameters.
-        components: component of each gradient, int64 [n] on the CPU, values in [0, count).
+        components: component of each piece, int64 [m] on the CPU, values in [0, count). Pieces are the gradients,
+            unless there are ``boxes``.
+        boxes: gradient (its place in the bucket) and place of each of the m pieces; None if none is cut.
         count: number of components K of the whole call; every [K] tensor has this length.
         norm_dtype: float32, or float64 if any gradient of the call is float64.
         plain: all are real and strided, so that they can be handed over as they are.
@@ -43,6 +45,7 @@ class Bucket:
     reason: str
     positions: tuple[int, ...]
     components: Tensor
+    boxes: tuple[tuple[int, Box], ...] | None
     count: int
     norm_dtype: torch.dtype
     plain: bool
@@ -53,6 +56,31 @@ class Bucket:
         if len(self.positions) == len(grads) and isinstance(grads, list):
             return grads
         return [grads[i] for i in self.positions]  # type: ignore[misc]  # none of these is None
+
+    def pieces(self, grads: list[Tensor]) -> list[Tensor]:
+        """The m pieces of this bucket's own gradients, as views on them."""
+        if self.boxes is None:
+            return grads
+        return [narrowed(grads[i], box) for i, box in self.boxes]
+
+    def cuts(self) -> Tensor | None:
+        """``boxes`` for the compiled extension, int64: of each piece its gradient, how many dims are cut, and of each
+        of these dim, start and size. None if no gradient is cut.
+        """
+        if self.boxes is None:
+            return None
+        if "cuts" not in self.scratch:
+            flat = [n for i, box in self.boxes for n in (i, len(box), *(n for part in box for n in part))]
+            self.scratch["cuts"] = torch.tensor(flat, dtype=torch.int64, device="cpu")
+        cuts: Tensor = self.scratch["cuts"]
+        return cuts
+
+
+def narrowed(tensor: Tensor, box: Box) -> Tensor:
+    """The slice of a tensor, as a view."""
+    for dim, start, size in box:
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,37 +196,44 @@ def _build(
     norm_type: float,
     backend: str | None,
 ) -> ClipPlan:
-    members: dict[tuple[torch.device, str, str], list[int]] = {}
+    served: dict[int, tuple[torch.device, str, str]] = {}
     sparse = False
     norm_dtype = torch.float32
     device = home
     for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
         if grad is None or component == LEFT_ALONE:
             continue
-        check_gradient(grad, components.tensor_names[position])
-        if not members:
+        check_gradient(grad, components.tensor_names[position], cut=component == CUT)
+        if not served:
             device = grad.device
         if grad.dtype in (torch.float64, torch.complex128):
             norm_dtype = torch.float64
         sparse = sparse or grad.is_sparse
-        members.setdefault((grad.device, *dispatch.choose(grad.device, grad.dtype, norm_type, backend)), []).append(
-            position
-        )
+        served[position] = (grad.device, *dispatch.choose(grad.device, grad.dtype, norm_type, backend))
     _check_distinct(components, grads)
-    buckets = tuple(
-        Bucket(
-            device=place,
-            backend=served_by,
-            reason=reason,
-            positions=tuple(positions),
-            components=torch.tensor([components.index[i] for i in positions], dtype=torch.int64, device="cpu"),
-            count=len(components.names),
-            norm_dtype=norm_dtype,
-            plain=not any(_is_special(grads[i]) for i in positions),
+    members: dict[tuple[torch.device, str, str], list[tuple[int, int, Box]]] = {}
+    for member in components.members():
+        if member[0] in served:
+            members.setdefault(served[member[0]], []).append(member)
+    buckets = []
+    for (place, served_by, reason), own in members.items():
+        positions = tuple(dict.fromkeys(position for position, _, _ in own))
+        index = {position: i for i, position in enumerate(positions)}
+        cut = any(box for _, _, box in own)
+        buckets.append(
+            Bucket(
+                device=place,
+                backend=served_by,
+                reason=reason,
+                positions=positions,
+                components=torch.tensor([component for _, component, _ in own], dtype=torch.int64, device="cpu"),
+                boxes=tuple((index[position], box) for position, _, box in own) if cut else None,
+                count=len(components.names),
+                norm_dtype=norm_dtype,
+                plain=not any(_is_special(grads[i]) for i in positions),
+            )
         )
-        for (place, served_by, reason), positions in members.items()
-    )
-    return ClipPlan(components, buckets, device, norm_dtype, sparse, _outline(grads), _signature(grads))
+    return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _outline(grads), _signature(grads))
 
 
 def _is_special(grad: Tensor | None) -> bool:
@@ -215,8 +250,8 @@ _DTYPES = (
 )
 
 
-def check_gradient(grad: Tensor, name: str) -> None:
-    """Raises unless ``grad`` is something that can be clipped in place.
+def check_gradient(grad: Tensor, name: str, *, cut: bool = False) -> None:
+    """Raises unless ``grad`` is something that can be clipped in place, or slice by slice if it is ``cut``.
 
     Raises:
         TypeError: dtype, layout or tensor subclass that isn't served.
@@ -239,6 +274,11 @@ def check_gradient(grad: Tensor, name: str) -> None:
         )
     if grad.layout not in (torch.strided, torch.sparse_coo):
         raise TypeError(f"{where} has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()")
+    if cut and grad.is_sparse:
+        raise TypeError(
+            f"{where} is sparse and can't be clipped slice by slice: leave it whole in the ComponentSpec, or make "
+            "the layer with sparse=False"
+        )
     if grad.device.type == "meta":
         raise ValueError(f"{where} is on the meta device: there is no data to clip")
     values = values_of(grad)

@@ -4,9 +4,9 @@
     coef_c = min(1, max_norm_c / (norm_c + eps))
     g     <- coef_c * g
 
-Everything up to the coefficient is float64. Source: Yang & Ma, "Improving Stability of Fine-Tuning Pretrained
-Language Models via Component-Wise Gradient Norm Clipping", EMNLP 2022 (arXiv 2210.10325); eps and the treatment
-of non-finite norms as ``torch.nn.utils.clip_grad_norm_``.
+with g divided by the loss's scale first, if there is one. Everything up to the coefficient is float64. Source: Yang &
+Ma, "Improving Stability of Fine-Tuning Pretrained Language Models via Component-Wise Gradient Norm Clipping", EMNLP
+2022 (arXiv 2210.10325); eps and the treatment of non-finite norms as ``torch.nn.utils.clip_grad_norm_``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .formula import ClipRule, coefficients, neutral, root, wide_dtype
+from .formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
 
 if TYPE_CHECKING:
     from .plan import Bucket
@@ -31,10 +31,10 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     """sum |g|^p of each component ([K] in ``wide_dtype``); max |g| for p = inf, min for -inf, count for 0."""
     wide = wide_dtype(bucket.device)
-    owners = bucket.components.tolist()
+    owners, pieces = bucket.components.tolist(), bucket.pieces(grads)
     sums = torch.full((bucket.count,), neutral(norm_type), dtype=wide, device=bucket.device)
     for component in range(bucket.count):
-        members = [g.abs().to(wide).flatten() for g, owner in zip(grads, owners, strict=True) if owner == component]
+        members = [g.abs().to(wide).flatten() for g, owner in zip(pieces, owners, strict=True) if owner == component]
         values = torch.cat(members) if members else torch.empty(0, device=bucket.device)
         if values.numel() == 0:
             continue
@@ -51,7 +51,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
     """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits."""
-    for grad, component in zip(grads, bucket.components.tolist(), strict=True):
+    for grad, component in zip(bucket.pieces(grads), bucket.components.tolist(), strict=True):
         coef = coefs[component]
         wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(grad.dtype, grad.dtype)
         factor = coef.to(wide if not wide.is_complex else wide.to_real())
@@ -61,9 +61,13 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
         grad.copy_(torch.where(coef == 1, grad, scaled))
 
 
-def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+def clip_(
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    norms = root(power_sums(bucket, grads, rule.norm_type), rule.norm_type).to(bucket.norm_dtype)
+    sums = power_sums(bucket, grads, rule.norm_type)
+    norms = loss_scale.unscaled(root(sums, rule.norm_type)).to(bucket.norm_dtype)
     coefs = coefficients(norms, caps, rule)
-    scale_(bucket, grads, coefs, rule.zero_fill)
+    loss_scale.report(sums)
+    scale_(bucket, grads, loss_scale.factors(coefs), rule.zero_fill)
     return norms, coefs

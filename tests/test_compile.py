@@ -182,5 +182,7 @@ def test_opcheck():
     grads = [random_grad((4, 3)), random_grad((5,), torch.bfloat16), random_grad((2, 2))]
     caps = torch.tensor(0.5, device=DEVICE)
     for arguments in ((caps, [], []), (None, [], [0.3]), (None, ["a"], [0.3])):
-        torch.library.opcheck(ops.component_clip_.default, (grads, names, *arguments, 2.0, 1e-6, "propagate", None))
+        torch.library.opcheck(
+            ops.component_clip_.default, (grads, names, *arguments, None, None, 2.0, 1e-6, "propagate", None)
+        )
     torch.library.opcheck(ops.component_norms.default, (grads, names, 2.0, None))

@@ -277,16 +277,16 @@ class TestCalls:
             gpu.layout_of((torch.zeros(1),))
         with pytest.raises(TypeError, match="layout: bytes"):
             gpu.addresses_of([], "layout", None)
-        with pytest.raises(RuntimeError, match=r"outside \[0, count\)"):
-            gpu.cuda_program(layout, struct.pack("q", 1), 1)
+        with pytest.raises(RuntimeError, match=r"outside \[0, 1\)"):
+            gpu.cuda_program(layout, struct.pack("q", 1), None, 1)
         with pytest.raises(RuntimeError, match="too short"):
-            gpu.cuda_program(layout[:-1], struct.pack("q", 0), 1)
-        with pytest.raises(RuntimeError, match="too long"):
-            gpu.cuda_program(layout + layout, struct.pack("q", 0), 1)
+            gpu.cuda_program(layout[:-1], struct.pack("q", 0), None, 1)
+        with pytest.raises(RuntimeError, match="one for each of the 2 gradients"):
+            gpu.cuda_program(layout + layout, struct.pack("q", 0), None, 1)
         with pytest.raises(RuntimeError, match="expected float32, bfloat16, float16 or float64"):
-            gpu.cuda_program(gpu.layout_of([torch.zeros(3, dtype=torch.int32)]), struct.pack("q", 0), 1)
-        _, program, _ = gpu.cuda_program(layout, struct.pack("q", 0), 1)
-        rest = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, False, 0, 0)
+            gpu.cuda_program(gpu.layout_of([torch.zeros(3, dtype=torch.int32)]), struct.pack("q", 0), None, 1)
+        _, program, _ = gpu.cuda_program(layout, struct.pack("q", 0), None, 1)
+        rest = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, False, 0, 0)
         with pytest.raises(ValueError, match="one for each gradient"):
             gpu.cuda_enqueue(0, 2.0, program, b"", *rest)
         with pytest.raises(ValueError, match="expected 1, 2 or inf"):

@@ -233,10 +233,10 @@ class TestOperators:
         component_norms(parameters([(1,)]), backend="cpu")  # loads the extension
         ops = torch.ops.cwclip_kernels
         grads, owners = self.arguments()
-        torch.library.opcheck(ops.power_sums.default, (grads, owners, 2, 2.0))
-        torch.library.opcheck(ops.scale_.default, (grads, owners, torch.rand(2).double(), False))
+        torch.library.opcheck(ops.power_sums.default, (grads, owners, None, 2, 2.0))
+        torch.library.opcheck(ops.scale_.default, (grads, owners, None, torch.rand(2).double(), False))
         caps = torch.tensor(0.5, dtype=torch.float64)
-        torch.library.opcheck(ops.clip_.default, (grads, owners, 2, caps, 2.0, 1e-6, 0))
+        torch.library.opcheck(ops.clip_.default, (grads, owners, None, 2, caps, None, None, 2.0, 1e-6, 0))
 
     def test_compiles_into_one_graph(self):
         component_norms(parameters([(1,)]), backend="cpu")
@@ -244,7 +244,7 @@ class TestOperators:
         @torch.compile(fullgraph=True, backend="aot_eager")
         def step(a, b, owners, caps):
             a, b = a * 2.0, b + 1.0
-            norms, coefs = torch.ops.cwclip_kernels.clip_([a, b], owners, 2, caps, 2.0, 1e-6, 0)
+            norms, coefs = torch.ops.cwclip_kernels.clip_([a, b], owners, None, 2, caps, None, None, 2.0, 1e-6, 0)
             return a, b, norms, coefs
 
         a, b = torch.randn(10), torch.randn(5)
@@ -257,7 +257,7 @@ class TestOperators:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"owners": torch.tensor([0])}, "components: expected one int64 on the CPU for each gradient"),
+            ({"owners": torch.tensor([0])}, "components: expected one for each of the 3 gradients"),
             ({"owners": torch.tensor([0, 1, 2])}, r"components\[2\] is outside \[0, 2\)"),
             ({"owners": torch.tensor([0, 1, -1])}, r"components\[2\] is outside"),
             ({"caps": torch.ones(3).double()}, r"caps: expected shape \[\] or \[2\]"),
@@ -279,7 +279,16 @@ class TestOperators:
         before = [g.clone() for g in grads]
         with pytest.raises(RuntimeError, match=message):
             torch.ops.cwclip_kernels.clip_(
-                grads, given["owners"], 2, given["caps"], given["norm_type"], 1e-6, given["nonfinite"]
+                grads,
+                given["owners"],
+                None,
+                2,
+                given["caps"],
+                None,
+                None,
+                given["norm_type"],
+                1e-6,
+                given["nonfinite"],
             )
         assert all(same_bits(g, b) for g, b in zip(grads, before, strict=True))
 

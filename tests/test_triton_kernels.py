@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cwclip_kernels.backends import triton as backend
+from cwclip_kernels.backends import triton_tables
 from cwclip_kernels.formula import ClipRule
 from helpers import DEVICE, DTYPES, NORM_TOLERANCE, assert_norms, random_grad, same_bits
 from triton_buckets import ORDERS, bucket_of, cap, check_clip, expected_scaled, expected_sums, one_each
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("needs_triton")
 
 # Nothing; less than, around and between whole 16-byte vectors; around one tile of the first pass.
 def sizes(dtype):
-    tile = backend._SUM_TILE_BYTES // dtype.itemsize
+    tile = triton_tables.SUM_TILE_BYTES // dtype.itemsize
     return (0, 1, 2, 7, 8, 31, 33, 1000, tile - 1, tile, tile + 1)
 
 
@@ -75,7 +76,7 @@ def test_dense_layouts_are_clipped_in_place():
     pointers = tuple(g.data_ptr() for g in grads)
     check_clip(grads, list(range(len(grads))), cap(0.5), ClipRule())
     backend.power_sums(bucket, grads, 2.0)
-    assert bucket.scratch["tables"].gapped == ()
+    assert {group.dims for group in bucket.scratch["tables"].sum_tiles} == {0}
     assert [call.pointers for call in bucket.scratch["calls"].values()] == [pointers]
 
 
@@ -216,9 +217,9 @@ def test_same_bits_every_run(p):
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize(("sum_tile", "scale_tile"), [(64, 64), (64, 256), (16, 1024)])
 def test_more_partials_than_a_chunk(monkeypatch, p, sum_tile, scale_tile):
-    monkeypatch.setattr(backend, "_CHUNK", 4)
-    monkeypatch.setattr(backend, "_SUM_TILE_BYTES", sum_tile)
-    monkeypatch.setattr(backend, "_SCALE_TILE_BYTES", scale_tile)
+    monkeypatch.setattr(triton_tables, "CHUNK", 4)
+    monkeypatch.setattr(triton_tables, "SUM_TILE_BYTES", sum_tile)
+    monkeypatch.setattr(triton_tables, "SCALE_TILE_BYTES", scale_tile)
     grads = [
         random_grad((n,), dtype) for n, dtype in ((400, DTYPES[0]), (150, DTYPES[1]), (20, DTYPES[0]), (9, DTYPES[2]))
     ]
@@ -230,6 +231,6 @@ def test_more_partials_than_a_chunk(monkeypatch, p, sum_tile, scale_tile):
 
 
 def test_many_tiny_tensors_in_one_component(monkeypatch):
-    monkeypatch.setattr(backend, "_CHUNK", 16)
+    monkeypatch.setattr(triton_tables, "CHUNK", 16)
     grads = [random_grad((1 + i % 5,)) for i in range(60)]
     check_clip(grads, [int(i % 20 == 0) for i in range(60)], cap(0.5), ClipRule())

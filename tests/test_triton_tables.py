@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cwclip_kernels.backends import memory
+from cwclip_kernels.backends import memory, triton_tables
 from cwclip_kernels.backends import triton as backend
 from helpers import DEVICE, DTYPES, random_grad, same_bits
 from triton_buckets import bucket_of, expected_sums, one_each
@@ -23,9 +23,9 @@ def test_tables_of_huge_gradients():
         torch.empty(0, device="meta"),
     ]
     bucket = bucket_of(grads, [2, 2, 0, 2, 1])
-    tables = backend._build_tables(bucket, grads)
+    tables = triton_tables.build_tables(bucket, grads)
     for tiles in (tables.sum_tiles, tables.scale_tiles):
-        for dtype, group in tiles:
+        for dtype, _, group in tiles:
             assert group.dtype == torch.int64
             for i in group[:, 0].unique().tolist():
                 assert grads[i].dtype == dtype
@@ -33,15 +33,15 @@ def test_tables_of_huge_gradients():
                 assert start[0] == 0
                 assert torch.equal((start[1:] - start[:-1]).unique(), length.max().view(1)) or len(start) == 1
                 assert length.sum() == grads[i].numel()
-    slots = torch.cat([group[:, 3] for _, group in tables.sum_tiles])
+    slots = torch.cat([group[:, 3] for *_, group in tables.sum_tiles])
     assert torch.equal(slots.sort().values, torch.arange(tables.tiles))
-    leaders = torch.cat([group[group[:, 4] == 1, 3] for _, group in tables.scale_tiles])
+    leaders = torch.cat([group[group[:, 4] == 1, 3] for *_, group in tables.scale_tiles])
     assert sorted(leaders.tolist()) == [0, 2]
     assert tables.chunks is not None
-    assert (tables.chunks.diff() <= backend._CHUNK).all()
+    assert (tables.chunks.diff() <= triton_tables.CHUNK).all()
     assert tables.chunks[-1] == tables.tiles
     assert tables.spans[-1] == len(tables.chunks) - 1
-    assert tables.spans.diff()[0] <= backend._CHUNK  # 64 MB
+    assert tables.spans.diff()[0] <= triton_tables.CHUNK  # 64 MB
     assert not tables.covers_all
 
 
@@ -52,10 +52,10 @@ def test_offsets_beyond_32_bits():
         call = backend._prepare(bucket, grads)
         far = call.addresses - 2**33 * grad.element_size()
         tiles = []
-        for dtype, group in call.tables.sum_tiles:
-            group = group.clone()
-            group[:, 1] += 2**33
-            tiles.append((dtype, group))
+        for group in call.tables.sum_tiles:
+            moved_tiles = group.tiles.clone()
+            moved_tiles[:, 1] += 2**33
+            tiles.append(group._replace(tiles=moved_tiles))
         moved = replace(call, addresses=far, tables=replace(call.tables, tiles=len(grads), sum_tiles=(tiles[i],)))
         with backend._launching_on(bucket.device):
             partials = backend._partials(moved, 1.0)
@@ -102,10 +102,10 @@ def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
     bucket = one_each(grads)
     bucket.scratch["calls"] = {}
     with pytest.raises(RuntimeError, match="make one before"):
-        backend._prepare_captured(bucket, (1, 2), ())
+        backend._prepare_captured(bucket, (1, 2))
     bucket.scratch.clear()
     eager = backend._prepare(bucket, grads)
-    captured = [backend._prepare_captured(bucket, pointers, ()) for pointers in ((1, 2), (3, 4))]
+    captured = [backend._prepare_captured(bucket, pointers) for pointers in ((1, 2), (3, 4))]
     assert [call.addresses.tolist() for call in captured] == [[1, 2], [3, 4]]
     assert [host.tolist() for host, _ in memory._KEPT_FOR_GRAPHS] == [[1, 2], [3, 4]]
     assert backend._prepare(bucket, grads) is eager

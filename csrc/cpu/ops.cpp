@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace cwclip::cpu {
 namespace {
@@ -30,11 +31,11 @@ Layout layout_of(const Tensor& grad, size_t index) {
   return cwclip::layout_of(grad.sizes().data(), grad.strides().data(), grad.dim(), index);
 }
 
-const int64_t* owners_of(const Tensor& components, size_t count) {
-  STD_TORCH_CHECK(components.scalar_type() == ScalarType::Long && components.is_cpu() && components.is_contiguous() &&
-                      static_cast<size_t>(components.numel()) == count,
-                  "components: expected one int64 on the CPU for each gradient");
-  return components.const_data_ptr<int64_t>();
+const int64_t* numbers_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.is_cpu() && tensor.dim() == 1 &&
+                      tensor.is_contiguous(),
+                  name, ": expected contiguous int64 [n] on the CPU");
+  return tensor.const_data_ptr<int64_t>();
 }
 
 const double* doubles_of(const Tensor& tensor, const char* name) {
@@ -44,19 +45,26 @@ const double* doubles_of(const Tensor& tensor, const char* name) {
 }
 
 // Everything is checked here, before the first byte is written.
-std::vector<Segment> segments_of(const std::vector<Tensor>& grads, const Tensor& components, int64_t count) {
-  const int64_t* owners = owners_of(components, grads.size());
-  std::vector<Segment> segments;
-  segments.reserve(grads.size());
+std::vector<Segment> segments_of(const std::vector<Tensor>& grads, const Tensor& components,
+                                 const std::optional<Tensor>& cuts, int64_t count) {
+  STD_TORCH_CHECK(0 <= count && count <= INT32_MAX, "count: expected a number from 0 to 2^31 - 1, not ", count);
+  std::vector<Segment> gradients;
+  std::vector<Shape> shapes;
+  gradients.reserve(grads.size());
+  shapes.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& grad = grads[i];
     STD_TORCH_CHECK(grad.is_cpu(), "grads[", i, "] is not on the CPU");
-    STD_TORCH_CHECK(0 <= owners[i] && owners[i] < count, "components[", i, "] is outside [0, ", count, ")");
-    segments.push_back({grad.mutable_data_ptr(), grad.numel(), dtype_of(grad), static_cast<int32_t>(owners[i]),
-                        layout_of(grad, i)});
+    gradients.push_back({grad.mutable_data_ptr(), grad.numel(), dtype_of(grad), 0, layout_of(grad, i)});
+    shapes.push_back({grad.sizes().data(), grad.strides().data(), grad.dim()});
   }
-  check_distinct(segments);
-  return segments;
+  check_distinct(gradients);
+  Cuts pieces = {numbers_of(components, "components"), components.numel(), nullptr, 0};
+  if (cuts.has_value()) {
+    pieces.numbers = numbers_of(*cuts, "cuts");
+    pieces.length = cuts->numel();
+  }
+  return cut(std::move(gradients), shapes, pieces, count);
 }
 
 Order order_of(double norm_type) {
@@ -104,27 +112,38 @@ Tensor to_tensor(const std::vector<double>& values, bool wide) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, int64_t count, Tensor caps,
-                                 double norm_type, double eps, int64_t nonfinite) {
+std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, std::optional<Tensor> cuts,
+                                 int64_t count, Tensor caps, std::optional<Tensor> inverse,
+                                 std::optional<Tensor> found_inf, double norm_type, double eps, int64_t nonfinite) {
   STD_TORCH_CHECK(caps.dim() == 0 || (caps.dim() == 1 && caps.numel() == count), "caps: expected shape [] or [", count,
                   "]");
   STD_TORCH_CHECK(0 <= nonfinite && nonfinite <= 2, "nonfinite: expected 0, 1 or 2");
   const Order order = order_of(norm_type);
-  const std::vector<Segment> segments = segments_of(grads, components, count);
+  const std::vector<Segment> segments = segments_of(grads, components, cuts, count);
   const bool wide =
       std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return s.dtype == DType::f64; });
-  const Rule rule{doubles_of(caps, "caps"), caps.dim(), eps, static_cast<NonFinite>(nonfinite), wide};
+  Rule rule{doubles_of(caps, "caps"), caps.dim(), nullptr, eps, static_cast<NonFinite>(nonfinite), wide};
+  if (inverse.has_value()) {
+    STD_TORCH_CHECK(inverse->numel() == 1, "inverse: expected one element");
+    rule.inverse = doubles_of(*inverse, "inverse");
+  }
+  if (found_inf.has_value()) {
+    STD_TORCH_CHECK(found_inf->numel() == 1 && found_inf->scalar_type() == ScalarType::Float && found_inf->is_cpu(),
+                    "found_inf: expected one float32 on the CPU");
+  }
   const Tiles tiles(segments, count);
   std::vector<double> norms(count), coefs(count);
   const int threads = std::max(1, static_cast<int>(torch::stable::get_num_threads()));
   ClipQueue queue(segments, tiles, order, rule, norms.data(), coefs.data(), threads);
   on_all_threads(tiles, [&](int thread) { queue.work(thread); });
+  if (found_inf.has_value() && queue.found_nonfinite()) *found_inf->mutable_data_ptr<float>() = 1;
   return {to_tensor(norms, wide), to_tensor(coefs, wide)};
 }
 
-Tensor power_sums(std::vector<Tensor> grads, Tensor components, int64_t count, double norm_type) {
+Tensor power_sums(std::vector<Tensor> grads, Tensor components, std::optional<Tensor> cuts, int64_t count,
+                  double norm_type) {
   const Order order = order_of(norm_type);
-  const std::vector<Segment> segments = segments_of(grads, components, count);
+  const std::vector<Segment> segments = segments_of(grads, components, cuts, count);
   const Tiles tiles(segments, count);
   std::vector<double> partials(tiles.tiles.size()), sums(count);
   for_each_tile(tiles, [&](int64_t i) {
@@ -137,9 +156,9 @@ Tensor power_sums(std::vector<Tensor> grads, Tensor components, int64_t count, d
   return to_tensor(sums, true);
 }
 
-void scale_(std::vector<Tensor> grads, Tensor components, Tensor coefs, bool zero_fill) {
+void scale_(std::vector<Tensor> grads, Tensor components, std::optional<Tensor> cuts, Tensor coefs, bool zero_fill) {
   const double* factors = doubles_of(coefs, "coefs");
-  const std::vector<Segment> segments = segments_of(grads, components, coefs.numel());
+  const std::vector<Segment> segments = segments_of(grads, components, cuts, coefs.numel());
   const Tiles tiles(segments, coefs.numel());
   for_each_tile(tiles, [&](int64_t i) {
     const Tile& tile = tiles.tiles[i];

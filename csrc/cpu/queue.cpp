@@ -50,7 +50,8 @@ double rounded(double value, bool wide) { return wide ? value : static_cast<doub
 
 ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule,
                      double* norms, double* coefs, int threads)
-    : segments_(segments), tiles_(tiles), order_(order), rule_(rule), norms_(norms), coefs_(coefs),
+    : segments_(segments), tiles_(tiles), order_(order), rule_(rule),
+      inverse_(rule.inverse == nullptr ? 1 : *rule.inverse), norms_(norms), coefs_(coefs),
       partials_(tiles.tiles.size()), measured_by_(tiles.tiles.size()), latest_(threads, kNone),
       earlier_(tiles.tiles.size()) {
   const int64_t components = static_cast<int64_t>(tiles.first.size()) - 1;
@@ -94,11 +95,12 @@ void ClipQueue::measure(int64_t index, int thread) {
 void ClipQueue::finish(int64_t component) {
   const int64_t begin = tiles_.first[component], end = tiles_.first[component + 1];
   const double sum = combine(partials_.data() + begin, end - begin, order_);
-  const double norm = rounded(order_ == Order::two ? std::sqrt(sum) : sum, rule_.wide);
+  const double norm = rounded((order_ == Order::two ? std::sqrt(sum) : sum) * inverse_, rule_.wide);
   const double coef = rounded(coefficient(norm, rule_.caps[component * rule_.caps_stride], rule_), rule_.wide);
   norms_[component] = norm;
   coefs_[component] = coef;
-  if (coef != 1) {  // NaN included
+  if (!std::isfinite(sum)) found_nonfinite_.store(true, std::memory_order_relaxed);
+  if (coef * inverse_ != 1) {  // NaN included
     if (end - begin == 1) {
       scale_tile(begin);
     } else {
@@ -152,7 +154,7 @@ void ClipQueue::scale_tile(int64_t index) const {
   const Tile& tile = tiles_.tiles[index];
   const double coef = coefs_[tile.component];
   const bool fill_zeros = coef == 0 && rule_.nonfinite == NonFinite::zero;
-  scale(segments_[tile.segment], tile.start, tile.count, coef, fill_zeros);
+  scale(segments_[tile.segment], tile.start, tile.count, coef * inverse_, fill_zeros);
 }
 
 }  // namespace cwclip::cpu

@@ -42,6 +42,8 @@ class ClipQueue {
   ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule, double* norms,
             double* coefs, int threads);
   void work(int thread) noexcept;
+  // Whether any component has an element that is inf or NaN; once all threads have returned.
+  bool found_nonfinite() const { return found_nonfinite_.load(std::memory_order_relaxed); }
 
  private:
   static constexpr int64_t kNone = -1;
@@ -57,6 +59,7 @@ class ClipQueue {
   const Tiles& tiles_;
   const Order order_;
   const Rule rule_;
+  const double inverse_;  // of the loss's scale
   double* const norms_;
   double* const coefs_;
 
@@ -64,6 +67,7 @@ class ClipQueue {
   std::unique_ptr<std::atomic<int64_t>[]> unmeasured_;  // tiles of each component
   std::atomic<int64_t> next_{0};                        // ticket: the next tile to measure
   std::atomic<int64_t> unfinished_;                     // components whose norm is not known yet
+  std::atomic<bool> found_nonfinite_{false};
 
   std::vector<int> measured_by_;  // thread, for each tile
   std::atomic<int64_t> given_back_{0};  // tiles, looked at before the lock is taken

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <exception>
 #include <string>
+#include <utility>
 
 namespace cwclip::cuda {
 namespace {
@@ -28,22 +29,22 @@ T* pointer(unsigned long long address) {
 }  // namespace
 
 PyObject* py_program(PyObject*, PyObject* arguments) {
-  const char *layout, *components;
-  Py_ssize_t layout_bytes, components_bytes;
+  const char *layout, *components, *numbers;
+  Py_ssize_t layout_bytes, components_bytes, numbers_bytes;
   long long count;
-  if (!PyArg_ParseTuple(arguments, "y#y#L:cuda_program", &layout, &layout_bytes, &components, &components_bytes,
-                        &count)) {
+  if (!PyArg_ParseTuple(arguments, "y#y#z#L:cuda_program", &layout, &layout_bytes, &components, &components_bytes,
+                        &numbers, &numbers_bytes, &count)) {
     return nullptr;
   }
+  constexpr Py_ssize_t kNumber = sizeof(int64_t);
+  const Cuts cuts = {reinterpret_cast<const int64_t*>(components), components_bytes / kNumber,
+                     reinterpret_cast<const int64_t*>(numbers), numbers_bytes / kNumber};
   try {
-    const size_t gradients = static_cast<size_t>(components_bytes) / sizeof(int64_t);
-    const std::vector<Segment> segments =
-        segments_of(layout, layout_bytes, reinterpret_cast<const int64_t*>(components), gradients);
-    for (const Segment& s : segments) {
-      if (s.component < 0 || s.component >= count) return raise(PyExc_RuntimeError, "components: outside [0, count)");
-    }
+    Gradients gradients = gradients_of(layout, static_cast<size_t>(layout_bytes));
+    const int32_t addresses = static_cast<int32_t>(gradients.segments.size());
+    const std::vector<Segment> segments = cut(std::move(gradients.segments), gradients.shapes, cuts, count);
     std::string tables, program;
-    write_program(segments, count, tables, program);
+    write_program(segments, addresses, count, tables, program);
     return Py_BuildValue("(y#y#L)", tables.data(), static_cast<Py_ssize_t>(tables.size()), program.data(),
                          static_cast<Py_ssize_t>(program.size()),
                          static_cast<long long>(reinterpret_cast<const Program*>(program.data())->workspace_bytes));
@@ -57,11 +58,11 @@ PyObject* py_enqueue(PyObject*, PyObject* arguments) {
   double norm_type, eps;
   const char *program, *addresses;
   Py_ssize_t program_bytes, addresses_bytes;
-  unsigned long long tables, workspace, sums, norms, coefs, caps, stream;
+  unsigned long long tables, workspace, sums, norms, coefs, found_inf, caps, inverse, stream;
   long long caps_stride;
-  if (!PyArg_ParseTuple(arguments, "idy#y#KKKKKKLdiiiK:cuda_enqueue", &kind, &norm_type, &program, &program_bytes,
-                        &addresses, &addresses_bytes, &tables, &workspace, &sums, &norms, &coefs, &caps, &caps_stride,
-                        &eps, &nonfinite, &wide, &device, &stream)) {
+  if (!PyArg_ParseTuple(arguments, "idy#y#KKKKKKKLKdiiiK:cuda_enqueue", &kind, &norm_type, &program, &program_bytes,
+                        &addresses, &addresses_bytes, &tables, &workspace, &sums, &norms, &coefs, &found_inf, &caps,
+                        &caps_stride, &inverse, &eps, &nonfinite, &wide, &device, &stream)) {
     return nullptr;
   }
   const auto* const p = reinterpret_cast<const Program*>(program);
@@ -79,8 +80,9 @@ PyObject* py_enqueue(PyObject*, PyObject* arguments) {
   request.addresses = reinterpret_cast<void* const*>(addresses);
   request.tables = pointer<char>(tables);
   request.workspace = pointer<char>(workspace);
-  request.results = {pointer<double>(sums), pointer<void>(norms), pointer<void>(coefs)};
-  request.rule = {pointer<const double>(caps), caps_stride, eps, static_cast<NonFinite>(nonfinite), wide != 0};
+  request.results = {pointer<double>(sums), pointer<void>(norms), pointer<void>(coefs), pointer<uint32_t>(found_inf)};
+  request.rule = {pointer<const double>(caps), caps_stride, pointer<const double>(inverse), eps,
+                  static_cast<NonFinite>(nonfinite), wide != 0};
   request.device = device;
   request.stream = pointer<void>(stream);
   if (const char* const failure = enqueue(request)) return raise_failure("launching a kernel", failure);

@@ -145,13 +145,13 @@ struct Run {
   int32_t head, vectors, edges;
 };
 
-// Element i of a layout with gaps, as an offset from its first: sizes and strides innermost first.
+// Element i of a layout with gaps, as an offset from the gradient's first: sizes and strides innermost first.
 CWCLIP_DEVICE int64_t offset_of(const int64_t* layout, uint64_t i) {
-  int64_t offset = 0;
-  const int64_t dims = layout[0];
+  int64_t offset = layout[0];
+  const int64_t dims = layout[1];
   for (int64_t d = 0; d < dims; ++d) {
-    const uint64_t size = static_cast<uint64_t>(layout[1 + 2 * d]);
-    offset += static_cast<int64_t>(i % size) * layout[2 + 2 * d];
+    const uint64_t size = static_cast<uint64_t>(layout[2 + 2 * d]);
+    offset += static_cast<int64_t>(i % size) * layout[3 + 2 * d];
     i /= size;
   }
   return offset;

@@ -21,6 +21,7 @@
 // and scaling goes element by element. Which block does what, and the order of the list, change from run to run.
 #pragma once
 
+#include "coefficient.cuh"
 #include "elements.cuh"
 
 namespace cwclip::cuda {
@@ -53,36 +54,6 @@ struct Shared {
   Job jobs[2];                    // this one and the next
   double sums[2][kWorkerWarps];  // likewise: of each worker warp
 };
-
-// ---------------------------------------------------------------------------------------------------------------------
-// From power sum to coefficient
-// ---------------------------------------------------------------------------------------------------------------------
-
-CWCLIP_DEVICE double rounded(double x, bool wide) { return wide ? x : static_cast<double>(static_cast<float>(x)); }
-
-CWCLIP_DEVICE bool is_finite(double x) { return magnitude(x) < double_of(0x7ff0000000000000u); }
-
-// cwclip_kernels/formula.py: coefficients(), for one component.
-CWCLIP_DEVICE double coefficient(double norm, double cap, const Rule& rule) {
-  if (cap == double_of(0x7ff0000000000000u) || norm == 0) return 1;
-  if (!is_finite(norm) && rule.nonfinite != NonFinite::propagate) return rule.nonfinite == NonFinite::skip ? 1 : 0;
-  if (!(cap >= 0)) return double_of(0x7ff8000000000000u);
-  const double padded = norm + rule.eps;
-  return padded <= cap ? 1 : quotient(cap, padded);
-}
-
-CWCLIP_DEVICE void store_result(void* results, uint32_t component, double value, bool wide) {
-  if (wide) {
-    static_cast<double*>(results)[component] = value;
-  } else {
-    static_cast<float*>(results)[component] = static_cast<float>(value);
-  }
-}
-
-CWCLIP_DEVICE double load_result(const void* results, uint32_t component, bool wide) {
-  return wide ? static_cast<const double*>(results)[component]
-              : static_cast<double>(static_cast<const float*>(results)[component]);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The scheduler warp
@@ -131,12 +102,14 @@ CWCLIP_DEVICE void finish_component(const Call& call, uint32_t component, int la
       call.results.sums[component] = sum;
     } else {
       const bool wide = call.rule.wide;
-      const double norm = rounded(order == Order::two ? square_root(sum) : sum, wide);
+      const double inverse = inverse_of_scale(call.rule);
+      const double norm = rounded(product(order == Order::two ? square_root(sum) : sum, inverse), wide);
       const double cap = call.rule.caps[component * call.rule.caps_stride];
       const double coef = rounded(coefficient(norm, cap, call.rule), wide);
       store_result(call.results.norms, component, norm, wide);
       store_result(call.results.coefs, component, coef, wide);
-      clipped = coef != 1;  // NaN included
+      clipped = product(coef, inverse) != 1;  // NaN included
+      if (call.results.found_inf != nullptr && !is_finite(sum)) store_relaxed(call.results.found_inf, bits_of(1.0f));
     }
   }
   if (from_first_lane(clipped)) list_component<mode>(call, component, lane);
@@ -241,8 +214,9 @@ struct Scheduler {
 
   CWCLIP_DEVICE Job scale_job(uint32_t tile) const {
     Job job = job_of(tile, call.tables.tiles[tile], Work::scale);
-    job.coef = load_result(call.results.coefs, job.component, call.rule.wide);
-    job.erase = job.coef == 0 && call.rule.nonfinite == NonFinite::zero;
+    const double coef = load_result(call.results.coefs, job.component, call.rule.wide);
+    job.coef = product(coef, inverse_of_scale(call.rule));
+    job.erase = coef == 0 && call.rule.nonfinite == NonFinite::zero;
     return job;
   }
 

@@ -14,9 +14,11 @@ void append(std::string& bytes, const T* values, size_t count) {
   bytes.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-// Dims, then size and stride of each, innermost first; where it begins.
-int32_t append_layout(const Layout& layout, std::vector<int64_t>& layouts) {
+// Offset, dims, then size and stride of each, innermost first; where it begins.
+int32_t append_layout(const Segment& piece, std::vector<int64_t>& layouts) {
+  const Layout& layout = piece.layout;
   const size_t start = layouts.size();
+  layouts.push_back(piece.offset);
   layouts.push_back(static_cast<int64_t>(layout.sizes.size()));
   for (size_t d = 0; d < layout.sizes.size(); ++d) {
     layouts.push_back(layout.sizes[d]);
@@ -25,42 +27,54 @@ int32_t append_layout(const Layout& layout, std::vector<int64_t>& layouts) {
   return static_cast<int32_t>(start);
 }
 
-// The gradients that have elements, component by component, so that a launch's tiles and addresses are one run each.
-std::vector<int32_t> in_order(const std::vector<Segment>& gradients) {
+// The pieces that have elements, component by component, so that a launch's tiles and addresses are one run each.
+std::vector<int32_t> in_order(const std::vector<Segment>& pieces) {
   std::vector<int32_t> order;
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    if (gradients[i].numel > 0) order.push_back(static_cast<int32_t>(i));
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (pieces[i].numel > 0) order.push_back(static_cast<int32_t>(i));
   }
   std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t a, int32_t b) { return gradients[a].component < gradients[b].component; });
+                   [&](int32_t a, int32_t b) { return pieces[a].component < pieces[b].component; });
   return order;
+}
+
+// Whose address each run of pieces needs: pieces of one gradient that follow one another share it.
+std::vector<int32_t> addresses_of(const std::vector<Segment>& pieces, const std::vector<int32_t>& order) {
+  std::vector<int32_t> gradients;
+  for (const int32_t i : order) {
+    if (gradients.empty() || gradients.back() != pieces[i].gradient) gradients.push_back(pieces[i].gradient);
+  }
+  return gradients;
 }
 
 }  // namespace
 
-void write_program(const std::vector<Segment>& gradients, int64_t components, std::string& tables,
+void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_t components, std::string& tables,
                    std::string& program) {
-  const std::vector<int32_t> order = in_order(gradients);
-  const bool few = order.size() <= kFewAddresses;
-  const size_t capacity = few ? kFewAddresses : kManyAddresses;
+  const std::vector<int32_t> order = in_order(pieces), gradient_of = addresses_of(pieces, order);
+  const bool few = gradient_of.size() <= kFewAddresses;
+  const int32_t capacity = few ? kFewAddresses : kManyAddresses;
   std::vector<Tile> tiles;
   std::vector<uint32_t> tiles_of(components + 1);  // by component, then its running total
   std::vector<int64_t> layouts;
   std::vector<Range> ranges;
-  for (size_t s = 0; s < order.size(); ++s) {
-    const Segment& gradient = gradients[order[s]];
+  int32_t segment = -1;
+  for (const int32_t i : order) {
+    const Segment& piece = pieces[i];
     const uint32_t begin = static_cast<uint32_t>(tiles.size());
-    if (s % capacity == 0) ranges.push_back({begin, begin, static_cast<int32_t>(s), static_cast<int32_t>(s), 0, 0, 0});
-    const int32_t layout = gradient.layout.dense() ? -1 : append_layout(gradient.layout, layouts);
-    const int64_t step = kTileBytes / size_of(gradient.dtype);
-    for (int64_t start = 0; start < gradient.numel; start += step) {
-      tiles.push_back({start, static_cast<int32_t>(std::min(step, gradient.numel - start)), static_cast<int32_t>(s),
-                       gradient.component, gradient.dtype, layout, 0});
+    if (segment < 0 || gradient_of[segment] != piece.gradient) {
+      if (++segment % capacity == 0) ranges.push_back({begin, begin, segment, segment, 0, 0, 0});
+    }
+    const int32_t layout = piece.layout.dense() ? -1 : append_layout(piece, layouts);
+    const int64_t step = kTileBytes / size_of(piece.dtype), offset = piece.layout.dense() ? piece.offset : 0;
+    for (int64_t start = 0; start < piece.numel; start += step) {
+      tiles.push_back({offset + start, static_cast<int32_t>(std::min(step, piece.numel - start)), segment,
+                       piece.component, piece.dtype, layout, 0});
     }
     if (tiles.size() > UINT32_MAX - (1u << 20)) throw std::runtime_error("grads: more than 128 TB on one device");
     ranges.back().tile_end = static_cast<uint32_t>(tiles.size());
-    ranges.back().segment_end = static_cast<int32_t>(s) + 1;
-    tiles_of[gradient.component] += ranges.back().tile_end - begin;
+    ranges.back().segment_end = segment + 1;
+    tiles_of[piece.component] += ranges.back().tile_end - begin;
   }
   if (ranges.empty()) ranges.push_back({});  // one launch all the same: components without elements have results too
   for (Tile& tile : tiles) tile.of = static_cast<int32_t>(tiles_of[tile.component]);
@@ -74,8 +88,8 @@ void write_program(const std::vector<Segment>& gradients, int64_t components, st
   p.components = static_cast<uint32_t>(components);
   p.measured = static_cast<uint32_t>(components - std::count(tiles_of.begin(), tiles_of.end() - 1, 0u));
   p.launches = static_cast<uint32_t>(ranges.size());
-  p.gradients = static_cast<int32_t>(gradients.size());
-  p.segments = static_cast<int32_t>(order.size());
+  p.gradients = gradients;
+  p.segments = static_cast<int32_t>(gradient_of.size());
   p.few = few;
   p.gaps = !layouts.empty();
 
@@ -97,7 +111,7 @@ void write_program(const std::vector<Segment>& gradients, int64_t components, st
   program.clear();
   append(program, &p, 1);
   append(program, ranges.data(), ranges.size());
-  append(program, order.data(), order.size());
+  append(program, gradient_of.data(), gradient_of.size());
 }
 
 }  // namespace cwclip::cuda

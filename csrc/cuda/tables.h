@@ -16,7 +16,7 @@ constexpr int64_t kTileBytes = 32 * 1024;
 struct alignas(16) Tile {
   int64_t start;       // element of the gradient, in memory order if it is dense
   int32_t count;       // elements
-  int32_t segment;     // gradient, by its place in the order of components
+  int32_t segment;     // its gradient's address, by its place among those of all launches
   int32_t component;
   DType dtype;
   int32_t layout;      // where its Layout is among the layouts, -1 if it is dense
@@ -28,7 +28,9 @@ static_assert(sizeof(Tile) == 32, "read as two 16-byte words");
 struct Tables {
   const Tile* tiles;
   const uint32_t* spans;    // [K + 1]; the tiles of component c are spans[c] up to spans[c + 1]
-  const int64_t* layouts;   // for each gradient with gaps: dims, then size and stride of each, innermost first
+  // For each segment with gaps: its first element's offset from the gradient's, dims, size and stride of each, innermost
+  // first.
+  const int64_t* layouts;
 };
 
 // What blocks tell each other. Zero before a call and, by the last block to leave, after it.
@@ -53,6 +55,7 @@ struct Results {
   double* sums;  // [K] power sums if only they are asked for; then there are no norms and coefs
   void* norms;   // [K] float, or double if wide
   void* coefs;   // likewise; read, not written, by kernels that only scale
+  uint32_t* found_inf;  // one float's bits, set to 1.0f if a component has an element that is inf or NaN; or null
 };
 
 // The tiles and gradients that one launch can reach: those whose addresses are in its parameters.
@@ -93,16 +96,18 @@ struct Program {
   int64_t sum_tickets_at, done_at, list_at, partials_at, workspace_bytes;
   uint32_t tiles, components, measured;
   uint32_t launches;  // of one kernel; more than one past kManyAddresses gradients
-  int32_t gradients, segments;
-  bool few, gaps;     // whether kFewAddresses are enough; whether any gradient has gaps
-  // Range[launches] and int32_t[segments], the gradient that each segment is, follow.
+  int32_t gradients;  // whose addresses a call brings
+  int32_t segments;   // addresses over all launches: a gradient whose pieces lie apart in the order comes several times
+  bool few, gaps;     // whether kFewAddresses are enough; whether any piece has gaps
+  // Range[launches] and int32_t[segments], whose address each of the tiles' segments is, follow.
 
   const Range* ranges() const { return reinterpret_cast<const Range*>(this + 1); }
   const int32_t* gradient_of() const { return reinterpret_cast<const int32_t*>(ranges() + launches); }
 };
 
-// Cuts gradients (whose data is not looked at) into tiles. `tables` is what has to be brought to the device, and
-// `program` a Program.
-void write_program(const std::vector<Segment>& gradients, int64_t components, std::string& tables, std::string& program);
+// Cuts pieces of `gradients` gradients (whose data is not looked at) into tiles. `tables` is what has to be brought to the
+// device, and `program` a Program.
+void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_t components, std::string& tables,
+                   std::string& program);
 
 }  // namespace cwclip::cuda

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..formula import ClipRule
+from ..formula import UNSCALED, ClipRule, LossScale
 from . import extension
 
 if TYPE_CHECKING:
@@ -23,22 +23,29 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
-    sums: Tensor = torch.ops.cwclip_kernels.power_sums(grads, bucket.components, bucket.count, norm_type)
+    sums: Tensor = torch.ops.cwclip_kernels.power_sums(
+        grads, bucket.components, bucket.cuts(), bucket.count, norm_type
+    )
     return sums
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
-    torch.ops.cwclip_kernels.scale_(grads, bucket.components, coefs.double(), zero_fill)
+    torch.ops.cwclip_kernels.scale_(grads, bucket.components, bucket.cuts(), coefs.double(), zero_fill)
 
 
-def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+def clip_(
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, [K], float64 if any gradient is; each component scaled while still in cache."""
     norms, coefs = torch.ops.cwclip_kernels.clip_(
         grads,
         bucket.components,
+        bucket.cuts(),
         bucket.count,
         caps,
+        loss_scale.inverse,
+        loss_scale.found_inf,
         rule.norm_type,
         rule.eps,
         extension.POLICY_CODES[rule.nonfinite],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formula import ClipRule
+from ..formula import UNSCALED, ClipRule, LossScale
 from . import extension
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 
@@ -70,12 +70,14 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
         _enqueue(bucket, grads, _SCALE, rule, coefs=coefs.contiguous())
 
 
-def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+def clip_(
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
     with _on(bucket.device):
-        _enqueue(bucket, grads, _CLIP, rule, norms=norms, coefs=coefs, caps=caps)
+        _enqueue(bucket, grads, _CLIP, rule, norms=norms, coefs=coefs, caps=caps, loss_scale=loss_scale)
     return norms, coefs
 
 
@@ -122,6 +124,7 @@ def _enqueue(
     norms: Tensor | None = None,
     coefs: Tensor | None = None,
     caps: Tensor | None = None,
+    loss_scale: LossScale = UNSCALED,
 ) -> None:
     native = extension.module()
     device = bucket.device.index or 0
@@ -131,7 +134,7 @@ def _enqueue(
     if capturing:
         # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
         workspace = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=bucket.device)
-        keep_for_graphs(state.tables, caps)
+        keep_for_graphs(state.tables, caps, loss_scale)
     else:
         workspace = state.workspaces.get(stream)
         if workspace is None:
@@ -144,11 +147,13 @@ def _enqueue(
             addresses,
             state.tables.data_ptr(),
             workspace.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-            0 if norms is None else norms.data_ptr(),
-            0 if coefs is None else coefs.data_ptr(),
-            0 if caps is None else caps.data_ptr(),
+            _address(sums),
+            _address(norms),
+            _address(coefs),
+            _address(loss_scale.found_inf),
+            _address(caps),
             caps.stride(0) if caps is not None and caps.ndim else 0,
+            _address(loss_scale.inverse),
             rule.eps,
             extension.POLICY_CODES[rule.nonfinite],
             coefs is not None and coefs.dtype == torch.float64,
@@ -158,6 +163,10 @@ def _enqueue(
     except RuntimeError:
         state.workspaces.pop(stream, None)  # half a call may have been launched, and not left zeros
         raise
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _workspace(state: _State, device: torch.device) -> Tensor:
@@ -189,10 +198,16 @@ def _look_up(native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool) 
     return state, state.addresses.of(grads)
 
 
+def _packed(numbers: Tensor) -> bytes:
+    return struct.pack(f"{numbers.numel()}q", *numbers.tolist())
+
+
 def _make_state(native: Any, bucket: Bucket, grads: list[Tensor]) -> _State:
     addresses = extension.Addresses(grads)
-    components = struct.pack(f"{len(grads)}q", *bucket.components.tolist())
-    tables, program, workspace_bytes = native.cuda_program(addresses.layout, components, bucket.count)
+    cuts = bucket.cuts()
+    tables, program, workspace_bytes = native.cuda_program(
+        addresses.layout, _packed(bucket.components), None if cuts is None else _packed(cuts), bucket.count
+    )
     on_device = upload(torch.frombuffer(bytearray(tables), dtype=torch.uint8), bucket.device)
     arrived = None
     if on_device.is_cuda:

@@ -92,33 +92,40 @@ class Addresses:
         return found
 
 
-def _refuse_meta(grads: list[Tensor]) -> None:
+def _refuse_meta(tensors: list[Tensor | None]) -> None:
     # torch asks the same functions for meta tensors, outside any tracing: that would pass for a call carried out.
-    if any(type(g) is Tensor and g.is_meta for g in grads):
+    if any(type(t) is Tensor and t.is_meta for t in tensors):
         raise RuntimeError("grads: there is no data on the meta device")
 
 
 def _fake_clip_(
     grads: list[Tensor],
     components: Tensor,
+    cuts: Tensor | None,
     count: int,
     caps: Tensor,
+    inverse: Tensor | None,
+    found_inf: Tensor | None,
     norm_type: float,
     eps: float,
     nonfinite: int,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_meta([*grads, components, caps])
+    _refuse_meta([*grads, components, cuts, caps, inverse, found_inf])
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
 
 
-def _fake_power_sums(grads: list[Tensor], components: Tensor, count: int, norm_type: float) -> Tensor:
-    _refuse_meta([*grads, components])
+def _fake_power_sums(
+    grads: list[Tensor], components: Tensor, cuts: Tensor | None, count: int, norm_type: float
+) -> Tensor:
+    _refuse_meta([*grads, components, cuts])
     return components.new_empty(count, dtype=torch.float64)
 
 
-def _fake_scale_(grads: list[Tensor], components: Tensor, coefs: Tensor, zero_fill: bool) -> None:
-    _refuse_meta([*grads, components, coefs])
+def _fake_scale_(
+    grads: list[Tensor], components: Tensor, cuts: Tensor | None, coefs: Tensor, zero_fill: bool
+) -> None:
+    _refuse_meta([*grads, components, cuts, coefs])
 
 
 def _complete_registration() -> None:

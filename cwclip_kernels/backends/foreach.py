@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..formula import ClipRule, coefficients, neutral, root, wide_dtype
+from ..formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
 
 if TYPE_CHECKING:
     from ..plan import Bucket
@@ -25,7 +25,8 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
     # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
-    each = torch.stack(torch._foreach_norm(_measurable(grads, norm_type), norm_type, dtype=wide_dtype(bucket.device)))
+    measurable = [_measurable(g, norm_type) for g in bucket.pieces(grads)]
+    each = torch.stack(torch._foreach_norm(measurable, norm_type, dtype=wide_dtype(bucket.device)))
     if not math.isinf(norm_type) and norm_type != 0.0:
         each = each**norm_type
     levels = bucket.scratch.get("levels")
@@ -41,12 +42,8 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
 _ROW = 256
 
 
-def _measurable(grads: list[Tensor], norm_type: float) -> list[Tensor]:
-    """Tensors with the gradients' norms that torch can measure exactly: real, not empty, no sum too long."""
-    return [_measurable_one(g, norm_type) for g in grads]
-
-
-def _measurable_one(grad: Tensor, norm_type: float) -> Tensor:
+def _measurable(grad: Tensor, norm_type: float) -> Tensor:
+    """A tensor with the gradient's norm that torch can measure exactly: real, not empty, no sum too long."""
     if grad.numel() == 0:
         # torch has no norm of nothing for inf and negative orders. This adds 0 to a sum and never is the extremum.
         return torch.full((1,), math.inf if norm_type < 0 else 0.0, device=grad.device)
@@ -106,7 +103,7 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
     components = bucket.scratch.get("components")
     if components is None:
         components = bucket.scratch["components"] = bucket.components.to(bucket.device)
-    factors = coefs[components].unbind()
+    grads, factors = bucket.pieces(grads), coefs[components].unbind()
     if bucket.device.type == "cpu":
         torch._foreach_mul_(grads, factors)
     else:
@@ -126,9 +123,13 @@ def _multiply(grads: list[Tensor], factors: tuple[Tensor, ...]) -> None:
             grad.copy_(grad.float().mul_(factor))
 
 
-def clip_(bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule) -> tuple[Tensor, Tensor]:
+def clip_(
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    norms = root(power_sums(bucket, grads, rule.norm_type), rule.norm_type).to(bucket.norm_dtype)
+    sums = power_sums(bucket, grads, rule.norm_type)
+    norms = loss_scale.unscaled(root(sums, rule.norm_type)).to(bucket.norm_dtype)
     coefs = coefficients(norms, caps, rule)
-    scale_(bucket, grads, coefs, rule.zero_fill)
+    loss_scale.report(sums)
+    scale_(bucket, grads, loss_scale.factors(coefs), rule.zero_fill)
     return norms, coefs

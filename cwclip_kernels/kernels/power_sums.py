@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .tile import INF, body_lanes, edge_lanes, larger, largest, locate, magnitude_bits, widen
+from .tile import INF, body_lanes, edge_lanes, gapped_lanes, larger, largest, locate, magnitude_bits, widen
 
 # Float32 squares are trusted where the tile's largest |x| is in this range: 8 squares of at most 2^120 don't
 # overflow, and what 2^17 squares lose by underflow (2^-126 each, if subnormals are flushed) is below 2^-28 of
@@ -17,8 +17,10 @@ TRUSTED_TO = tl.constexpr(2.0**60)
 def power_sums_kernel(
     pointers,
     tiles,
+    layouts,
     partials,
     DTYPE: tl.constexpr,
+    DIMS: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -33,14 +35,26 @@ def power_sums_kernel(
 
     Args:
         pointers: int64 [n], addresses of the gradients.
-        tiles: int64 [programs, 4]: gradient, start, length, slot.
+        tiles: int64 [programs, 5]: gradient, start, length, slot, layout.
+        layouts: int64, see ``gapped_lanes``; read only if DIMS > 0.
         partials: float64, written at the slots of this launch.
         DTYPE: element type of the gradients of this launch.
+        DIMS: 0 for runs without gaps.
         ORDER: p, one of 1.0, 2.0 and inf.
         ROWS: terms added in float32.
         COLUMNS: sums kept in float64.
     """
-    row = tiles + tl.program_id(0).to(tl.int64) * 4
+    row = tiles + tl.program_id(0).to(tl.int64) * 5
+    if DIMS == 0:
+        total = dense_sum(pointers, row, DTYPE, ORDER, ROWS, COLUMNS)
+    else:
+        total = gapped_sum(pointers, row, layouts + tl.load(row + 4), DTYPE, DIMS, ORDER, COLUMNS)
+    tl.store(partials + tl.load(row + 3), total)
+
+
+@triton.jit
+def dense_sum(pointers, row, DTYPE: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The power sum of one tile without gaps."""
     first, aligned, head, body, length = locate(pointers, row, DTYPE)
     edge, mask = edge_lanes(first, head, body, length)
     edges = widen(tl.load(edge, mask=mask, other=0.0), tl.float64)
@@ -55,7 +69,20 @@ def power_sums_kernel(
                 # One row at a time: a path hardly ever taken must not set the register count.
                 total, _ = body_sum(aligned, body, ORDER, tl.float64, 1, COLUMNS)
         total += tl.sum(power(edges, ORDER), 0)
-    tl.store(partials + tl.load(row + 3), total)
+    return total
+
+
+@triton.jit
+def gapped_sum(
+    pointers, row, layout, DTYPE: tl.constexpr, DIMS: tl.constexpr, ORDER: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The power sum of one tile with gaps, in float64 throughout."""
+    sums = tl.zeros([COLUMNS], tl.float64)
+    for at in range(0, tl.load(row + 2), COLUMNS):
+        element, mask = gapped_lanes(pointers, row, layout, at, DTYPE, DIMS, COLUMNS)
+        values = widen(tl.load(element, mask=mask, other=0.0), tl.float64)
+        sums = larger(sums, values) if ORDER == INF else sums + power(values, ORDER)
+    return largest(sums) if ORDER == INF else tl.sum(sums, 0)
 
 
 @triton.jit

@@ -5,15 +5,17 @@ import triton
 import triton.language as tl
 
 from .combine import merge_partials
-from .tile import INF, body_lanes, edge_lanes, locate, narrow, widen
+from .tile import INF, body_lanes, edge_lanes, gapped_lanes, locate, narrow, widen
 
 
 @triton.jit
 def scale_kernel(
     pointers,
     tiles,
+    layouts,
     coefs,
     DTYPE: tl.constexpr,
+    DIMS: tl.constexpr,
     ZERO_FILL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -25,30 +27,36 @@ def scale_kernel(
 
     Args:
         pointers: int64 [n], addresses of the gradients.
-        tiles: int64 [programs, 5]: gradient, start, length, component, 1 for the first tile of a component.
+        tiles: int64 [programs, 6]: gradient, start, length, component, 1 for the first tile of a component, layout.
+        layouts: int64, see ``gapped_lanes``; read only if DIMS > 0.
         coefs: float32 or float64 [K].
         DTYPE: element type of the gradients of this launch.
+        DIMS: 0 for runs without gaps.
         ZERO_FILL: whether 0 erases.
         ROWS: with COLUMNS, the size of a block.
         COLUMNS: 16 bytes for each thread.
     """
-    row = tiles + tl.program_id(0).to(tl.int64) * 5
+    row = tiles + tl.program_id(0).to(tl.int64) * 6
     coef = tl.load(coefs + tl.load(row + 3))
     if coef != 1.0:
-        scale_tile(pointers, row, coef, DTYPE, ZERO_FILL, ROWS, COLUMNS)
+        scale_tile(pointers, row, layouts, coef, coef == 0.0, DTYPE, DIMS, ZERO_FILL, ROWS, COLUMNS)
 
 
 @triton.jit
 def clip_kernel(
     pointers,
     tiles,
+    layouts,
     partials,
     spans,
     caps,
     cap_stride,
+    inverse,
     norms,
     coefs,
+    found_inf,
     DTYPE: tl.constexpr,
+    DIMS: tl.constexpr,
     ORDER: tl.constexpr,
     EPS: tl.constexpr,
     NONFINITE: tl.constexpr,
@@ -66,14 +74,18 @@ def clip_kernel(
 
     Args:
         pointers: int64 [n], addresses of the gradients.
-        tiles: int64 [programs, 5]: gradient, start, length, component, 1 for the first tile of a component.
+        tiles: int64 [programs, 6]: gradient, start, length, component, 1 for the first tile of a component, layout.
+        layouts: int64, see ``gapped_lanes``; read only if DIMS > 0.
         partials: float64, contiguous for each component.
         spans: int64 [K + 1]: component c has partials[spans[c] : spans[c + 1]].
         caps: float64 [] or [K].
         cap_stride: elements between caps, 0 for one that all share.
+        inverse: float64 [], what undoes the loss's scale; or None.
         norms: float32 or float64 [K], written.
         coefs: as norms, written.
+        found_inf: float32 [], set to 1 if a component has an element that is inf or NaN; or None.
         DTYPE: element type of the gradients of this launch.
+        DIMS: 0 for runs without gaps.
         ORDER: p, one of 1.0, 2.0 and inf.
         EPS: added to the norm. Compiled in: a float argument would arrive rounded to float32.
         NONFINITE: "propagate", "zero" or "skip".
@@ -81,16 +93,23 @@ def clip_kernel(
         ROWS: with COLUMNS, the size of a block.
         COLUMNS: 16 bytes for each thread.
     """
-    row = tiles + tl.program_id(0).to(tl.int64) * 5
+    row = tiles + tl.program_id(0).to(tl.int64) * 6
     component = tl.load(row + 3)
     total = merge_partials(partials, tl.load(spans + component), tl.load(spans + component + 1), ORDER, CHUNK)
-    norm = (tl.sqrt(total) if ORDER == 2.0 else total).to(norms.dtype.element_ty)
+    norm = tl.sqrt(total) if ORDER == 2.0 else total
+    if inverse is not None:
+        norm = norm * tl.load(inverse)
+    norm = norm.to(norms.dtype.element_ty)
     coef = coefficient(norm, tl.load(caps + component * cap_stride), EPS, NONFINITE)
     if tl.load(row + 4) != 0:
         tl.store(norms + component, norm)
         tl.store(coefs + component, coef)
-    if coef != 1.0:
-        scale_tile(pointers, row, coef, DTYPE, NONFINITE == "zero", ROWS, COLUMNS)
+        if found_inf is not None:  # noqa: SIM102  # one compile-time, one run-time
+            if ~(tl.abs(total) < INF):
+                tl.store(found_inf, 1.0)
+    factor = coef if inverse is None else coef.to(tl.float64) * tl.load(inverse)
+    if factor != 1.0:
+        scale_tile(pointers, row, layouts, factor, coef == 0.0, DTYPE, DIMS, NONFINITE == "zero", ROWS, COLUMNS)
 
 
 @triton.jit
@@ -111,28 +130,53 @@ def coefficient(norm, cap, EPS: tl.constexpr, NONFINITE: tl.constexpr):
 def scale_tile(
     pointers,
     row,
+    layouts,
     coef,
+    is_zero,
+    DTYPE: tl.constexpr,
+    DIMS: tl.constexpr,
+    ZERO_FILL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``g <- coef * g`` over the tile of one table row; with ZERO_FILL, g <- 0 if ``is_zero``."""
+    if DIMS == 0:
+        scale_dense(pointers, row, coef, is_zero, DTYPE, ZERO_FILL, ROWS, COLUMNS)
+    else:
+        layout = layouts + tl.load(row + 5)
+        for at in range(0, tl.load(row + 2), COLUMNS):
+            element, mask = gapped_lanes(pointers, row, layout, at, DTYPE, DIMS, COLUMNS)
+            values = tl.load(element, mask=mask, other=0.0)
+            tl.store(element, scaled(values, coef, is_zero, ZERO_FILL), mask=mask)
+
+
+@triton.jit
+def scale_dense(
+    pointers,
+    row,
+    coef,
+    is_zero,
     DTYPE: tl.constexpr,
     ZERO_FILL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``g <- coef * g`` over the tile of one table row."""
+    """``scale_tile`` for a tile without gaps."""
     first, aligned, head, body, length = locate(pointers, row, DTYPE)
     edge, mask = edge_lanes(first, head, body, length)
-    tl.store(edge, scaled(tl.load(edge, mask=mask, other=0.0), coef, ZERO_FILL), mask=mask)
+    tl.store(edge, scaled(tl.load(edge, mask=mask, other=0.0), coef, is_zero, ZERO_FILL), mask=mask)
     block, offsets = body_lanes(aligned, ROWS, COLUMNS)
     for at in range(0, body, ROWS * COLUMNS):
         inside = at + offsets < body
         values = tl.load(block + at, mask=inside, other=0.0)
-        tl.store(block + at, scaled(values, coef, ZERO_FILL), mask=inside)
+        tl.store(block + at, scaled(values, coef, is_zero, ZERO_FILL), mask=inside)
 
 
 @triton.jit
-def scaled(values, coef, ZERO_FILL: tl.constexpr):
-    """``coef * x``, half precisions by way of float32; +0 where coef is 0, if ZERO_FILL."""
+def scaled(values, coef, is_zero, ZERO_FILL: tl.constexpr):
+    """``coef * x``, half precisions by way of float32; +0 if ``is_zero``, with ZERO_FILL."""
     WIDE: tl.constexpr = tl.float64 if values.dtype.is_fp64() else tl.float32
     product = widen(values, WIDE) * coef.to(WIDE)
     if ZERO_FILL:
-        product = tl.where(coef == 0.0, 0.0, product)
+        product = tl.where(is_zero, 0.0, product)
     return narrow(product, values.dtype)

@@ -5,8 +5,9 @@ A launch has one program for each row of a static tile table (int64: gradient, s
 come from a second table, int64 [n], as gradients move from step to step. So one launch serves any number of
 tensors, and what differs between launches is data, not code.
 
-Gradients may start anywhere: each tile peels off the few elements before its first and after its last 16-byte
-boundary, and everything between, its body, moves in aligned 16-byte loads and stores.
+A run with gaps between its elements is taken by index, through a third table (``gapped_lanes``). All else here is
+for runs without. These may start anywhere: each tile peels off the few elements before its first and after its last
+16-byte boundary, and everything between, its body, moves in aligned 16-byte loads and stores.
 """
 
 import triton
@@ -59,6 +60,31 @@ def edge_lanes(first, head, body, length):
     lane = tl.arange(0, 2 * VECTOR)
     offset = tl.where(lane < VECTOR, lane, lane - VECTOR + head + body)
     return first + offset, offset < tl.where(lane < VECTOR, head, length)
+
+
+@triton.jit
+def gapped_lanes(pointers, row, layout, at, DTYPE: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to and mask of elements [at, at + COLUMNS) of the tile of one table row, where memory has gaps.
+
+    Args:
+        pointers: int64 [n], addresses of the gradients' first elements.
+        row: pointer to the tile's row: gradient, start (by index), length, and more the caller knows.
+        layout: pointer to the run's offset from the gradient's first element and then size and stride of each
+            dimension, innermost first.
+        at: first element, counted from the tile's first.
+        DTYPE: element type of the gradient.
+        DIMS: how many dimensions there are.
+        COLUMNS: how many elements.
+    """
+    lane = at + tl.arange(0, COLUMNS)
+    index = tl.load(row + 1) + lane
+    offset = tl.load(layout) + 0 * index
+    for dim in tl.static_range(DIMS):
+        size = tl.load(layout + 1 + 2 * dim)
+        offset += index % size * tl.load(layout + 2 + 2 * dim)
+        index = index // size
+    first = tl.load(pointers + tl.load(row)).to(tl.pointer_type(DTYPE))
+    return first + offset, lane < tl.load(row + 2)
 
 
 @triton.jit

@@ -36,12 +36,13 @@ void one_case(long number) {
     std::vector<float>& data = values.emplace_back(static_cast<size_t>(numel + 4));
     for (float& x : data) x = static_cast<float>(between(-1000, 1000)) / 256;
     gradients.push_back({nullptr, numel, DType::f32, static_cast<int32_t>(between(0, components - 1)), {}});
+    gradients.back().gradient = static_cast<int32_t>(gradients.size()) - 1;
   }
   std::vector<void*> addresses;
   for (size_t i = 0; i < values.size(); ++i) addresses.push_back(values[i].data() + between(0, 3));
 
   std::string tables, program;
-  write_program(gradients, components, tables, program);
+  write_program(gradients, static_cast<int32_t>(gradients.size()), components, tables, program);
   const auto* const p = reinterpret_cast<const Program*>(program.data());
   std::vector<uint64_t> workspace(static_cast<size_t>(p->workspace_bytes + 15) / 8);
   std::vector<double> caps(static_cast<size_t>(components));
@@ -68,8 +69,8 @@ void one_case(long number) {
     request.addresses = addresses.data();
     request.tables = tables.data();
     request.workspace = reinterpret_cast<char*>(workspace.data());
-    request.results = {nullptr, norms.data(), coefs.data()};
-    request.rule = {caps.data(), 1, 1e-6, NonFinite::propagate, true};
+    request.results = {nullptr, norms.data(), coefs.data(), nullptr};
+    request.rule = {caps.data(), 1, nullptr, 1e-6, NonFinite::propagate, true};
     REQUIRE(enqueue(request) == nullptr);
 
     for (size_t c = 0; c < caps.size(); ++c) {

@@ -69,7 +69,7 @@ void check(Case& c, Order order, NonFinite policy, int threads, double cap) {
     });
   }
   const auto before = c.grads;
-  const Rule rule{caps.data(), 1, 1e-6, policy, true};
+  const Rule rule{caps.data(), 1, nullptr, 1e-6, policy, true};
   const cpu::Tiles tiles(c.segments, c.components);
   cpu::ClipQueue queue(c.segments, tiles, order, rule, norms.data(), coefs.data(), threads);
   std::vector<std::thread> crew;

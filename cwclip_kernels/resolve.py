@@ -1,0 +1,67 @@
+"""Parameters and a grouping to components: which tensors, or slices of them, are clipped together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+from .components import CUT, LEFT_ALONE, Box, Components, Grouping, NamedTensors, type_name
+from .spec import ComponentSpec
+
+
+def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
+    """Groups tensors into components.
+
+    Args:
+        parameters: names and tensors.
+        grouping: one of ``WORDS``, None for "parameter", a ``ComponentSpec``, or a callable that gets (name, tensor)
+            and returns a hashable key, None to leave the tensor alone. It is called once for each tensor.
+
+    Raises:
+        TypeError: ``grouping`` is none of these, or returned something unhashable.
+        ValueError: unknown word, a word that needs names where there are none, two keys that look alike, or a spec
+            that doesn't fit the parameters.
+    """
+    spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
+    _check_names(parameters, spec.words)
+    spec.check_patterns(parameters.names)
+    order: dict[Hashable, int] = {}
+    written: list[str] = []
+    index: list[int] = []
+    slices: list[tuple[int, int, Box]] = []
+
+    def component_of(key: Hashable, name: str) -> int:
+        component = order.setdefault(key, len(order))
+        if component == len(written):
+            written.append(name)
+        return component
+
+    for position, (name, tensor) in enumerate(zip(parameters.names, parameters.tensors, strict=True)):
+        key = spec.key_of(name, tensor)
+        if key is None:
+            index.append(LEFT_ALONE)
+            continue
+        try:
+            hash(key)
+        except TypeError:
+            raise TypeError(
+                f"components: the callable returned an unhashable {type_name(key)} for {name!r}; "
+                "return a string, number or tuple, or None to leave the parameter alone"
+            ) from None
+        parts = spec.slices_of(name, tensor)
+        if not parts:
+            index.append(component_of((key, ""), str(key)))
+            continue
+        index.append(CUT)
+        slices += [(position, component_of((key, label), f"{key}{label}"), box) for label, box in parts]
+    if len(set(written)) < len(written):
+        twice = next(n for i, n in enumerate(written) if n in written[:i])
+        raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
+    return Components(tuple(written), tuple(index), parameters.names, tuple(slices))
+
+
+def _check_names(parameters: NamedTensors, groupings: Iterable[object]) -> None:
+    for grouping in groupings:
+        if grouping in ("module", "layer", "type") and not parameters.named and parameters.tensors:
+            raise ValueError(
+                f"components={grouping!r} needs names: pass the module or module.named_parameters(), not bare tensors"
+            )

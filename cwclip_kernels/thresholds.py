@@ -1,0 +1,7 @@
+class Setting:
+    def __init__(self, *a):
+        pass
+
+
+class Threshold:
+    pass
