@@ -9,8 +9,22 @@ Example:
     tensor([1.4142, 1.0000])
 """
 
+from . import thresholds
 from ._version import __version__
 from .api import component_norms, fused_component_clip_
 from .clipper import ClipResult, ComponentClipper
+from .grad_scaler import ComponentClipGradScaler
+from .in_backward import clip_in_backward
+from .spec import ComponentSpec
 
-__all__ = ["ClipResult", "ComponentClipper", "__version__", "component_norms", "fused_component_clip_"]
+__all__ = [
+    "ClipResult",
+    "ComponentClipGradScaler",
+    "ComponentClipper",
+    "ComponentSpec",
+    "__version__",
+    "clip_in_backward",
+    "component_norms",
+    "fused_component_clip_",
+    "thresholds",
+]

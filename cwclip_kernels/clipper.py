@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.optim import Optimizer
 
 from . import compiled
+from .attach import Attachment
 from .caps import MaxNorm
 from .components import Grouping, Parameters, named_tensors
 from .engine import Engine, check_options
@@ -65,6 +68,7 @@ class ComponentClipper:
 
     Attributes:
         names: the K component names, in the order of every [K] tensor.
+        max_norm: as given; one of ``thresholds`` has ``state_dict()`` for checkpoints.
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be; named in the message.
@@ -105,8 +109,8 @@ class ComponentClipper:
         self._engine = Engine(resolve(named, components))
         self.names: tuple[str, ...] = self._engine.components.names
         self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
-        # As given, for torch.compile; a mapping as it is now, like the caps.
-        self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
+        # As given; a mapping as it is now, like the caps.
+        self.max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
 
     def clip_(self, *, inv_scale: float | Tensor | None = None, found_inf: Tensor | None = None) -> ClipResult:
         """Clips the gradients that are there now, in place.
@@ -125,12 +129,85 @@ class ComponentClipper:
         """
         if is_dynamo_compiling():
             components, options = self._engine.components, self._options
-            outcome = compiled.clip_(self._tensors, components, self._max_norm, options, inv_scale, found_inf)
+            outcome = compiled.clip_(self._tensors, components, self.max_norm, options, inv_scale, found_inf)
         else:
             untouched = inv_scale is None and found_inf is None
             scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
             outcome = self._engine.clip_(self._tensors, self._policy, self._options, scaled)
         return ClipResult(self.names, *outcome)
+
+    def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
+        """A clipper for some of the parameters, with the same components, caps and state.
+
+        For parameters that become ready at different times, such as those of several optimizers. Its results have the
+        same K, with norm 0 and coefficient 1 where a component is not among them.
+
+        Args:
+            parameters: some of this clipper's, and any others, which don't count.
+
+        Raises:
+            ValueError: a component has trainable parameters inside and outside, so that its norm would not be whole.
+        """
+        wanted = {id(p) for p in parameters}
+        inside = [i for i, tensor in enumerate(self._tensors) if id(tensor) in wanted]
+        components = self._engine.components
+        owner = {component: position for position, component, _ in components.members() if position in set(inside)}
+        for position, component, _ in components.members():
+            tensor = self._tensors[position]
+            if component in owner and id(tensor) not in wanted and tensor.requires_grad:
+                here, there = components.tensor_names[owner[component]], components.tensor_names[position]
+                name = components.names[component]
+                raise ValueError(
+                    f"component {name!r} is only partly here, with {here!r} but not {there!r}; "
+                    "choose components that lie wholly in one part"
+                )
+        part = copy(self)
+        part._tensors = tuple(self._tensors[i] for i in inside)
+        part._engine = Engine(components.only(inside))
+        return part
+
+    def attach(self, optimizer: Optimizer, *, on_clip: Callable[[ClipResult], object] | None = None) -> Attachment:
+        """Clips at every ``optimizer.step()``, right before the step: what this optimizer owns of the parameters.
+
+        With several optimizers attach to each. Gradients that were accumulated over several backward passes are
+        clipped once, whole. A closure's gradients are clipped each time it has been called.
+
+        Args:
+            optimizer: a torch optimizer that owns at least one of the parameters.
+            on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
+
+        Returns:
+            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``.
+
+        Raises:
+            TypeError: not a ``torch.optim.Optimizer``.
+            ValueError: it owns none of the parameters, or shares a component with another.
+            RuntimeError: at a step, if gradients still carry the loss's scale, as a fused optimizer's do under a
+                ``GradScaler``. Nothing is changed.
+
+        Example:
+            >>> import torch
+            >>> from cwclip_kernels import ComponentClipper
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            >>> handle = ComponentClipper(model, max_norm=0.1).attach(optimizer)
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> handle.last.norms
+            tensor([1.4142, 1.0000])
+        """
+        return Attachment(self, optimizer, on_clip)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The parameters that are clipped, whole or in slices."""
+        clipped = {position for position, _, _ in self._engine.components.members()}
+        return tuple(tensor for i, tensor in enumerate(self._tensors) if i in clipped)
+
+    @property
+    def raises_nonfinite(self) -> bool:
+        """Whether a non-finite norm is an error."""
+        return self._options.raise_nonfinite
 
     def norms(self) -> Tensor:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""

@@ -54,6 +54,16 @@ class Components:
     tensor_names: tuple[str, ...]
     slices: tuple[tuple[int, int, Box], ...] = ()
 
+    def only(self, positions: Sequence[int]) -> Components:
+        """The same components, and of the tensors these alone."""
+        place = {position: i for i, position in enumerate(positions)}
+        return Components(
+            self.names,
+            tuple(self.index[i] for i in positions),
+            tuple(self.tensor_names[i] for i in positions),
+            tuple((place[i], component, box) for i, component, box in self.slices if i in place),
+        )
+
     def members(self) -> Iterator[tuple[int, int, Box]]:
         """Position, component and place of every tensor or slice that belongs to a component, in order."""
         slices = iter(self.slices)

@@ -120,7 +120,9 @@ class Engine:
             plan = values.plan([t.detach() for t in living], _home(living), rule.norm_type, None)
             return execute.norms_of(plan, [t.detach() for t in living], rule.norm_type)
 
-        return Setting(self.components.names, tuple(numels), rule.norm_type, rule.eps, parameter_norms)
+        return Setting(
+            self.components.names, tuple(numels), rule.norm_type, rule.eps, _home(tensors), parameter_norms
+        )
 
     def clip_(
         self, tensors: Sequence[Tensor], policy: CapPolicy, options: Options, scaled: ScaledLoss = NOT_SCALED

@@ -1,7 +1,0 @@
-class Setting:
-    def __init__(self, *a):
-        pass
-
-
-class Threshold:
-    pass

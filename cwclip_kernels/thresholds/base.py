@@ -1,0 +1,228 @@
+"""What every cap policy is: bound to components, asked for caps, told what came of them, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..components import type_name
+from ..formula import wide_dtype
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a policy is told about the components that it makes caps for.
+
+    Attributes:
+        names: the K component names.
+        numels: elements of each component.
+        norm_type: order p of the norm.
+        eps: what the clipper adds to a norm before dividing.
+        device: where the first parameter is.
+        parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync.
+    """
+
+    names: tuple[str, ...]
+    numels: tuple[int, ...]
+    norm_type: float
+    eps: float
+    device: torch.device
+    parameter_norms: Callable[[], Tensor]
+
+
+class Threshold(ABC):
+    """A cap policy.
+
+    Each step a clipper calls, and none of these waits for the device:
+
+        caps = threshold.caps(device, norms)
+        coefs = min(1, caps / (norms + eps))
+        threshold.update_(norms, coefs)
+
+    One object serves one set of components. A policy of your own defines ``caps``; if it learns, ``update_``; if it
+    looks at the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
+    """
+
+    def __init__(self) -> None:
+        self._setting: Setting | None = None
+        self._state: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}  # until the device is known
+        self._loaded_names: tuple[str, ...] | None = None
+
+    @property
+    def setting(self) -> Setting:
+        """What the policy is bound to.
+
+        Raises:
+            RuntimeError: it isn't bound yet.
+        """
+        if self._setting is None:
+            raise RuntimeError(f"{type_name(self)} is used before a clipper has bound it to its components")
+        return self._setting
+
+    def bind(self, setting: Setting) -> None:
+        """Called by a clipper that is to use this policy.
+
+        Raises:
+            ValueError: the policy, or the state that it has loaded, is for other components.
+        """
+        if self._setting is not None and self._setting.names != setting.names:
+            raise ValueError(
+                f"max_norm: this {type_name(self)} is in use for other components"
+                f"{_difference(self._setting.names, setting.names)}; make one for each clipper"
+            )
+        if self._loaded_names is not None and self._loaded_names != setting.names:
+            raise ValueError(
+                f"max_norm: this {type_name(self)} has loaded the state of other components"
+                f"{_difference(self._loaded_names, setting.names)}"
+            )
+        self._setting = setting
+        self.allocate(setting.device)
+
+    def allocate(self, device: torch.device) -> None:  # noqa: B027  # not every policy has state
+        """Makes the state that the policy will need; so that no later step does, which may be traced or captured."""
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether caps depend on the norms of the step that they are for; clipping then takes two passes."""
+        return False
+
+    @abstractmethod
+    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
+        """The caps of this step; changes no state.
+
+        Args:
+            device: where they are wanted.
+            norms: [K] before clipping, on ``device``; None unless ``needs_norms``.
+
+        Returns:
+            [] or [K], contiguous, float64 (float32 where the device has none).
+        """
+
+    def update_(self, norms: Tensor, coefs: Tensor) -> None:  # noqa: B027  # not every policy learns
+        """Learns from a step.
+
+        Args:
+            norms: [K] before clipping.
+            coefs: [K], what gradients were multiplied by.
+        """
+
+    def state(self, name: str, device: torch.device, *shape: int, fill: float = 0.0) -> Tensor:
+        """A tensor of the policy's state, ``wide_dtype``; made and filled on ``device`` when first asked for."""
+        found = self._state.get(name)
+        if found is None:
+            loaded = self._loaded.pop(name, None)
+            if loaded is not None:
+                found = loaded.to(device, wide_dtype(device), copy=True)
+            else:
+                found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
+            self._state[name] = found
+        elif found.device != device:
+            found = self._state[name] = found.to(device)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs to go on to the same bits: tensors, numbers and strings."""
+        names = self._setting.names if self._setting is not None else self._loaded_names
+        return {
+            "policy": type_name(self),
+            "components": None if names is None else list(names),
+            "tensors": {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()},
+            "host": self.host_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a ``state_dict()``, before or after the policy is bound, on any device.
+
+        Raises:
+            TypeError: not a ``state_dict()`` of a policy.
+            ValueError: that of another policy, or for other components. Nothing is changed.
+        """
+        if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
+            raise TypeError("state: expected what state_dict() of a policy returned")
+        if state["policy"] != type_name(self):
+            raise ValueError(f"state: of a {state['policy']}, not of a {type_name(self)}")
+        names = None if state["components"] is None else tuple(state["components"])
+        if names is not None and self._setting is not None and names != self._setting.names:
+            raise ValueError(f"state: of other components{_difference(names, self._setting.names)}")
+        self._loaded_names = names
+        self.load_host_state(state["host"])
+        self._loaded = {}
+        for name, tensor in state["tensors"].items():
+            if name in self._state and self._state[name].shape == tensor.shape:
+                self._state[name].copy_(tensor)  # in place: a captured graph goes on reading it
+            else:
+                self._state.pop(name, None)
+                self._loaded[name] = tensor.clone()
+        for name in set(self._state) - set(state["tensors"]):
+            del self._state[name]
+
+    def host_state(self) -> dict[str, int | float]:
+        """What else belongs to the state: numbers on the host."""
+        return {}
+
+    def load_host_state(self, state: dict[str, int | float]) -> None:  # noqa: B027  # most have none
+        """Takes over what ``host_state()`` returned."""
+
+
+def observed(norms: Tensor) -> Tensor:
+    """[K] bool: where a norm tells something. inf and NaN don't, nor does 0: a component without a gradient."""
+    return norms.isfinite() & (norms > 0)
+
+
+def as_wide(norms: Tensor) -> Tensor:
+    """[K] in the dtype of the state."""
+    return norms.to(wide_dtype(norms.device))
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def checked_number(
+    value: object,
+    name: str,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """A finite number between ``low`` and ``high``, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, not {type_name(value)}")
+    number = float(value)
+    too_low = number <= low if open_low else number < low
+    too_high = number >= high if open_high else number > high
+    if not math.isfinite(number) or too_low or too_high:
+        wanted = f"{'>' if open_low else '>='} {low:g}"
+        if high < math.inf:
+            wanted += f" and {'<' if open_high else '<='} {high:g}"
+        raise ValueError(f"{name}: expected a finite number {wanted}, not {number:g}")
+    return number
+
+
+def checked_count(value: object, name: str, low: int = 0) -> int:
+    """A whole number from ``low`` up, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, not {type_name(value)}")
+    if value < low:
+        raise ValueError(f"{name}: expected a whole number >= {low}, not {value}")
+    return value
+
+
+def _difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
+    """How two lists of component names differ, in a few words."""
+    missing = [name for name in ours if name not in set(theirs)]
+    extra = [name for name in theirs if name not in set(ours)]
+    parts = [f"no {', '.join(map(repr, missing[:3]))}{' ...' if len(missing) > 3 else ''}"] if missing else []
+    parts += [f"but {', '.join(map(repr, extra[:3]))}{' ...' if len(extra) > 3 else ''}"] if extra else []
+    return f" ({' '.join(parts)})" if parts else " (the same names in another order)"
