@@ -1,8 +1,10 @@
-"""``python -m cwclip_kernels``: versions, and which backends this machine can use."""
+"""``python -m cwclip_kernels``: versions, and which backends this machine can use; ``plot RUN``: a run's figures."""
 
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -11,8 +13,23 @@ from . import __version__
 from .dispatch import BACKENDS, ELSEWHERE, PREFERENCE
 
 
-def main() -> None:
-    """Prints the report that an issue should start with."""
+def main(arguments: Sequence[str]) -> int:
+    """The report, or what the first argument names; the exit status."""
+    if not arguments:
+        report()
+        return 0
+    if arguments[0] == "plot":
+        from .telemetry import plots
+
+        return plots.main(arguments[1:])
+    print(
+        f"unknown command {arguments[0]!r}; usage: python -m cwclip_kernels [plot RUN [--out DIR]]", file=sys.stderr
+    )
+    return 2
+
+
+def report() -> None:
+    """Prints what an issue should start with."""
     print(f"cwclip_kernels {__version__}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}")
     devices = [torch.device("cpu")]
@@ -50,4 +67,4 @@ def _describe(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from itertools import product
 from operator import index as as_index
 
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn import UninitializedParameter
 
 from .components import Box, Grouping, key_function, matches, some_of, type_name
 
@@ -127,7 +127,7 @@ class ComponentSpec:
         for cut in self.cuts:
             if not matches(name, cut.pattern):
                 continue
-            if isinstance(tensor, UninitializedTensorMixin):  # torch's is_lazy() can't be traced
+            if isinstance(tensor, UninitializedParameter):  # torch's is_lazy() can't be traced
                 raise ValueError(f"components: {name!r} can't be cut before its shape is known; run the model once")
             if cut.unitwise and tensor.ndim < 2:
                 continue

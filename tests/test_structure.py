@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cwclip_kernels
+from cwclip_kernels import telemetry
 
 PACKAGE = Path(cwclip_kernels.__file__).parent
 
@@ -17,15 +18,16 @@ PACKAGE = Path(cwclip_kernels.__file__).parent
 RANKS = [
     {"_version", "components", "formula"},
     {"caps", "kernels", "spec"},
-    {"resolve", "scaled_loss", "thresholds"},
+    {"resolve", "scaled_loss", "telemetry", "thresholds"},
     {"reference", "backends"},
     {"dispatch"},
     {"plan"},
     {"execute"},
     {"engine"},
     {"compiled"},
+    {"attach"},
     {"clipper"},
-    {"api"},
+    {"api", "grad_scaler", "in_backward"},
     {"__init__"},
     {"__main__"},
 ]
@@ -112,7 +114,15 @@ def test_report_of_the_machine():
     assert "yes, the default here" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cwclip_kernels", "cwclip_kernels.api", "cwclip_kernels.clipper"])
+EXAMPLES = [
+    "cwclip_kernels",
+    *(f"cwclip_kernels.{name}" for name in ("api", "clipper", "grad_scaler", "in_backward", "spec", "thresholds")),
+    *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),
+    *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings(name):
     import torch
 
@@ -124,9 +134,10 @@ def test_examples_in_docstrings(name):
 
 
 def test_every_public_thing_has_an_example_or_fields():
-    for name in set(cwclip_kernels.__all__) - {"__version__"}:
-        doc = getattr(cwclip_kernels, name).__doc__
-        assert ">>>" in doc or "Attributes:" in doc, name
+    for package in (cwclip_kernels, cwclip_kernels.thresholds, telemetry):
+        for name in set(package.__all__) - {"__version__", "Threshold", "plot_run", "read_run"}:
+            doc = getattr(package, name).__doc__
+            assert ">>>" in doc or "Attributes:" in doc, name
 
 
 def test_files_stay_readable():

@@ -1,0 +1,112 @@
+"""One step in the layout of the paper's own trainer, so that its plotting script reads our runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..components import Parameters, named_tensors
+from ..formula import wide_dtype
+
+if TYPE_CHECKING:
+    from ..clipper import ClipResult
+
+_KEYS = ("current_grad_norm", "current_param_norm")
+_STATISTICS = tuple(f"{what}_{of}_value" for of in ("grad", "param") for what in ("max", "min", "mean"))
+
+
+@torch.no_grad()
+def write_status_json(folder: str | Path, step: int, parameters: Parameters, result: ClipResult) -> Path:
+    """Writes ``status_{step}.json`` after clipping, as the trainer of Yang & Ma (EMNLP 2022) does.
+
+    Top level: ``step``, and for each parameter that has a gradient and a component of its own name: ``shape``,
+    ``n_element``, ``clipped_num`` (n_element if it was clipped, else 0), ``previous_grad_norm``,
+    ``current_grad_norm``, ``current_param_norm``, ``{max,min,mean}_{grad,param}_value``. ``current_grad_norm`` is
+    measured, not the cap that the paper's trainer writes whether it clipped or not. The script that draws the paper's
+    figures looks for these files in ``gradClipMemoryJsons`` of each ``seed*`` folder. It knows no component but
+    parameters.
+
+    Reads gradients and parameters several times and waits for the device: for every 20th step, say.
+
+    Args:
+        folder: where to; made if it isn't there.
+        step: its number.
+        parameters: those that were clipped, with names.
+        result: what ``ComponentClipper.clip_()`` returned, with ``components="parameter"``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no parameter has a component of its name.
+
+    Example:
+        >>> import json, tempfile, torch
+        >>> from cwclip_kernels import ComponentClipper
+        >>> from cwclip_kernels.telemetry import write_status_json
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = write_status_json(folder, 20, model, ComponentClipper(model, 1.0).clip_())
+        ...     status = json.loads(file.read_text())
+        >>> status["step"], status["weight"]["clipped_num"], status["weight"]["previous_grad_norm"]
+        (20, 2, 5.0)
+
+    References:
+        Yang & Ma, "Improving Stability of Fine-Tuning Pretrained Language Models via Component-Wise Gradient Norm
+        Clipping", EMNLP 2022, arXiv 2210.10325; keys as in the authors' code.
+    """
+    named = named_tensors(parameters)
+    place = {name: i for i, name in enumerate(result.names)}
+    pairs = list(zip(named.names, named.tensors, strict=True))
+    if pairs and not any(name in place for name, _ in pairs):
+        raise ValueError(
+            "result: no component has the name of a parameter; the layout knows no other components than parameters"
+        )
+    shown = [(name, p, p.grad) for name, p in pairs if name in place and p.grad is not None]
+    norms, coefs = result.norms.tolist(), result.coefs.tolist()
+    status: dict[str, object] = {"step": step}
+    if shown:
+        rows = _measured([g.to_dense() if g.is_sparse else g for _, _, g in shown], [p.detach() for _, p, _ in shown])
+        for (name, p, _), row in zip(shown, rows, strict=True):
+            at = place[name]
+            status[name] = {
+                "shape": list(p.shape),
+                "n_element": p.numel(),
+                "clipped_num": p.numel() if coefs[at] != 1 else 0,
+                "previous_grad_norm": norms[at],
+                **row,
+            }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"status_{step}.json"
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(status), encoding="utf-8")
+    unfinished.replace(file)  # whole, or not at all
+    return file
+
+
+def _measured(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[dict[str, float]]:
+    """Norms and statistics of each gradient and parameter, with one copy to the host."""
+    home = grads[0].device
+    wide = wide_dtype(home)
+    columns = []
+    for tensors in (grads, params):
+        columns.append([torch.linalg.vector_norm(t, dtype=_wide_of(t, wide)).to(home, wide) for t in tensors])
+    for tensors in (grads, params):
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        empty = torch.zeros((), dtype=wide, device=home)
+        columns.append([t.max().to(home, wide) if t.numel() else empty for t in real])
+        columns.append([t.min().to(home, wide) if t.numel() else empty for t in real])
+        columns.append([t.mean(dtype=_wide_of(t, wide)).to(home, wide) if t.numel() else empty for t in real])
+    table = torch.stack([torch.stack(column) for column in columns], 1).tolist()
+    return [dict(zip((*_KEYS, *_STATISTICS), row, strict=True)) for row in table]
+
+
+def _wide_of(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, wide)

@@ -1,0 +1,159 @@
+"""Clipping at the optimizer's step: the same as by hand, and refused where it can't be."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.amp import GradScaler
+
+from cwclip_kernels import ComponentClipper, fused_component_clip_, thresholds
+from helpers import DEVICE, parameter, random_grad, same_bits
+from tied_model import CAP, OPTIMIZERS, batch, loss_of, same_parameters, tied
+
+
+def clip_index(handle, name):
+    return handle.last.names.index(name)
+
+
+class TestAttach:
+    @pytest.mark.parametrize("kind", OPTIMIZERS)
+    def test_the_same_as_by_hand(self, kind):
+        model = tied()
+        twin = copy.deepcopy(model)
+        ours, theirs = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](twin.parameters())
+        seen = []
+        handle = ComponentClipper(model, CAP).attach(ours, on_clip=seen.append)
+        for _ in range(3):
+            for _ in range(2):  # accumulated, and clipped once
+                tokens = batch()
+                loss_of(model, tokens).backward()
+                loss_of(twin, tokens).backward()
+            fused_component_clip_(twin, CAP)
+            ours.step()
+            theirs.step()
+            ours.zero_grad()
+            theirs.zero_grad()
+        assert same_parameters(model, twin)
+        assert len(seen) == 3
+        assert handle.last is seen[-1]
+        assert handle.last.clipped.any()
+        handle.remove()
+        loss_of(model, batch()).backward()
+        ours.step()
+        assert len(seen) == 3
+
+    def test_as_a_context_manager(self):
+        p = parameter(random_grad((4,), scale=100.0))
+        optimizer = torch.optim.SGD([p], lr=0.0)
+        with ComponentClipper([p], 1.0).attach(optimizer):
+            optimizer.step()
+        assert p.grad.norm() < 1.001
+        p.grad = random_grad((4,), scale=100.0)
+        optimizer.step()
+        assert p.grad.norm() > 1.001
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    @pytest.mark.parametrize("kind", ["sgd", "lbfgs"])
+    def test_closures(self, kind, by_name):
+        p = parameter(None, (3,))
+        norms = []
+
+        def closure():
+            optimizer.zero_grad()
+            loss = ((p - 40.0) ** 2).sum()
+            loss.backward()
+            return loss
+
+        optimizer = torch.optim.SGD([p], lr=1.0) if kind == "sgd" else torch.optim.LBFGS([p], lr=1.0, max_iter=3)
+        ComponentClipper([p], 0.5).attach(optimizer, on_clip=lambda result: norms.append(result.norms.item()))
+        loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert loss.item() == pytest.approx(4800.0)
+        assert norms[0] == pytest.approx(2 * 40 * math.sqrt(3))
+        assert len(norms) == (1 if kind == "sgd" else 4) or kind == "lbfgs"
+        assert p.grad.norm() < 0.501
+
+    def test_each_optimizer_clips_what_it_owns(self):
+        model = tied()
+        twin = copy.deepcopy(model)
+        clipper = ComponentClipper(model, CAP)
+        one = torch.optim.SGD([model.embedding.weight], lr=0.1)
+        two = torch.optim.SGD(model.body.parameters(), lr=0.1)
+        handles = clipper.attach(one), clipper.attach(two)
+        tokens = batch()
+        loss_of(model, tokens).backward()
+        loss_of(twin, tokens).backward()
+        before = model.body[0].weight.grad.clone()
+        one.step()
+        assert same_bits(model.body[0].weight.grad, before)
+        two.step()
+        fused_component_clip_(twin, CAP)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert p.grad is None or same_bits(p.grad, q.grad)
+        assert handles[0].last.names == handles[1].last.names == clipper.names
+        norms = handles[0].last.norms + handles[1].last.norms
+        assert (norms > 0).tolist() == ["unused" not in name and "frozen" not in name for name in clipper.names]
+
+    def test_policies_learn_from_several_optimizers(self):
+        params = [parameter(random_grad((4,))), parameter(random_grad((5,)))]
+        clipper = ComponentClipper(params, thresholds.ZScore(warmup_steps=2))
+        optimizers = [torch.optim.SGD([p], lr=0.0) for p in params]
+        for optimizer in optimizers:
+            clipper.attach(optimizer)
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.step()
+        assert clipper.max_norm.state_dict()["tensors"]["seen"].tolist() == [3.0, 3.0]
+
+    def test_groups_added_later(self):
+        params = [parameter(random_grad((4,), scale=9.0)) for _ in range(2)]
+        optimizer = torch.optim.SGD(params[:1], lr=0.0)
+        ComponentClipper(params, CAP).attach(optimizer)
+        optimizer.step()
+        assert params[1].grad.norm() > CAP * 1.001
+        optimizer.add_param_group({"params": params[1:]})
+        optimizer.step()
+        assert params[1].grad.norm() <= CAP * 1.001
+
+    def test_a_component_of_two_optimizers_is_refused(self):
+        model = tied()
+        clipper = ComponentClipper(model, CAP, components="all")
+        with pytest.raises(ValueError, match="component 'all' is only partly here, with 'embedding.weight' but not"):
+            clipper.attach(torch.optim.SGD([model.embedding.weight], lr=0.1))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        clipper.attach(torch.optim.SGD(trained, lr=0.1))  # what is frozen doesn't count
+
+    def test_refusals(self):
+        model = tied()
+        clipper = ComponentClipper(model, CAP)
+        with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, not Tied"):
+            clipper.attach(model)
+        with pytest.raises(ValueError, match="owns none of the parameters"):
+            clipper.attach(torch.optim.SGD([parameter(None)], lr=0.1))
+
+    def test_gradients_that_are_still_scaled_are_refused(self):
+        model = tied()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        ComponentClipper(model, CAP).attach(optimizer)
+        scaler = GradScaler(DEVICE, init_scale=8.0)
+        scaler.scale(loss_of(model, batch())).backward()
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with pytest.raises(
+            RuntimeError, match=r"AdamW unscales its gradients by itself.*scaler.unscale_\(optimizer\)"
+        ):
+            scaler.step(optimizer)
+        after = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(same_bits(a, b) for a, b in zip(after, before, strict=True))
+
+    @pytest.mark.parametrize("kind", OPTIMIZERS)
+    def test_unscaled_before_it_is_served(self, kind):
+        model = tied()
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        handle = ComponentClipper(model, CAP).attach(optimizer)
+        scaler = GradScaler(DEVICE, init_scale=8.0)
+        scaler.scale(loss_of(model, batch())).backward()
+        unscaled = model.embedding.weight.grad.norm().item() / 8
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert handle.last.norms[clip_index(handle, "embedding.weight")].item() == pytest.approx(unscaled, rel=1e-5)
