@@ -50,12 +50,16 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits."""
+    """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits.
+
+    A complex gradient's two parts are multiplied each by itself: a complex product would make NaN of inf + 0j.
+    """
     for grad, component in zip(bucket.pieces(grads), bucket.components.tolist(), strict=True):
+        if grad.is_complex():
+            grad = torch.view_as_real(grad)
         coef = coefs[component]
         wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(grad.dtype, grad.dtype)
-        factor = coef.to(wide if not wide.is_complex else wide.to_real())
-        scaled = (grad.to(wide) * factor).to(grad.dtype)
+        scaled = (grad.to(wide) * coef.to(wide)).to(grad.dtype)
         if zero_fill:
             scaled = torch.where(coef == 0, torch.zeros_like(grad), scaled)
         grad.copy_(torch.where(coef == 1, grad, scaled))

@@ -99,11 +99,12 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
-    """g <- coef * g in place."""
+    """g <- coef * g in place; of a complex gradient both parts, since a complex product makes NaN of inf + 0j."""
     components = bucket.scratch.get("components")
     if components is None:
         components = bucket.scratch["components"] = bucket.components.to(bucket.device)
-    grads, factors = bucket.pieces(grads), coefs[components].unbind()
+    grads = [torch.view_as_real(g) if g.is_complex() else g for g in bucket.pieces(grads)]
+    factors = coefs[components].unbind()
     if bucket.device.type == "cpu":
         torch._foreach_mul_(grads, factors)
     else:
