@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # One visit to a machine with an NVIDIA GPU: build, test, sanitize, measure. Under ten minutes; README.md says more.
 #
-#   benchmarks/gpu_run.sh OUT [build|tests|sanitize|bench|sweep|ncu|all]...
+#   benchmarks/gpu_run.sh OUT [build|tests|sanitize|bench|sweep|extras|ncu|all]...
 #
 # Takes the python3 that is there (PYTHON=... for another), installs and downloads nothing. A stage that fails or runs
 # out of time doesn't stop the next. OUT gets run.log (everything), summary.txt and each stage's figures.
 #
 #   LIMIT=300            seconds for each stage, instead of its own limit; all together still end by TOTAL (570)
-#   TEST_ARGS, SANITIZE_ARGS, BENCH_ARGS, SWEEP_ARGS, NCU_ARGS    instead of a stage's own arguments
+#   TEST_ARGS, SANITIZE_ARGS, BENCH_ARGS, SWEEP_ARGS, EXTRAS_ARGS, NCU_ARGS    instead of a stage's own arguments
 set -uo pipefail
 
-STAGES="build tests sanitize bench sweep ncu"
-declare -A LIMITS=([build]=80 [tests]=90 [sanitize]=110 [bench]=170 [sweep]=50 [ncu]=55)
+STAGES="build tests sanitize bench sweep extras ncu"
+declare -A LIMITS=([build]=80 [tests]=120 [sanitize]=100 [bench]=130 [sweep]=45 [extras]=40 [ncu]=45)
 NOT_HERE=77 # exit status of a stage whose tool this machine lacks
 
 usage() {
@@ -35,7 +35,9 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
 
 stage_tests() {
   # shellcheck disable=SC2086 # arguments are words
-  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/test_cuda_gpu.py}
+  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/test_cuda_gpu.py tests/test_training_gpu.py
+    tests/test_mixed_precision.py tests/test_spec.py tests/test_thresholds.py tests/test_attach.py tests/test_in_backward.py
+    tests/test_telemetry.py}
 }
 
 stage_sanitize() {
@@ -88,6 +90,12 @@ stage_sweep() {
   "$PYTHON" benchmarks/compare.py ${SWEEP_ARGS:-${defaults%,}} --json "$OUT/sweep.json"
 }
 
+stage_extras() {
+  # shellcheck disable=SC2086
+  "$PYTHON" benchmarks/extras.py ${EXTRAS_ARGS:---device cuda --set bert-base} --json "$OUT/extras.json" &&
+    "$PYTHON" benchmarks/memory.py --model bert-large --tokens 128 --json "$OUT/memory.json"
+}
+
 stage_ncu() {
   command -v ncu || return "$NOT_HERE"
   # shellcheck disable=SC2086
@@ -138,7 +146,7 @@ main() {
   TOTAL=${TOTAL:-570}
   export OUT PYTHON SCRATCH NOT_HERE
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-  export -f stage_build stage_tests stage_sanitize sanitize stage_bench stage_sweep stage_ncu
+  export -f stage_build stage_tests stage_sanitize sanitize stage_bench stage_sweep stage_extras stage_ncu
   {
     date --utc +%FT%TZ
     "$PYTHON" --version

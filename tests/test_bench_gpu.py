@@ -287,7 +287,7 @@ def _refused(log: Path) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------------------------
 
 SCRIPT = BENCHMARKS / "gpu_run.sh"
-STAGES = ("build", "tests", "sanitize", "bench", "sweep", "ncu")
+STAGES = ("build", "tests", "sanitize", "bench", "sweep", "extras", "ncu")
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$@" >>"$CALLS"
 case "$*" in
@@ -337,7 +337,7 @@ def test_every_stage_runs_and_one_that_fails_stops_no_other(tmp_path: Path) -> N
     assert status == 1
     assert tuple(summary) == STAGES
     not_here = "not here" if not any(Path(p, "ncu").exists() for p in ("/usr/bin", "/bin")) else "passed"
-    assert list(summary.values()) == ["passed", "failed, exit 1", "passed", "passed", "passed", not_here]
+    assert list(summary.values()) == ["passed", "failed, exit 1", *["passed"] * 4, not_here]
     assert "building for 9.0, cuda" in output
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert f"compute-sanitizer --tool {tool}" in calls
@@ -369,7 +369,7 @@ def test_a_stage_that_takes_too_long_is_ended_and_said_to_be(tmp_path: Path) -> 
 def test_script_explains_itself(tmp_path: Path, arguments: list[str]) -> None:
     status, output, _, calls = _gpu_run(tmp_path, *(str(tmp_path / a) if a == "out" else a for a in arguments))
     assert (status, calls) == (2, "")
-    assert "gpu_run.sh OUT [build|tests|sanitize|bench|sweep|ncu|all]..." in output
+    assert "gpu_run.sh OUT [build|tests|sanitize|bench|sweep|extras|ncu|all]..." in output
 
 
 @pytest.mark.slow

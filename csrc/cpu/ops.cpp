@@ -92,9 +92,11 @@ void on_all_threads(const Tiles& tiles, const Work& work) {
 template <class Each>
 void for_each_tile(const Tiles& tiles, const Each& each) {
   std::atomic<int64_t> next{0};
-  const int64_t count = static_cast<int64_t>(tiles.tiles.size());
+  const int64_t count = static_cast<int64_t>(tiles.batches.size()) - 1;
   on_all_threads(tiles, [&](int) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) each(i);
+    for (int64_t batch; (batch = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      for (int64_t i = tiles.batches[batch]; i < tiles.batches[batch + 1]; ++i) each(i);
+    }
   });
 }
 

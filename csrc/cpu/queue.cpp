@@ -24,6 +24,16 @@ Tiles::Tiles(const std::vector<Segment>& segments, int64_t components) : first(c
       tiles[place[s.component]++] = {static_cast<int32_t>(i), s.component, start, count};
     }
   }
+  int64_t room = 0;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const int64_t size = tiles[i].count * size_of(segments[tiles[i].segment].dtype);
+    if (size > room) {
+      batches.push_back(static_cast<int64_t>(i));
+      room = kTileBytes;
+    }
+    room -= size;
+  }
+  batches.push_back(static_cast<int64_t>(tiles.size()));
 }
 
 double combine(const double* partials, int64_t count, Order order) {
@@ -69,12 +79,13 @@ ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, O
 
 // Allocates nothing, so it can't throw while other threads wait for it.
 void ClipQueue::work(int thread) noexcept {
-  const int64_t count = static_cast<int64_t>(tiles_.tiles.size());
+  const int64_t count = static_cast<int64_t>(tiles_.batches.size()) - 1;
   for (int spins = 0;;) {
     if (scale_own_tile(thread)) continue;
     if (next_.load(std::memory_order_relaxed) < count) {
-      const int64_t tile = next_.fetch_add(1, std::memory_order_relaxed);
-      if (tile < count) measure(tile, thread);
+      const int64_t batch = next_.fetch_add(1, std::memory_order_relaxed);
+      if (batch >= count) continue;
+      for (int64_t tile = tiles_.batches[batch]; tile < tiles_.batches[batch + 1]; ++tile) measure(tile, thread);
       continue;
     }
     if (scale_any_tile()) continue;

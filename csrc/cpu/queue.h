@@ -25,6 +25,8 @@ struct Tiles {
   Tiles(const std::vector<Segment>& segments, int64_t components);
   std::vector<Tile> tiles;
   std::vector<int64_t> first;
+  // What a thread takes at a time is tiles[batches[i]] up to tiles[batches[i + 1]]: one tile, or many small ones.
+  std::vector<int64_t> batches;
   int64_t bytes = 0;
 };
 
@@ -65,7 +67,7 @@ class ClipQueue {
 
   std::vector<double> partials_;
   std::unique_ptr<std::atomic<int64_t>[]> unmeasured_;  // tiles of each component
-  std::atomic<int64_t> next_{0};                        // ticket: the next tile to measure
+  std::atomic<int64_t> next_{0};                        // ticket: the next batch of tiles to measure
   std::atomic<int64_t> unfinished_;                     // components whose norm is not known yet
   std::atomic<bool> found_nonfinite_{false};
 

@@ -12,29 +12,48 @@ namespace cwclip::cpu {
 
 constexpr int64_t kBufferBytes = 8192;
 
-// Calls visit(pointer to the element) for elements [start, start + n) of a segment, in index order.
+// Calls visit(pointer to the first, how many) for each run of elements that lie one after another in memory, of elements
+// [start, start + n) of a segment in index order.
 template <class Visit>
-void for_each_element(const Segment& segment, int64_t start, int64_t n, const Visit& visit) {
+void for_each_run(const Segment& segment, int64_t start, int64_t n, const Visit& visit) {
   const Layout& layout = segment.layout;
   const size_t dims = layout.sizes.size();
   const int64_t width = size_of(segment.dtype);
+  // The innermost dimension in one go, if its elements lie one after another; strides are sorted, so only it can.
+  const bool in_runs = layout.strides[0] == 1;
+  const size_t outer = in_runs ? 1 : 0;
+  const int64_t run = in_runs ? layout.sizes[0] : 1;
   int64_t index[kMaxDims];  // no allocation here: nothing may throw while other threads wait
-  int64_t offset = 0;
-  for (size_t d = 0, rest = start; d < dims; ++d) {
+  int64_t offset = 0, rest = start / run;
+  for (size_t d = outer; d < dims; ++d) {
     index[d] = rest % layout.sizes[d];
     rest /= layout.sizes[d];
     offset += index[d] * layout.strides[d];
   }
   char* const data = static_cast<char*>(segment.data);
-  for (int64_t i = 0; i < n; ++i) {
-    visit(data + offset * width);
-    for (size_t d = 0; d < dims; ++d) {
+  for (int64_t skipped = start % run; n > 0; skipped = 0) {
+    const int64_t count = std::min(run - skipped, n);
+    visit(data + (offset + skipped) * width, count);
+    n -= count;
+    for (size_t d = outer; d < dims; ++d) {
       offset += layout.strides[d];
       if (++index[d] < layout.sizes[d]) break;
       offset -= layout.sizes[d] * layout.strides[d];
       index[d] = 0;
     }
   }
+}
+
+// Returns where the copy ends. One element has a path of its own: a call of memcpy would take longer.
+inline char* copy(char* to, const char* from, int64_t elements, int64_t width) {
+  if (elements == 1 && width == 4) {
+    std::memcpy(to, from, 4);
+  } else if (elements == 1 && width == 2) {
+    std::memcpy(to, from, 2);
+  } else {
+    std::memcpy(to, from, elements * width);
+  }
+  return to + elements * width;
 }
 
 inline double merge(double a, double b, Order order) {
@@ -54,9 +73,8 @@ inline double power_sum(const Segment& segment, int64_t start, int64_t n, Order 
   for (int64_t done = 0; done < n; done += room) {
     const int64_t count = std::min(room, n - done);
     char* to = buffer;
-    for_each_element(segment, start + done, count, [&](const char* from) {
-      std::memcpy(to, from, width);
-      to += width;
+    for_each_run(segment, start + done, count, [&](const char* from, int64_t elements) {
+      to = copy(to, from, elements, width);
     });
     result = merge(result, power_sum(buffer, count, segment.dtype, order), order);
   }
@@ -83,16 +101,15 @@ inline void scale(const Segment& segment, int64_t start, int64_t n, double coef,
     if (fill_zeros) {
       std::memset(buffer, 0, count * width);
     } else {
-      for_each_element(segment, start + done, count, [&](const char* from) {
-        std::memcpy(at, from, width);
-        at += width;
+      for_each_run(segment, start + done, count, [&](const char* from, int64_t elements) {
+        at = copy(at, from, elements, width);
       });
       scale(buffer, count, segment.dtype, coef);
     }
     at = buffer;
-    for_each_element(segment, start + done, count, [&](char* to) {
-      std::memcpy(to, at, width);
-      at += width;
+    for_each_run(segment, start + done, count, [&](char* to, int64_t elements) {
+      copy(to, at, elements, width);
+      at += elements * width;
     });
   }
 }
