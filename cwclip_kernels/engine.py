@@ -20,6 +20,7 @@ from .formula import POLICIES, ClipRule
 from .plan import ClipPlan, Planner, narrowed
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Setting, Threshold
+from .thresholds.base import BoundThreshold
 
 _Result = TypeVar("_Result")
 
@@ -90,12 +91,14 @@ class Engine:
         self.components = components
         self._planner = Planner(components)
         self._last_caps: tuple[object, Caps] | None = None
+        self._last_threshold: BoundThreshold | None = None
 
     def policy(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> CapPolicy:
         """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
         if isinstance(max_norm, Threshold):
-            max_norm.bind(self._setting(tensors, rule))
-            return max_norm
+            if self._last_threshold is None or not self._last_threshold.is_for(max_norm, rule):
+                self._last_threshold = BoundThreshold(max_norm, self._setting(tensors, rule))
+            return self._last_threshold
         if isinstance(max_norm, Tensor):
             return Caps(max_norm, self.components.names)
         # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.

@@ -177,7 +177,7 @@ class BackwardClipping:
     def _finish(self) -> None:
         """Puts the backward pass's results together, at its end."""
         current, self._pass = self._pass, None
-        if current is None:
+        if current is None or not current.found:
             return
         home = current.found[-1][1].device
         dtype = max((norms.dtype for _, norms, _ in current.found), key=lambda kind: kind.itemsize)

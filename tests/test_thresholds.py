@@ -370,3 +370,15 @@ def test_the_function_keeps_a_policys_state_too():
         params[0].grad = random_grad((4,))
         fused_component_clip_(params, threshold)
     assert threshold.state_dict()["tensors"]["seen"].tolist() == [3.0]
+
+
+def test_one_policy_for_two_models_of_the_same_names_reads_the_right_parameters():
+    threshold = ParamRelative(0.1)
+    params = [parameter(random_grad((4,))) for _ in range(2)]
+    clippers = [ComponentClipper([("w", p)], threshold) for p in params]
+    for p, size in zip(params, (1.0, 5.0), strict=True):
+        p.data.fill_(size)
+    assert [c.clip_().caps.item() for c in clippers] == pytest.approx([0.2, 1.0])
+    for p, cap in zip(params, (0.2, 1.0), strict=True):
+        fused_component_clip_([("w", p)], threshold)
+        assert p.grad.norm().item() <= cap * 1.0001

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..components import type_name
-from ..formula import wide_dtype
+from ..formula import ClipRule, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,35 @@ class Threshold(ABC):
 
     def load_host_state(self, state: dict[str, int | float]) -> None:  # noqa: B027  # most have none
         """Takes over what ``host_state()`` returned."""
+
+
+class BoundThreshold:
+    """A policy at work for one set of parameters; it may serve another in between, of the same component names."""
+
+    def __init__(self, threshold: Threshold, setting: Setting) -> None:
+        threshold.bind(setting)
+        self._threshold = threshold
+        self._setting = setting
+
+    def is_for(self, threshold: Threshold, rule: ClipRule) -> bool:
+        """Whether it is what a call with this policy and rule needs."""
+        own = self._setting
+        return self._threshold is threshold and (own.norm_type, own.eps) == (rule.norm_type, rule.eps)
+
+    @property
+    def needs_norms(self) -> bool:
+        """See ``Threshold``."""
+        return self._threshold.needs_norms
+
+    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
+        """See ``Threshold``."""
+        if self._threshold.setting is not self._setting:
+            self._threshold.bind(self._setting)
+        return self._threshold.caps(device, norms)
+
+    def update_(self, norms: Tensor, coefs: Tensor) -> None:
+        """See ``Threshold``."""
+        self._threshold.update_(norms, coefs)
 
 
 def observed(norms: Tensor) -> Tensor:

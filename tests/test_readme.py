@@ -1,0 +1,76 @@
+"""Every piece of Python in the README runs."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cwclip_kernels import ComponentClipper
+from helpers import DEVICE
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+D = 6
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Module()
+        self.attn.c_attn = nn.Module()
+        self.attn.c_attn.weight = nn.Parameter(torch.randn(D, 3 * D) / 4)
+        self.attn.c_attn.bias = nn.Parameter(torch.zeros(3 * D))
+        self.attention = nn.Linear(D, D)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(2, D, D) / 4)
+
+    def forward(self, x):
+        q, k, v = (x @ self.attn.c_attn.weight + self.attn.c_attn.bias).split(D, -1)
+        x = self.attention(torch.tanh(q * k + v))
+        return x @ self.experts.up[0] + x @ self.experts.up[1]
+
+
+class Model(nn.Module):
+    """Names as in the README's examples; a call returns an object with a loss, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(D, 2)
+
+    def forward(self, x):
+        for block in self.h:
+            x = x + block(x)
+        return SimpleNamespace(loss=self.head(x).square().sum())
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 8
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block(number, tmp_path, monkeypatch):
+    if "plot_run" in BLOCKS[number]:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    model = Model().to(DEVICE)
+    x = torch.randn(3, D, device=DEVICE)
+    model(x).loss.backward()
+    names = {
+        "torch": torch,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "loader": [{"x": torch.randn(3, D, device=DEVICE)} for _ in range(2)],
+        "caps": torch.tensor(0.05, device=DEVICE),
+        "clipper": ComponentClipper(model, 0.05),
+        "ComponentClipper": ComponentClipper,
+        "device": DEVICE,
+        "d": D,
+    }
+    before = [p.detach().clone() for p in model.parameters()]
+    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    if "loss.backward()" in BLOCKS[number] or "scaler.step" in BLOCKS[number]:
+        assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)), "nothing learnt"
