@@ -71,7 +71,7 @@ def fused_component_clip_(
             ``.grad``, clipped, from the same pass. A parameter left alone keeps its scale.
         found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is; what
             ``torch.amp.GradScaler`` decides by.
-        backend: None for the best available, or "cpu", "triton", "foreach", "reference": used or refused.
+        backend: None for the best available, or "cuda", "triton", "cpu", "foreach", "reference": used or refused.
 
     Returns:
         [K] norms before clipping, float32 (float64 if any gradient of this call is), on the device of the first

@@ -119,9 +119,9 @@ class Engine:
 
         @torch.no_grad()
         def parameter_norms() -> Tensor:
-            living = [t for ref in refs if (t := ref()) is not None]
-            plan = values.plan([t.detach() for t in living], _home(living), rule.norm_type, None)
-            return execute.norms_of(plan, [t.detach() for t in living], rule.norm_type)
+            parameters = [t.detach() for ref in refs if (t := ref()) is not None]
+            plan = values.plan(parameters, _home(parameters), rule.norm_type, None)
+            return execute.norms_of(plan, parameters, rule.norm_type)
 
         return Setting(
             self.components.names, tuple(numels), rule.norm_type, rule.eps, _home(tensors), parameter_norms

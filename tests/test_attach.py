@@ -70,7 +70,7 @@ class TestAttach:
         loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
         assert loss.item() == pytest.approx(4800.0)
         assert norms[0] == pytest.approx(2 * 40 * math.sqrt(3))
-        assert len(norms) == (1 if kind == "sgd" else 4) or kind == "lbfgs"
+        assert len(norms) == 1 if kind == "sgd" else len(norms) > 1  # LBFGS asks again and again
         assert p.grad.norm() < 0.501
 
     def test_each_optimizer_clips_what_it_owns(self):

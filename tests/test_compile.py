@@ -186,3 +186,9 @@ def test_opcheck():
             ops.component_clip_.default, (grads, names, *arguments, None, None, 2.0, 1e-6, "propagate", None)
         )
     torch.library.opcheck(ops.component_norms.default, (grads, names, 2.0, None))
+    # The matrix in two slices, and a loss scale.
+    cut = repr((("a", "b"), (-2, 1, 0), ("x", "y", "z"), ((0, 0, ((0, 0, 1),)), (0, 1, ((0, 1, 3),)))))
+    scale, found = torch.tensor(0.5, device=DEVICE), torch.zeros((), device=DEVICE)
+    torch.library.opcheck(
+        ops.component_clip_.default, (grads, cut, caps, [], [], scale, found, 2.0, 1e-6, "propagate", None)
+    )

@@ -237,6 +237,11 @@ class TestOperators:
         torch.library.opcheck(ops.scale_.default, (grads, owners, None, torch.rand(2).double(), False))
         caps = torch.tensor(0.5, dtype=torch.float64)
         torch.library.opcheck(ops.clip_.default, (grads, owners, None, 2, caps, None, None, 2.0, 1e-6, 0))
+        # Two rows of the matrix apart, and a loss scale.
+        pieces, cuts = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1, 1, 0, 0, 2, 1, 1, 0, 2, 2])
+        scale, found = torch.tensor(0.5, dtype=torch.float64), torch.zeros(())
+        torch.library.opcheck(ops.power_sums.default, (grads, pieces, cuts, 2, 2.0))
+        torch.library.opcheck(ops.clip_.default, (grads, pieces, cuts, 2, caps, scale, found, 2.0, 1e-6, 0))
 
     def test_compiles_into_one_graph(self):
         component_norms(parameters([(1,)]), backend="cpu")
@@ -264,6 +269,15 @@ class TestOperators:
             ({"caps": torch.ones(2)}, "caps: expected contiguous float64"),
             ({"norm_type": 3.0}, "norm_type: expected 1, 2 or inf"),
             ({"nonfinite": 3}, "nonfinite: expected 0, 1 or 2"),
+            ({"cuts": torch.tensor([0, 0, 1, 0])}, "cuts: too short"),
+            ({"cuts": torch.tensor([0, 0, 1, 0, 2, 0, 0])}, "cuts: too long"),
+            ({"cuts": torch.tensor([0, 0, 1, 0, 3, 0])}, "cuts: there is no gradient 3"),
+            ({"cuts": torch.tensor([0, 0, 1, 0, 1, 1, 0, 3, 2])}, r"cuts: a piece lies outside of grads\[1\]"),
+            ({"cuts": torch.tensor([0, 0, 1, 0, 1, 1, 0, 2**62, 2**62])}, r"outside of grads\[1\]"),
+            ({"cuts": torch.tensor([0, 0, 1, 0, 2, 0], dtype=torch.int32)}, "cuts: expected contiguous int64"),
+            ({"inverse": torch.ones(2).double()}, "inverse: expected one element"),
+            ({"inverse": torch.ones(())}, "inverse: expected contiguous float64"),
+            ({"found_inf": torch.zeros((), dtype=torch.float64)}, "found_inf: expected one float32"),
         ],
     )
     def test_operators_check_what_they_get(self, change, message):
@@ -274,6 +288,9 @@ class TestOperators:
             "caps": torch.tensor(0.1).double(),
             "norm_type": 2.0,
             "nonfinite": 0,
+            "cuts": None,
+            "inverse": None,
+            "found_inf": None,
             **change,
         }
         before = [g.clone() for g in grads]
@@ -281,11 +298,11 @@ class TestOperators:
             torch.ops.cwclip_kernels.clip_(
                 grads,
                 given["owners"],
-                None,
+                given["cuts"],
                 2,
                 given["caps"],
-                None,
-                None,
+                given["inverse"],
+                given["found_inf"],
                 given["norm_type"],
                 1e-6,
                 given["nonfinite"],

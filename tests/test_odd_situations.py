@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_
 from cwclip_kernels.backends import extension
 from helpers import (
     BACKENDS,
@@ -218,3 +218,37 @@ def test_a_mapping_that_only_looks_the_same_is_checked_too():
     for value in (True, torch.ones(2), "1"):
         with pytest.raises(TypeError, match=r"max_norm\['b'\]: expected a number, not"):
             fused_component_clip_(params, {"a": 1.0, "b": value})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_views_of_one_buffer_stay_where_they_are(backend):
+    """As in a bucket of DistributedDataParallel: changed in place, never replaced, and nothing beside them."""
+    flat = random_grad((100,))
+    before = flat.clone()
+    params = [parameter(flat[3:33].view(5, 6)), parameter(flat[33:70]), parameter(flat[71:91].view(4, 5).t())]
+    grads, places = [p.grad for p in params], [p.grad.data_ptr() for p in params]
+    named = [(str(i), p) for i, p in enumerate(params)]
+    fused_component_clip_(named, 0.1, components=ComponentSpec().split("0", 1).unitwise("2"), backend=backend)
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert [p.grad.data_ptr() for p in params] == places
+    assert all(g._base is flat for g in grads)
+    assert same_bits(flat[[0, 1, 2, 70, *range(91, 100)]], before[[0, 1, 2, 70, *range(91, 100)]])
+    assert (flat[3:70] != before[3:70]).all()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_gradients_in_the_buckets_of_data_parallel_training(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        clipper = ComponentClipper(model, 1e-3)
+        for _ in range(3):
+            parallel.zero_grad(set_to_none=False)
+            parallel(torch.randn(5, 4)).square().sum().backward()
+            places = [p.grad.data_ptr() for p in model.parameters()]
+            clipper.clip_()
+            assert [p.grad.data_ptr() for p in model.parameters()] == places
+            assert all(p.grad.norm() <= 1.001e-3 for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
