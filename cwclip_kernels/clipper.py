@@ -149,18 +149,18 @@ class ComponentClipper:
             ValueError: a component has trainable parameters inside and outside, so that its norm would not be whole.
         """
         wanted = {id(p) for p in parameters}
-        inside = [i for i, tensor in enumerate(self._tensors) if id(tensor) in wanted]
+        is_inside = [id(tensor) in wanted for tensor in self._tensors]
         components = self._engine.components
-        owner = {component: position for position, component, _ in components.members() if position in set(inside)}
+        owner = {component: position for position, component, _ in components.members() if is_inside[position]}
         for position, component, _ in components.members():
-            tensor = self._tensors[position]
-            if component in owner and id(tensor) not in wanted and tensor.requires_grad:
+            if component in owner and not is_inside[position] and self._tensors[position].requires_grad:
                 here, there = components.tensor_names[owner[component]], components.tensor_names[position]
                 name = components.names[component]
                 raise ValueError(
                     f"component {name!r} is only partly here, with {here!r} but not {there!r}; "
                     "choose components that lie wholly in one part"
                 )
+        inside = [i for i, yes in enumerate(is_inside) if yes]
         part = copy(self)
         part._tensors = tuple(self._tensors[i] for i in inside)
         part._engine = Engine(components.only(inside))
