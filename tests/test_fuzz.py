@@ -18,7 +18,7 @@ from helpers import BACKENDS, DEVICE, DTYPES, assert_grads, assert_norms, copy_o
 
 LONGER = float(os.environ.get("CWCLIP_FUZZ", "1"))
 # As many as take each backend some ten seconds; Triton's interpreter takes milliseconds for each program of a kernel.
-CASES = {"cpu": 1500, None: 800, "foreach": 400, "cuda": 400, "triton": 40}
+CASES = {"cpu": 1500, None: 500, "foreach": 400, "cuda": 300, "triton": 30}
 BY_WORD = ("parameter", "module", "layer", "type", "all")
 NAMES = (
     "embed.weight",

@@ -50,7 +50,7 @@ def test_under_sanitizers(tmp_path):
         "CWCLIP_FUZZ": "0.1",
     }
     for command in (
-        [str(source / "tests/fuzz_operators.py"), "20", str(SEED)],
+        [str(source / "tests/fuzz_operators.py"), "10", str(SEED)],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py", "-k", "cpu"],
     ):
         done = subprocess.run([sys.executable, *command], cwd=source, env=runs, capture_output=True, text=True)

@@ -60,7 +60,8 @@ class EMA(Threshold):
         after     cap_c = ratio * gamma_c;  gamma_c = decay * gamma_c + (1 - decay) * ||clipped g_c||
 
     ||g|| is the norm of all components whose norm is finite. In the warm-up gradients are clipped in two passes,
-    after it in one. A component that first has a gradient after the warm-up starts from that gradient's norm.
+    after it in one. A component that first has a gradient after the warm-up starts from that gradient's norm. Steps
+    are calls: where several optimizers clip what they own, each of them counts.
 
     Args:
         ratio: lambda_rel, 1.05 in the paper.
