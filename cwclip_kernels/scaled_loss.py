@@ -23,7 +23,8 @@ class ScaledLoss:
 
     Raises:
         TypeError: none of these.
-        ValueError: a number that isn't finite and > 0, a tensor of another shape or without data.
+        ValueError: a number that isn't finite and > 0, a tensor of another shape or without data. What a tensor on
+            the CPU holds is looked at in ``on``.
     """
 
     def __init__(self, inv_scale: float | Tensor | None, found_inf: Tensor | None) -> None:
@@ -42,6 +43,8 @@ class ScaledLoss:
         """As kernels take it; no host sync, unless ``device`` is the host and a tensor isn't there."""
         inverse, found = self._inv_scale, self._found_inf
         if isinstance(inverse, Tensor):
+            if inverse.device.type == "cpu":  # elsewhere the look would be a host sync
+                _checked_number(inverse.item())
             inverse = inverse.detach().reshape(()).to(device, wide_dtype(device), non_blocking=device.type != "cpu")
         elif inverse is not None:
             inverse = torch.full((), inverse, dtype=wide_dtype(device), device=device)

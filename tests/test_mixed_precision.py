@@ -203,6 +203,8 @@ def test_compiled():
         ({"inv_scale": math.nan}, ValueError, "inv_scale"),
         ({"inv_scale": True}, TypeError, "inv_scale: .* not bool"),
         ({"inv_scale": "2"}, TypeError, "inv_scale: .* not str"),
+        ({"inv_scale": torch.tensor(-1.0)}, ValueError, "inv_scale: expected a finite number > 0, not -1"),
+        ({"inv_scale": torch.tensor(math.nan)}, ValueError, "inv_scale"),
         ({"inv_scale": torch.ones(2)}, ValueError, r"inv_scale: expected one element, not shape \[2\]"),
         ({"inv_scale": torch.ones((), dtype=torch.int64)}, TypeError, "inv_scale: expected a floating-point tensor"),
         ({"inv_scale": torch.ones((), device="meta")}, ValueError, "inv_scale: is on the meta device"),

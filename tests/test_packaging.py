@@ -87,7 +87,7 @@ def test_installs_and_clips_in_a_clean_environment(wheel, tmp_path):
     borrowed = borrowed or [str(Path(torch.__file__).parent.parent)]
     (tmp_path / f"venv/lib/{version}/site-packages/torch.pth").write_text(borrowed[0] + "\n")
     code = """
-import torch, cwclip_kernels
+import torch, cwclip_kernels, cwclip_kernels.telemetry
 assert "venv" in cwclip_kernels.__file__, cwclip_kernels.__file__
 p = torch.nn.Parameter(torch.zeros(2)); p.grad = torch.tensor([3.0, 4.0])
 print(cwclip_kernels.fused_component_clip_([p], 1.0, backend="cpu").item(), p.grad)
