@@ -2,8 +2,10 @@
 #
 # PYTHON  the interpreter that .venv is made from. If it already has torch >= 2.10, that torch is used.
 # TORCH   what is installed otherwise.
+# WORKERS processes that share out the tests.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ demo: $(VENV)/built
 	$(BIN)/python examples/finetune_demo.py $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/compare.py $(ARGS)

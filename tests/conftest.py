@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-SEED = int(os.environ.get("CWCLIP_TEST_SEED", random.SystemRandom().randrange(2**31)))
+SEED = int(os.environ.setdefault("CWCLIP_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
 def pytest_report_header() -> str:
