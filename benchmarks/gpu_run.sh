@@ -36,8 +36,8 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
 stage_tests() {
   # shellcheck disable=SC2086 # arguments are words
   CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/test_cuda_gpu.py tests/test_training_gpu.py
-    tests/test_mixed_precision.py tests/test_spec.py tests/test_thresholds.py tests/test_attach.py tests/test_in_backward.py
-    tests/test_telemetry.py}
+    tests/test_mixed_precision.py tests/test_grad_scaler.py tests/test_spec.py tests/test_thresholds.py tests/test_attach.py
+    tests/test_in_backward.py tests/test_telemetry.py}
 }
 
 stage_sanitize() {

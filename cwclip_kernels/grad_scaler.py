@@ -78,7 +78,7 @@ class ComponentClipGradScaler(GradScaler):
         self.last: ClipResult | None = None
         self._clipper = clipper
         self._on_clip = on_clip
-        self._parts: dict[int, tuple[tuple[int, ...], ComponentClipper, list[Tensor]]] = {}
+        self._parts: dict[int, tuple[tuple[int, ...], ComponentClipper | None, list[Tensor]]] = {}
         self._unscaling = False
         self._clipped: set[int] = set()  # optimizers, since their last step; used while disabled
 
@@ -133,24 +133,28 @@ class ComponentClipGradScaler(GradScaler):
             return {}
         self._clip(part, inv_scale=inv_scale, found_inf=found_inf)
         rest: Any = SimpleNamespace(param_groups=[{"params": others}])
-        found = super()._unscale_grads_(rest, inv_scale, found_inf, allow_fp16)
-        found[found_inf.device] = found.get(found_inf.device, 0) + found_inf
+        found = super()._unscale_grads_(rest, inv_scale, torch.zeros_like(found_inf), allow_fp16)
+        # Not the sum of the two: fused optimizers skip a step where this is 1, and take it where it is 2.
+        here = found_inf.device
+        found[here] = torch.maximum(found[here], found_inf) if here in found else found_inf
         return found
 
-    def _clip(self, part: ComponentClipper, **scaled: Tensor) -> None:
+    def _clip(self, part: ComponentClipper | None, **scaled: Tensor) -> None:
+        if part is None:
+            return
         self.last = part.clip_(**scaled)
         if self._on_clip is not None:
             self._on_clip(self.last)
 
-    def _part_of(self, optimizer: Optimizer) -> tuple[ComponentClipper, list[Tensor]]:
-        """The clipper for what an optimizer owns, and what it owns that isn't clipped."""
+    def _part_of(self, optimizer: Optimizer) -> tuple[ComponentClipper | None, list[Tensor]]:
+        """The clipper for what an optimizer owns, None if nothing is clipped, and what it owns that isn't."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ids = tuple(map(id, parameters))
         known = self._parts.get(id(optimizer))
         if known is None or known[0] != ids:
             part = self._clipper.part(parameters)
             clipped = set(map(id, part.parameters))
-            known = ids, part, [p for p in parameters if id(p) not in clipped]
+            known = ids, part if clipped else None, [p for p in parameters if id(p) not in clipped]
             self._parts[id(optimizer)] = known
         return known[1:]
 
