@@ -263,6 +263,21 @@ class TestState:
             self.make(kind).load_state_dict({})
 
 
+def test_a_state_of_another_window_is_refused():
+    saved = bound(Percentile(50.0, window=8), 3)
+    run(saved, norms_of_steps(10, 3))
+    state = saved.state_dict()
+    late, early = bound(Percentile(50.0, window=4), 3), Percentile(50.0, window=4)
+    kept = late.state_dict()["tensors"]
+    message = r"state: 'history' has shape \[8, 3\], not \[4, 3\]: of a Percentile with other arguments"
+    with pytest.raises(ValueError, match=message):
+        late.load_state_dict(state)
+    assert all(same_bits(tensor, kept[name]) for name, tensor in late.state_dict()["tensors"].items())
+    early.load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        bound(early, 3)
+
+
 class NoSync(TorchDispatchMode):
     """Raises where a GPU would have to be waited for."""
 

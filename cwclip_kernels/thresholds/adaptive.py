@@ -93,7 +93,8 @@ class EMA(Threshold):
         self._decay = checked_number(decay, "decay", high=1.0)
         self._warmup_steps = checked_count(warmup_steps, "warmup_steps")
         self._warmup_norm = checked_number(warmup_norm, "warmup_norm", open_low=True)
-        # On the host, to know without asking the device; -1 once a compiled function or a graph counts on the device.
+        # On the host, to know without asking the device. Steps of compiled functions and graphs are counted on the
+        # device alone: this may lag behind, and then the device decides.
         self._steps = 0
 
     @property
@@ -237,6 +238,8 @@ class ZScore(Threshold):
 
 class Percentile(Threshold):
     """AutoClip: a component's cap is a percentile of all its norms so far, this step's included, before clipping.
+
+        cap_c = percentile({||g_c|| of step 1, ..., ||g_c|| of this step}, p)
 
     Linear interpolation between neighbours, as ``numpy.percentile``. The history is a ring of ``window`` steps on the
     device ([window, K] float64; the source keeps all of them). Gradients are clipped in two passes.

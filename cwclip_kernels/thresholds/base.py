@@ -118,15 +118,24 @@ class Threshold(ABC):
         """A tensor of the policy's state, ``wide_dtype``; made and filled on ``device`` when first asked for."""
         found = self._state.get(name)
         if found is None:
-            loaded = self._loaded.pop(name, None)
+            loaded = self._loaded.get(name)
             if loaded is not None:
+                self._check_shape(name, loaded.shape, torch.Size(shape))
                 found = loaded.to(device, wide_dtype(device), copy=True)
+                del self._loaded[name]
             else:
                 found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
             self._state[name] = found
         elif found.device != device:
             found = self._state[name] = found.to(device)
         return found
+
+    def _check_shape(self, name: str, theirs: torch.Size, ours: torch.Size) -> None:
+        if theirs != ours:
+            raise ValueError(
+                f"state: {name!r} has shape {list(theirs)}, not {list(ours)}: of a {type_name(self)} with other "
+                "arguments"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs to go on to the same bits: tensors, numbers and strings."""
@@ -143,7 +152,9 @@ class Threshold(ABC):
 
         Raises:
             TypeError: not a ``state_dict()`` of a policy.
-            ValueError: that of another policy, or for other components. Nothing is changed.
+            ValueError: that of another policy, one with other arguments that decide the state's shape, or for other
+                components. Nothing is changed. Before the policy is bound, shapes and components are compared later,
+                when a clipper binds it.
         """
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
             raise TypeError("state: expected what state_dict() of a policy returned")
@@ -152,14 +163,16 @@ class Threshold(ABC):
         names = None if state["components"] is None else tuple(state["components"])
         if names is not None and self._setting is not None and names != self._setting.names:
             raise ValueError(f"state: of other components{_difference(names, self._setting.names)}")
+        for name, tensor in state["tensors"].items():
+            if name in self._state:
+                self._check_shape(name, tensor.shape, self._state[name].shape)
         self._loaded_names = names
         self.load_host_state(state["host"])
         self._loaded = {}
         for name, tensor in state["tensors"].items():
-            if name in self._state and self._state[name].shape == tensor.shape:
+            if name in self._state:
                 self._state[name].copy_(tensor)  # in place: a captured graph goes on reading it
             else:
-                self._state.pop(name, None)
                 self._loaded[name] = tensor.clone()
         for name in set(self._state) - set(state["tensors"]):
             del self._state[name]
