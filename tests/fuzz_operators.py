@@ -77,8 +77,8 @@ def wrong(rng, tensor):
 
 def one_call(rng):
     ops = torch.ops.cwclip_kernels
-    grads = [gradient(rng) for _ in range(rng.randrange(1, 5))]
-    if rng.random() < 0.03:
+    grads = [gradient(rng) for _ in range(rng.randrange(5))]
+    if grads and rng.random() < 0.03:
         grads.append(grads[0])
     count = number(rng, 0, 4)
     cut = rng.random() < 0.5

@@ -10,9 +10,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from conftest import SEED
 from cwclip_kernels import ComponentClipper, ComponentSpec
 from helpers import BACKENDS, DEVICE, DTYPES, assert_grads, assert_norms, copy_of, parameter, same_bits
 
@@ -158,6 +159,7 @@ def test_any_call(backend):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+    @seed(SEED)
     @given(calls(orders))
     def check(call):
         params, max_norm, norm_type, options, inv_scale = call
