@@ -42,6 +42,7 @@ def check_run(run, results, steps=None):
         caps = r.caps.double().expand(len(r.names))
         for found, wanted in ((run.norms, r.norms), (run.caps, caps), (run.coefs, r.coefs)):
             torch.testing.assert_close(found[i], wanted.double().cpu(), rtol=1e-6, atol=0, equal_nan=True)
+        assert torch.equal(run.nonfinite[i], ~r.norms.isfinite().cpu())
 
 
 # Fewer steps than fit, just as many, several buffers full and a rest, none.

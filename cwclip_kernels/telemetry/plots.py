@@ -142,7 +142,7 @@ def _draw_clip_rate(figure: Any, run: Run) -> None:
         if 1 < len(members) < len(run.names):
             rate = clipped[rows][:, [i for _, i in members]].mean(1).tolist()
             axis.plot(steps, rate, linewidth=0.8, alpha=0.7, label=_short(kind), marker=_dot(rows))
-    bad = [run.steps[i] for i in (~run.norms.isfinite()).any(1).nonzero().flatten().tolist()]
+    bad = [run.steps[i] for i in run.nonfinite.any(1).nonzero().flatten().tolist()]
     if bad:
         axis.plot(bad, [0.0] * len(bad), "rx", label="a norm is inf or NaN")
     axis.set_ylim(-0.02, 1.02)

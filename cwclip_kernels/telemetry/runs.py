@@ -32,6 +32,11 @@ class Run:
     caps: Tensor
     coefs: Tensor
 
+    @property
+    def nonfinite(self) -> Tensor:
+        """Bool [S, K]: where a norm is inf or NaN."""
+        return ~self.norms.isfinite()
+
 
 def read_run(path: str | Path) -> Run:
     """Reads what ``ClipRecorder`` wrote (.jsonl or .csv), or a folder of the paper's ``status_*.json`` files.
