@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 from cwclip_kernels import ComponentClipper
@@ -48,9 +49,10 @@ class Model(nn.Module):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 8
+    assert len(BLOCKS) >= 10
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of inductor
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number, tmp_path, monkeypatch):
     if "plot_run" in BLOCKS[number]:
@@ -71,6 +73,7 @@ def test_block(number, tmp_path, monkeypatch):
         "d": D,
     }
     before = [p.detach().clone() for p in model.parameters()]
-    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    with torch._inductor.config.patch(compile_threads=1):  # leaves no processes behind
+        exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
     if "loss.backward()" in BLOCKS[number] or "scaler.step" in BLOCKS[number]:
         assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)), "nothing learnt"
