@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -20,6 +20,10 @@ from .engine import Engine, check_options
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .spec import ComponentSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def fused_component_clip_(
@@ -33,6 +37,8 @@ def fused_component_clip_(
     nonfinite: str = "propagate",
     inv_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    pp_mesh: ProcessGroup | DeviceMesh | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Clips each component's gradient to its own norm, in place.
@@ -71,15 +77,27 @@ def fused_component_clip_(
             ``.grad``, clipped, from the same pass. A parameter left alone keeps its scale.
         found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is; what
             ``torch.amp.GradScaler`` decides by.
+        process_group: for plain tensors of which each rank holds a part (``FullyShardedDataParallel``, partitions of
+            ZeRO): the ranks that together hold all; sums over it make norms whole. DTensors need no word: norms and
+            slices are those of the logical gradient, whatever its mesh and placements. Not for
+            ``DistributedDataParallel``, where each rank has all.
+        pp_mesh: ranks that hold different parameters of one model, such as stages of a pipeline. Components that
+            several of them have parts of are added up over it; all others cause no traffic.
         backend: None for the best available, or "cuda", "triton", "cpu", "foreach", "reference": used or refused.
+
+    With sharded parameters all ranks that share them call this together. The first call with them compares the ranks'
+    components; from then on each call costs one all-reduce of a number a component for each set of ranks that
+    parameters are spread over. It doesn't matter which ranks have which gradients.
 
     Returns:
         [K] norms before clipping, float32 (float64 if any gradient of this call is), on the device of the first
         gradient. K and the order depend on ``parameters`` alone: without gradient, a component's norm is 0.
 
     Raises:
-        TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed.
-        RuntimeError: a non-finite norm under "error", or a named backend that can't serve; nothing is changed.
+        TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed. On all ranks,
+            at the first call: they don't have the same components.
+        RuntimeError: a non-finite norm under "error", on all ranks alike; or a named backend that can't serve.
+            Nothing is changed.
 
     Example:
         >>> import torch
@@ -98,11 +116,12 @@ def fused_component_clip_(
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     if is_dynamo_compiling():
+        compiled.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         resolved = resolve(named, components)
         return compiled.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
     scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
-    tensors, engine = _engine_for(parameters, components)
+    tensors, engine = engine_for(parameters, components, process_group, pp_mesh)
     return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
 
 
@@ -111,6 +130,8 @@ def component_norms(
     norm_type: float = 2.0,
     *,
     components: Grouping = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    pp_mesh: ProcessGroup | DeviceMesh | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Norm of each component's gradient; nothing is changed.
@@ -119,6 +140,8 @@ def component_norms(
         parameters: as for :func:`fused_component_clip_`.
         norm_type: likewise.
         components: likewise.
+        process_group: likewise.
+        pp_mesh: likewise.
         backend: likewise.
 
     Returns:
@@ -139,9 +162,10 @@ def component_norms(
     """
     options = check_options(norm_type, False, 0.0, "propagate", backend)
     if is_dynamo_compiling():
+        compiled.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return compiled.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
-    tensors, engine = _engine_for(parameters, components)
+    tensors, engine = engine_for(parameters, components, process_group, pp_mesh)
     return engine.norms(tensors, options.rule.norm_type, backend)
 
 
@@ -167,10 +191,14 @@ _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Tensor], Engine]:
+def engine_for(
+    parameters: Parameters, grouping: Grouping, process_group: object = None, pp_mesh: object = None
+) -> tuple[Sequence[Tensor], Engine]:
     """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters."""
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
+    if key is not None:
+        key = key, id(process_group), id(pp_mesh)  # alive as long as the entry: the engine holds them
     with _lock:
         entry = _entries.get(key)
         if entry is not None:
@@ -180,7 +208,7 @@ def _engine_for(parameters: Parameters, grouping: Grouping) -> tuple[Sequence[Te
         tensors = given if entry.as_given else [t for ref in entry.tensors if (t := ref()) is not None]
         return tensors, entry.engine
     named = named_tensors(source)
-    engine = Engine(resolve(named, grouping))
+    engine = Engine(resolve(named, grouping), named.tensors, process_group, pp_mesh)
     if key is not None:
         _remember(key, given, named.tensors, engine, source if isinstance(source, nn.Module) else None)
     return named.tensors, engine

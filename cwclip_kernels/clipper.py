@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -17,6 +18,10 @@ from .components import Grouping, Parameters, named_tensors
 from .engine import Engine, check_options
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,19 @@ class ComponentClipper:
         components: likewise.
         eps: likewise.
         nonfinite: likewise.
+        process_group: likewise.
+        pp_mesh: likewise.
         backend: likewise.
+
+    With sharded parameters all ranks that share them make it together, and compare their components.
 
     Attributes:
         names: the K component names, in the order of every [K] tensor.
         max_norm: as given; one of ``thresholds`` has ``state_dict()`` for checkpoints.
 
     Raises:
-        TypeError, ValueError: an argument that isn't what it should be; named in the message.
+        TypeError, ValueError: an argument that isn't what it should be; named in the message. On all ranks, if they
+            don't have the same components.
 
     Example:
         >>> import torch
@@ -101,12 +111,15 @@ class ComponentClipper:
         components: Grouping = None,
         eps: float = 1e-6,
         nonfinite: str = "propagate",
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        pp_mesh: ProcessGroup | DeviceMesh | None = None,
         backend: str | None = None,
     ) -> None:
         self._options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
         named = named_tensors(parameters)
         self._tensors = named.tensors
-        self._engine = Engine(resolve(named, components))
+        self._ranks = process_group, pp_mesh
+        self._engine = Engine(resolve(named, components), named.tensors, *self._ranks)
         self.names: tuple[str, ...] = self._engine.components.names
         self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
         # As given; a mapping as it is now, like the caps.
@@ -128,6 +141,7 @@ class ComponentClipper:
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
         if is_dynamo_compiling():
+            compiled.refuse_ranks(self._engine.spread is not None)
             components, options = self._engine.components, self._options
             outcome = compiled.clip_(self._tensors, components, self.max_norm, options, inv_scale, found_inf)
         else:
@@ -163,7 +177,7 @@ class ComponentClipper:
         inside = [i for i, yes in enumerate(is_inside) if yes]
         part = copy(self)
         part._tensors = tuple(self._tensors[i] for i in inside)
-        part._engine = Engine(components.only(inside))
+        part._engine = Engine(components.only(inside), part._tensors, *self._ranks)
         return part
 
     def attach(self, optimizer: Optimizer, *, on_clip: Callable[[ClipResult], object] | None = None) -> Attachment:
@@ -213,8 +227,19 @@ class ComponentClipper:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""
         norm_type, backend = self._options.rule.norm_type, self._options.backend
         if is_dynamo_compiling():
+            compiled.refuse_ranks(self._engine.spread is not None)
             return compiled.norms_of(self._tensors, self._engine.components, norm_type, backend)
         return self._engine.norms(self._tensors, norm_type, backend)
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """The norm of all components together, [], from those of each, as ``clip_grad_norm_`` returns it.
+
+        With ``pp_mesh`` it is that of all its ranks, which make this call together. No host sync.
+
+        Args:
+            norms: [K], of a ``ClipResult`` or of ``norms()``.
+        """
+        return self._engine.total(norms, self._options.rule.norm_type)
 
     def explain(self) -> str:
         """Which backend serves which gradients, and why, for people to read."""

@@ -74,6 +74,15 @@ def clip_(
     return norms, coefs, caps_used
 
 
+def refuse_ranks(spread: bool) -> None:
+    """Raises RuntimeError for what takes other ranks: their order of calls is not the compiler's to change."""
+    if spread:
+        raise RuntimeError(
+            "parameters: components that are spread over ranks can't be clipped in a compiled function; compile the "
+            "model, and clip outside"
+        )
+
+
 def _as_tensor(inv_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
     if inv_scale is None or isinstance(inv_scale, Tensor):
         return inv_scale

@@ -85,8 +85,14 @@ def named_tensors(parameters: Parameters) -> NamedTensors:
     """
     if isinstance(parameters, nn.Module):
         pairs = list(parameters.named_parameters())  # a tied parameter comes once, under its first name
-        return NamedTensors(tuple(n for n, _ in pairs), tuple(p for _, p in pairs), named=True)
+        names = tuple(without_wrappers(n) for n, _ in pairs)
+        return NamedTensors(names, tuple(p for _, p in pairs), named=True)
     return _from_items(as_items(parameters))
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's name in the model that ``FullyShardedDataParallel`` wraps, as a whole or module by module."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 _FORMS = "expected an nn.Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs"

@@ -7,22 +7,21 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import dispatch, execute
+from . import dispatch, execute, formula
 from .caps import CapPolicy, Caps, MaxNorm, as_float
 from .components import Components, type_name
+from .distributed import call
+from .distributed.spread import spread_of
 from .formula import POLICIES, ClipRule
-from .plan import ClipPlan, Planner, narrowed
+from .plan import ClipPlan, Gradients, Planner, Result, narrowed
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Setting, Threshold
 from .thresholds.base import BoundThreshold
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,44 @@ class Engine:
     """Components with their plan: one step's work on tensors that the caller holds.
 
     It keeps no reference to the tensors themselves, so that a cache of engines keeps no model alive.
+
+    Args:
+        components: what belongs together.
+        tensors: the parameters; if any is sharded, all ranks that share it make their engines together.
+        process_group: as for ``fused_component_clip_``.
+        pp_mesh: likewise.
+
+    Attributes:
+        components: as given.
+        spread: how they are spread over ranks; None if they aren't.
     """
 
-    def __init__(self, components: Components) -> None:
+    def __init__(
+        self,
+        components: Components,
+        tensors: Sequence[Tensor],
+        process_group: object = None,
+        pp_mesh: object = None,
+    ) -> None:
         self.components = components
-        self._planner = Planner(components)
+        self.spread = spread_of(components, tensors, process_group, pp_mesh)
+        self._planner = Planner(self._local)
         self._last_caps: tuple[object, Caps] | None = None
         self._last_threshold: BoundThreshold | None = None
+
+    @property
+    def _local(self) -> Components:
+        return self.components if self.spread is None else self.spread.local
 
     def policy(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> CapPolicy:
         """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
         if isinstance(max_norm, Threshold):
             if self._last_threshold is None or not self._last_threshold.is_for(max_norm, rule):
+                if max_norm.needs_all_components and self.spread is not None and self.spread.has_stages:
+                    raise ValueError(
+                        f"max_norm: {type_name(max_norm)} looks at all components together, of which each rank of "
+                        "pp_mesh has others; use a policy that looks at each by itself"
+                    )
                 self._last_threshold = BoundThreshold(max_norm, self._setting(tensors, rule))
             return self._last_threshold
         if isinstance(max_norm, Tensor):
@@ -110,30 +135,34 @@ class Engine:
 
     def _setting(self, tensors: Sequence[Tensor], rule: ClipRule) -> Setting:
         """What a threshold is told about the components."""
-        numels = [0] * len(self.components.names)
-        for position, component, box in self.components.members():
-            if not is_lazy(tensors[position]):
-                numels[component] += narrowed(tensors[position].detach(), box).numel()
         refs = [weakref.ref(t) for t in tensors]
-        values = Planner(self.components)
+        values = Planner(self._local)
 
         @torch.no_grad()
         def parameter_norms() -> Tensor:
-            parameters = [t.detach() for ref in refs if (t := ref()) is not None]
-            plan = values.plan(parameters, _home(parameters), rule.norm_type, None)
-            return execute.norms_of(plan, parameters, rule.norm_type)
+            parameters = [t for ref in refs if (t := ref()) is not None]
+            home = _home(parameters)
+            if self.spread is not None:
+                return call.norms_of_values(call.Job(self.spread, values, None, home), parameters, rule.norm_type)
+            here = [t.detach() for t in parameters]
+            return execute.norms_of(values.plan(here, home, rule.norm_type, None), here, rule.norm_type)
 
-        return Setting(
-            self.components.names, tuple(numels), rule.norm_type, rule.eps, _home(tensors), parameter_norms
-        )
+        numels = numels_of(self.components, tensors) if self.spread is None else self.spread.numels
+        return Setting(self.components.names, numels, rule.norm_type, rule.eps, _home(tensors), parameter_norms)
 
+    @torch.no_grad()
     def clip_(
         self, tensors: Sequence[Tensor], policy: CapPolicy, options: Options, scaled: ScaledLoss = NOT_SCALED
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clips the tensors' gradients in place: norms before and coefficients, [K] each, and the caps."""
-        rule, raise_nonfinite = options.rule, options.raise_nonfinite
+        rule, raise_nonfinite, spread = options.rule, options.raise_nonfinite, self.spread
+        if spread is not None and not (
+            spread.is_local and not (spread.asks and (raise_nonfinite or scaled.looks_for_inf))
+        ):
+            job = call.Job(spread, self._planner, options.backend, _home(tensors))
+            return call.clip_(job, tensors, policy, rule, raise_nonfinite, scaled)
 
-        def work(plan: ClipPlan, grads: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+        def work(plan: ClipPlan, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
             if scaled is NOT_SCALED:
                 return execute.clip_(plan, grads, policy, rule, raise_nonfinite)
             loss_scale = scaled.on(plan.device)
@@ -142,49 +171,67 @@ class Engine:
             return outcome
 
         # A RuntimeError of raise_nonfinite may be about the norms.
-        return self._carry_out(work, tensors, rule.norm_type, options.backend, exact=raise_nonfinite)
+        outcome = self._carry_out(work, tensors, rule.norm_type, options.backend, exact=raise_nonfinite)
+        if spread is not None:
+            spread.touched(tensors)
+        return outcome
 
+    @torch.no_grad()
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
         """Norms [K] of the tensors' gradients, which stay as they are."""
+        if self.spread is not None and not self.spread.is_local:
+            return call.norms_of(call.Job(self.spread, self._planner, backend, _home(tensors)), tensors, norm_type)
         return self._carry_out(
             lambda plan, grads: execute.norms_of(plan, grads, norm_type), tensors, norm_type, backend, exact=False
         )
 
     @torch.no_grad()
+    def total(self, norms: Tensor, norm_type: float) -> Tensor:
+        """The norm of all components together, [], from those of each."""
+        if self.spread is not None:
+            return self.spread.total(norms, norm_type)
+        return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
+
     def _carry_out(
         self,
-        work: Callable[[ClipPlan, list[Tensor | None]], _Result],
+        work: Callable[[ClipPlan, Gradients], Result],
         tensors: Sequence[Tensor],
         norm_type: float,
         backend: str | None,
         *,
         exact: bool,
-    ) -> _Result:
-        grads = [t.grad for t in tensors]
-        request = grads, _home(tensors), norm_type, backend
-        plan = self._planner.plan(*request, exact=exact)
-        try:
-            return work(plan, grads)
-        except RuntimeError:
-            if exact or not plan.self_checking:
-                raise
-            # Refused, and nothing written. A look at every gradient says what is wrong, by name, or what changed.
-            fresh = self._planner.remake(*request)
-            if fresh.signature == plan.signature:
-                raise
-            return work(fresh, grads)
+    ) -> Result:
+        grads = [t.grad for t in tensors] if self.spread is None else self.spread.gradients(tensors)
+        return self._planner.carry_out(work, grads, _home(tensors), norm_type, backend, exact=exact)
 
     @torch.no_grad()
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
         """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
-        shown = [_stand_in(t) if t.grad is None else t.grad for t in tensors]
-        plan = Planner(self.components).plan(shown, _home(tensors), norm_type, backend)
-        return dispatch.explain(plan, shown)
+        here: Sequence[Tensor | None] = tensors if self.spread is None else self.spread.values(tensors)
+        grads = [t.grad for t in tensors] if self.spread is None else self.spread.gradients(tensors)
+        shown = [
+            _stand_in(tensor, value) if grad is None else grad
+            for tensor, value, grad in zip(tensors, here, grads, strict=True)
+        ]
+        plan = Planner(self._local).plan(shown, _home(tensors), norm_type, backend)
+        text = dispatch.explain(plan, shown)
+        return text if self.spread is None else f"{text}\n{self.spread.explain()}"
 
 
-def _stand_in(tensor: Tensor) -> Tensor | None:
+def numels_of(components: Components, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Elements of each component."""
+    numels = [0] * len(components.names)
+    for position, component, box in components.members():
+        if not is_lazy(tensors[position]):
+            numels[component] += narrowed(tensors[position].detach(), box).numel()
+    return tuple(numels)
+
+
+def _stand_in(tensor: Tensor, value: Tensor | None) -> Tensor | None:
     # None for what has no data yet, or is frozen and never has a gradient.
-    return tensor.detach() if tensor.requires_grad and not is_lazy(tensor) and not tensor.is_meta else None
+    if value is None or not tensor.requires_grad or is_lazy(tensor) or tensor.is_meta:
+        return None
+    return value.detach()
 
 
 def _home(tensors: Sequence[Tensor]) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,14 +11,13 @@ from torch import Tensor
 from . import formula
 from .caps import CapPolicy
 from .dispatch import BACKENDS
-from .formula import UNSCALED, ClipRule, LossScale, wide_dtype
+from .formula import UNSCALED, ClipRule, LossScale, neutral, wide_dtype
 from .plan import Bucket, ClipPlan, Gradients, narrowed, values_of
 
 
 def norms_of(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
     """The K norms, gradients untouched. No host sync."""
-    sources = [_sources(b, b.pick(grads), norm_type) for b in plan.buckets]
-    return _norms(plan, grads, _power_sums(plan, sources, norm_type), norm_type)
+    return _norms(plan, grads, power_sums(plan, grads, norm_type), norm_type)
 
 
 def clip_(
@@ -34,53 +34,67 @@ def clip_(
     devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is), errors on
     non-finite norms, which must come before the first write, and caps that depend on the norms.
     """
-    picked = [b.pick(grads) for b in plan.buckets]
-    targets = [_targets(b, own, rule.norm_type) for b, own in zip(plan.buckets, picked, strict=True)]
     in_steps = plan.sparse or raise_nonfinite or policy.needs_norms or rule.norm_type <= 0
-    if loss_scale.found_inf is not None and not _sums_tell_nonfinite(rule.norm_type):
+    if loss_scale.found_inf is not None and not sums_tell_nonfinite(rule.norm_type):
         in_steps = True
     if len(plan.buckets) == 1 and not in_steps:
         bucket = plan.buckets[0]
+        own = bucket.pick(grads)
+        targets = _targets(bucket, own, rule.norm_type)
         caps = policy.caps(bucket.device, None)
-        torch.autograd.graph.increment_version(picked[0])
-        norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets[0], caps, rule, loss_scale)
+        torch.autograd.graph.increment_version(own)
+        norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets, caps, rule, loss_scale)
         policy.update_(norms, coefs)
         return norms, coefs, caps
-    sources = targets
-    if plan.sparse:
-        sources = [_sources(b, own, rule.norm_type) for b, own in zip(plan.buckets, picked, strict=True)]
-    sums = _power_sums(plan, sources, rule.norm_type)
+    sums = power_sums(plan, grads, rule.norm_type)
     norms = _norms(plan, grads, sums, rule.norm_type, loss_scale)
     if raise_nonfinite:
         _raise_if_nonfinite(plan, norms, rule.norm_type)
     caps = policy.caps(plan.device, norms if policy.needs_norms else None)
     coefs = formula.coefficients(norms, caps, rule)
-    if loss_scale.found_inf is not None and not _sums_tell_nonfinite(rule.norm_type):
-        sums = _power_sums(plan, sources, math.inf)
+    if loss_scale.found_inf is not None and not sums_tell_nonfinite(rule.norm_type):
+        sums = power_sums(plan, grads, math.inf)
     loss_scale.report(sums)
-    factors = loss_scale.factors(coefs)
-    for own in picked:
-        torch.autograd.graph.increment_version(own)
-    for bucket, tensors in zip(plan.buckets, targets, strict=True):
-        BACKENDS[bucket.backend].scale_(bucket, tensors, factors.to(bucket.device), rule.zero_fill)
+    scale_(plan, grads, loss_scale.factors(coefs), rule)
     policy.update_(norms, coefs)
     return norms, coefs, caps
 
 
-def _sums_tell_nonfinite(norm_type: float) -> bool:
+def sums_tell_nonfinite(norm_type: float) -> bool:
     """Whether a power sum is inf or NaN just where an element is: those of other orders overflow, or lose an inf."""
     return norm_type in (1.0, 2.0, math.inf)
 
 
-def _power_sums(plan: ClipPlan, sources: list[list[Tensor]], norm_type: float) -> Tensor:
+def power_sums(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
     """Power sums of the K components over all buckets, in ``wide_dtype``."""
     sums: Tensor | None = None
+    sources = [_sources(bucket, bucket.pick(grads), norm_type) for bucket in plan.buckets]
     for bucket, tensors in zip(plan.buckets, sources, strict=True):
         part = BACKENDS[bucket.backend].power_sums(bucket, tensors, norm_type).to(plan.device)
         sums = part if sums is None else formula.merge(sums, part, norm_type)
     if sums is None:
-        return torch.zeros(len(plan.components.names), dtype=wide_dtype(plan.device), device=plan.device)
+        shape = (len(plan.components.names),)
+        return torch.full(shape, neutral(norm_type), dtype=wide_dtype(plan.device), device=plan.device)
     return sums
+
+
+def scale_(plan: ClipPlan, grads: Gradients, factors: Tensor, rule: ClipRule) -> None:
+    """g <- factor * g in place, by the K components' factors."""
+    picked = [bucket.pick(grads) for bucket in plan.buckets]
+    targets = [_targets(bucket, own, rule.norm_type) for bucket, own in zip(plan.buckets, picked, strict=True)]
+    for own in picked:
+        torch.autograd.graph.increment_version(own)
+    for bucket, tensors in zip(plan.buckets, targets, strict=True):
+        BACKENDS[bucket.backend].scale_(bucket, tensors, factors.to(bucket.device), rule.zero_fill)
+
+
+def has_elements(plan: ClipPlan, grads: Gradients) -> list[bool]:
+    """Of each component, whether it has any gradient's element: what a norm of negative order can't tell."""
+    found = [False] * len(plan.components.names)
+    for position, component, box in plan.components.members():
+        grad = grads[position]
+        found[component] = found[component] or (grad is not None and narrowed(grad, box).numel() > 0)
+    return found
 
 
 def _norms(
@@ -89,21 +103,22 @@ def _norms(
     """The K norms, of components without elements 0, rounded to what the user gets."""
     norms = loss_scale.unscaled(formula.root(sums, norm_type)).to(plan.norm_dtype)
     if norm_type < 0:  # the root of an empty sum is inf there
-        measured = {
-            c for i, c, box in plan.components.members() if (g := grads[i]) is not None and narrowed(g, box).numel()
-        }
-        norms[[c for c in range(len(plan.components.names)) if c not in measured]] = 0.0
+        norms[[c for c, has in enumerate(has_elements(plan, grads)) if not has]] = 0.0
     return norms
 
 
 def _raise_if_nonfinite(plan: ClipPlan, norms: Tensor, norm_type: float) -> None:
     finite = norms.isfinite().tolist()  # the one host sync, asked for by the caller
-    if all(finite):
-        return
-    bad = [name for name, ok in zip(plan.components.names, finite, strict=True) if not ok]
+    if not all(finite):
+        bad = [name for name, ok in zip(plan.components.names, finite, strict=True) if not ok]
+        raise RuntimeError(nonfinite_message(bad, len(finite), norm_type))
+
+
+def nonfinite_message(bad: Sequence[str], count: int, norm_type: float) -> str:
+    """What the error says of these components."""
     shown = ", ".join(map(repr, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-    raise RuntimeError(
-        f"The norm of order {norm_type:g} is non-finite for {len(bad)} of {len(finite)} components: {shown}. "
+    return (
+        f"The norm of order {norm_type:g} is non-finite for {len(bad)} of {count} components: {shown}. "
         "No gradient was changed. nonfinite='propagate', 'zero' or 'skip' goes on without this error."
     )
 

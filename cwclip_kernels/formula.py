@@ -79,6 +79,22 @@ def merge(sums: Tensor, more: Tensor, norm_type: float) -> Tensor:
     return sums + more
 
 
+def merged(sums: Tensor, norm_type: float) -> Tensor:
+    """``merge`` of all along the last dimension, in a fixed order."""
+    if math.isinf(norm_type):
+        return sums.amax(-1) if norm_type > 0 else sums.amin(-1)
+    return sums.sum(-1)
+
+
+def total(norms: Tensor, norm_type: float) -> Tensor:
+    """The power sum of all components together, [], from their norms; one without elements has norm 0."""
+    wide = norms.to(wide_dtype(norms.device))
+    powers = wide if norm_type == 0.0 or math.isinf(norm_type) else wide**norm_type
+    if norm_type < 0:
+        powers = torch.where(norms == 0, neutral(norm_type), powers)
+    return merged(torch.cat((powers, powers.new_full((1,), neutral(norm_type)))), norm_type)
+
+
 def neutral(norm_type: float) -> float:
     """What ``merge`` leaves as it is: the power sum of nothing."""
     return math.inf if norm_type == -math.inf else 0.0

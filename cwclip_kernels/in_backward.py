@@ -109,7 +109,7 @@ class BackwardClipping:
     ) -> None:
         self.names = components.names
         self.last: ClipResult | None = None
-        self._policy = Engine(components).policy(max_norm, tensors, options.rule)
+        self._policy = Engine(components, tensors).policy(max_norm, tensors, options.rule)
         if self._policy.needs_norms:
             raise ValueError(
                 f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward "
@@ -128,7 +128,7 @@ class BackwardClipping:
         for position in trained:
             if position in members:
                 tensor = tensors[position]
-                single = _single(components, position, members[position], id(tensor) in stepped)
+                single = _single(components, tensor, position, members[position], id(tensor) in stepped)
                 register: Any = tensor.register_post_accumulate_grad_hook
                 self._hooks.append(register(self._hook_for(single)))
 
@@ -220,14 +220,16 @@ class _Single:
         )
 
 
-def _single(components: Components, position: int, members: list[tuple[int, Box]], is_stepped: bool) -> _Single:
+def _single(
+    components: Components, tensor: Tensor, position: int, members: list[tuple[int, Box]], is_stepped: bool
+) -> _Single:
     # Its components have consecutive numbers: no other parameter has a part in them.
     own = slice(members[0][0], members[-1][0] + 1)
     cut = any(box for _, box in members)
     slices = tuple((0, component - own.start, box) for component, box in members) if cut else ()
     name = components.tensor_names[position]
     mine = Components(components.names[own], (CUT if cut else 0,), (name,), slices)
-    return _Single(name, own, Engine(mine), is_stepped)
+    return _Single(name, own, Engine(mine, (tensor,)), is_stepped)
 
 
 class _Pass:

@@ -6,11 +6,11 @@ addresses, so a training loop builds one plan and reuses it at every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .backends import extension
 from .components import CUT, LEFT_ALONE, Box, Components, type_name
 
 Gradients = Sequence[Tensor | None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,33 @@ class Planner:
             return plan
         return self.remake(grads, home, norm_type, backend)
 
+    def carry_out(
+        self,
+        work: Callable[[ClipPlan, Gradients], Result],
+        grads: Gradients,
+        home: torch.device,
+        norm_type: float,
+        backend: str | None,
+        *,
+        exact: bool,
+    ) -> Result:
+        """Does the work with a plan for these gradients; arguments and errors as for ``plan``.
+
+        The work raises RuntimeError, with nothing written, where the plan turns out to be for others; ``exact`` says
+        that a RuntimeError may be about something else.
+        """
+        plan = self.plan(grads, home, norm_type, backend, exact=exact)
+        try:
+            return work(plan, grads)
+        except RuntimeError:
+            if exact or not plan.self_checking:
+                raise
+            # A look at every gradient says what is wrong, by name, or what changed.
+            fresh = self.remake(grads, home, norm_type, backend)
+            if fresh.signature == plan.signature:
+                raise
+            return work(fresh, grads)
+
     def remake(self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None) -> ClipPlan:
         """A plan from scratch, every gradient looked at; arguments and errors as for ``plan``."""
         plan = _build(self.components, grads, home, norm_type, backend)
@@ -265,8 +293,8 @@ def check_gradient(grad: Tensor, name: str, *, cut: bool = False) -> None:
         )
     if type(grad) is not Tensor:
         raise TypeError(
-            f"{where} is a {type_name(grad)}: sharded and wrapped gradients are not served by this version; "
-            "clip the local tensors"
+            f"{where} is a {type_name(grad)}, of a parameter that is none: wrapped gradients are served as DTensors "
+            "of DTensor parameters only, outside of torch.compile"
         )
     if grad.dtype not in _DTYPES:
         raise TypeError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+
+from torch import Tensor
 
 from .components import CUT, LEFT_ALONE, Box, Components, Grouping, NamedTensors, type_name
+from .sharding import Original, is_flat, originals_of
 from .spec import ComponentSpec
 
 
@@ -23,7 +26,8 @@ def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
     """
     spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
     _check_names(parameters, spec.words)
-    spec.check_patterns(parameters.names)
+    entries = list(_entries(parameters))
+    spec.check_patterns([name for _, name, _, _ in entries])
     order: dict[Hashable, int] = {}
     written: list[str] = []
     index: list[int] = []
@@ -35,10 +39,11 @@ def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
             written.append(name)
         return component
 
-    for position, (name, tensor) in enumerate(zip(parameters.names, parameters.tensors, strict=True)):
+    for position, name, tensor, original in entries:
+        if position == len(index):
+            index.append(LEFT_ALONE)
         key = spec.key_of(name, tensor)
         if key is None:
-            index.append(LEFT_ALONE)
             continue
         try:
             hash(key)
@@ -48,15 +53,27 @@ def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
                 "return a string, number or tuple, or None to leave the parameter alone"
             ) from None
         parts = spec.slices_of(name, tensor)
-        if not parts:
-            index.append(component_of((key, ""), str(key)))
+        if not parts and original is None:
+            index[position] = component_of((key, ""), str(key))
             continue
-        index.append(CUT)
-        slices += [(position, component_of((key, label), f"{key}{label}"), box) for label, box in parts]
+        index[position] = CUT
+        for label, box in parts or [("", ())]:
+            component = component_of((key, label), f"{key}{label}")
+            slices.append((position, component, box if original is None else original.flat(box)))
     if len(set(written)) < len(written):
         twice = next(n for i, n in enumerate(written) if n in written[:i])
         raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
     return Components(tuple(written), tuple(index), parameters.names, tuple(slices))
+
+
+def _entries(parameters: NamedTensors) -> Iterator[tuple[int, str, Tensor, Original | None]]:
+    """Position, name and tensor of each parameter; of a flat one all that lie in it, each with its place."""
+    for position, (name, tensor) in enumerate(zip(parameters.names, parameters.tensors, strict=True)):
+        if not is_flat(tensor):
+            yield position, name, tensor, None
+            continue
+        for original in originals_of(name, tensor, parameters.named):
+            yield position, original.name, original.tensor, original
 
 
 def _check_names(parameters: NamedTensors, groupings: Iterable[object]) -> None:

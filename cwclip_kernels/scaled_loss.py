@@ -39,6 +39,11 @@ class ScaledLoss:
         self._inv_scale = inv_scale
         self._found_inf = found_inf
 
+    @property
+    def looks_for_inf(self) -> bool:
+        """Whether the caller wants to know of inf and NaN."""
+        return self._found_inf is not None
+
     def on(self, device: torch.device) -> LossScale:
         """As kernels take it; no host sync, unless ``device`` is the host and a tensor isn't there."""
         inverse, found = self._inv_scale, self._found_inf

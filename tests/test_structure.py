@@ -17,12 +17,13 @@ PACKAGE = Path(cwclip_kernels.__file__).parent
 # A module may import from those of lower rank only. What isn't listed has no rank and fails the test.
 RANKS = [
     {"_version", "components", "formula"},
-    {"caps", "kernels", "spec"},
+    {"caps", "kernels", "sharding", "spec"},
     {"resolve", "scaled_loss", "telemetry", "thresholds"},
     {"reference", "backends"},
     {"dispatch"},
     {"plan"},
     {"execute"},
+    {"distributed"},
     {"engine"},
     {"compiled"},
     {"attach"},

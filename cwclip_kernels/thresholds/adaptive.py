@@ -85,6 +85,8 @@ class EMA(Threshold):
         2502.11034, algorithm 1.
     """
 
+    needs_all_components = True
+
     def __init__(
         self, ratio: float = 1.05, decay: float = 0.98, warmup_steps: int = 100, warmup_norm: float = 1.0
     ) -> None:

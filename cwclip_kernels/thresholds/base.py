@@ -50,6 +50,9 @@ class Threshold(ABC):
     looks at the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
     """
 
+    needs_all_components = False
+    """Whether the cap of one component depends on what the others are: not on a rank of a pipeline then."""
+
     def __init__(self) -> None:
         self._setting: Setting | None = None
         self._state: dict[str, Tensor] = {}

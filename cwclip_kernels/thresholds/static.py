@@ -137,6 +137,8 @@ class FromGlobal(Threshold):
         tensor([0.8660, 0.5000], dtype=torch.float64)
     """
 
+    needs_all_components = True
+
     def __init__(self, total: float, split: str = "uniform") -> None:
         super().__init__()
         self._total = checked_number(total, "total")

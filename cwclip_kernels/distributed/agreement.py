@@ -1,0 +1,119 @@
+"""Set-up: ranks that share components compare what they mean by them. Waits for all of them; done once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from .groups import Group
+
+# Of each component its parameters, and how each is held, in words that are the same on all ranks that agree.
+Statement = Mapping[str, Sequence[tuple[str, str]]]
+
+
+def agree(group: Group, statement: Statement) -> None:
+    """Compares the ranks' components.
+
+    Raises:
+        ValueError: on all ranks of the group, with the same message, naming what differs.
+    """
+    digest = sha256(repr(sorted(statement.items(), key=lambda item: item[0])).encode())
+    digest.update(repr(list(statement)).encode())  # their order is that of the sums
+    if len(set(group.gather(digest.hexdigest()))) > 1:
+        raise ValueError(_difference(group.ranks, group.gather(statement)))
+
+
+def _difference(ranks: Sequence[int], statements: Sequence[Statement]) -> str:
+    first = statements[0]
+    other = next(i for i, s in enumerate(statements) if s != first or list(s) != list(first))
+    one, two = f"rank {ranks[0]}", f"rank {ranks[other]}"
+    return (
+        f"components: {one} and {two} don't have the same: {_what(first, statements[other], one, two)}. Every rank "
+        "has to pass the same parameters with the same components (ranks that hold different ones: pp_mesh)"
+    )
+
+
+def _what(first: Statement, second: Statement, one: str, two: str) -> str:
+    parts = []
+    for theirs, others, rank in ((first, second, one), (second, first, two)):
+        missing = [name for name in theirs if name not in others]
+        if missing:
+            shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            parts.append(f"only {rank} has {shown}")
+    if parts:
+        return ", ".join(parts)
+    for name, members in first.items():
+        if list(members) != list(second[name]):
+            return f"{name!r} is {_members(members)} on {one}, but {_members(second[name])} on {two}"
+    place = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+    return f"they come in another order ({list(first)[place]!r} and {list(second)[place]!r} at place {place})"
+
+
+def _members(members: Sequence[tuple[str, str]]) -> str:
+    shown = ", ".join(f"{name} {how}".strip() for name, how in members[:3])
+    return f"({shown}{', ...' if len(members) > 3 else ''})"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What ranks with different parameters have in common.
+
+    Attributes:
+        group: these ranks.
+        names: all of their components, each once.
+        spanning: those that several ranks have a part of, in an order that is the same everywhere.
+        counted_elsewhere: those of them that an earlier rank has.
+        is_wide: whether any parameter anywhere is float64.
+    """
+
+    group: Group
+    names: tuple[str, ...]
+    spanning: tuple[str, ...]
+    counted_elsewhere: frozenset[str]
+    is_wide: bool
+
+
+def compare_stages(group: Group, members: Mapping[str, Sequence[str]], is_wide: bool) -> Stages:
+    """Finds out which components several ranks have a part of; the others need no traffic.
+
+    A component that is the same single parameter on several ranks is not one of them: either it is tied, and each
+    has all of its gradient, or each means its own by that name (``pipelining`` numbers each stage from 0).
+
+    Args:
+        group: stages of a pipeline, or ranks with different experts.
+        members: of each component here the names of its parameters.
+        is_wide: whether any parameter here is float64.
+
+    Raises:
+        ValueError: on all ranks, if a component of several parameters has the same one on two ranks.
+    """
+    found = group.gather((dict(members), is_wide))
+    holders: dict[str, list[int]] = {}
+    for i, (theirs, _) in enumerate(found):
+        for name in theirs:
+            holders.setdefault(name, []).append(i)
+    spanning = []
+    for name, own in holders.items():
+        parts = [list(found[i][0][name]) for i in own]
+        if len(own) == 1 or all(part == parts[0] and len(part) == 1 for part in parts):
+            continue
+        seen: dict[str, int] = {}
+        for i, part in zip(own, parts, strict=True):
+            for parameter in part:
+                if parameter in seen:
+                    raise ValueError(
+                        f"pp_mesh: ranks {group.ranks[seen[parameter]]} and {group.ranks[i]} both have a parameter "
+                        f"{parameter!r} in component {name!r}, which would count twice; pass (name, parameter) pairs "
+                        "with the names of the whole model, a tied parameter on one rank only"
+                    )
+                seen[parameter] = i
+        spanning.append(name)
+    me = group.here
+    return Stages(
+        group,
+        tuple(holders),
+        tuple(spanning),
+        frozenset(name for name in spanning if me in holders[name] and holders[name][0] != me),
+        any(wide for _, wide in found),
+    )

@@ -1,0 +1,122 @@
+"""Sets of ranks, and the few collectives that are asked of them. Thin over ``torch.distributed``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..components import type_name
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks, this one among them.
+
+    Attributes:
+        handle: their ``ProcessGroup``.
+        ranks: in its order, as the whole job numbers them.
+    """
+
+    handle: Any
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, handle: Any) -> Group:
+        """From a ``ProcessGroup``."""
+        return cls(handle, tuple(dist.get_process_group_ranks(handle)))
+
+    @property
+    def here(self) -> int:
+        """Where this rank is among ``ranks``."""
+        return self.ranks.index(dist.get_rank())
+
+    def gather(self, thing: object) -> list[Any]:
+        """Everybody's, in the order of ``ranks``. Waits; for set-up and for errors only."""
+        found: list[Any] = [None] * len(self.ranks)
+        dist.all_gather_object(found, thing, group=self.handle)
+        return found
+
+    def reduce(self, payload: Tensor, op: Any) -> Pending:
+        """Starts an all-reduce, in place where the group serves the payload's device."""
+        served = [device.type for device in getattr(self.handle, "_device_types", [])]
+        sent = payload if not served or payload.device.type in served else payload.to(served[0])
+        return Pending(payload.device, sent, dist.all_reduce(sent, op, group=self.handle, async_op=True))
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An all-reduce under way."""
+
+    device: torch.device
+    sent: Tensor
+    work: Any
+
+    def result(self) -> Tensor:
+        """What came of it; on a GPU only the stream waits."""
+        self.work.wait()
+        return self.sent.to(self.device)
+
+
+def as_group(value: object, name: str) -> Group | None:
+    """A group as users give it; None if that is None or there is nobody else in it.
+
+    Raises:
+        TypeError: neither a ``ProcessGroup`` nor a ``DeviceMesh`` nor None.
+        ValueError: this rank is not in it, or a mesh of several dimensions.
+    """
+    if value is None:
+        return None
+    if not dist.is_available():
+        raise ValueError(f"{name}: this build of torch has no torch.distributed")
+    if isinstance(value, DeviceMesh):
+        if value.ndim != 1:
+            raise ValueError(f"{name}: expected a mesh of one dimension, not {value.ndim}; choose one: mesh['dp']")
+        if value.get_coordinate() is None:
+            raise ValueError(f"{name}: rank {dist.get_rank()} is not in this mesh")
+        value = value.get_group()
+    if value is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name}: rank {dist.get_rank()} is not in this group")
+    if not isinstance(value, dist.ProcessGroup):
+        raise TypeError(f"{name}: expected a ProcessGroup or a DeviceMesh or None, not {type_name(value)}")
+    group = Group.of(value)
+    if dist.get_rank() not in group.ranks:
+        raise ValueError(f"{name}: rank {dist.get_rank()} is not in this group")
+    return group if len(group.ranks) > 1 else None
+
+
+def group_over(mesh: Any, dims: Sequence[int]) -> Group | None:
+    """The ranks that differ from this one in these dimensions of a mesh only; None if there are none.
+
+    Several dimensions at once are one group, so that one collective serves them: that of all ranks if it is that,
+    otherwise one made for the purpose, at set-up, by its members alone.
+    """
+    if prod(mesh.size(dim) for dim in dims) == 1:
+        return None
+    several = [dim for dim in dims if mesh.size(dim) > 1]
+    if len(several) == 1:
+        return Group.of(mesh.get_group(several[0]))
+    coordinate = mesh.get_coordinate()
+    place = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
+    ranks = tuple(sorted(mesh.mesh[place].flatten().tolist()))
+    return Group.of(dist.group.WORLD if len(ranks) == dist.get_world_size() else _made(ranks))
+
+
+_made_for: tuple[object, dict[tuple[int, ...], Any]] = (None, {})
+
+
+def _made(ranks: tuple[int, ...]) -> Any:
+    global _made_for
+    world = dist.group.WORLD
+    if _made_for[0] is not world:  # torch.distributed was started anew
+        _made_for = world, {}
+    groups = _made_for[1]
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]

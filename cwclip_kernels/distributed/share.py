@@ -1,0 +1,122 @@
+"""This rank's share: its part of components, of parameters and of gradients. Nothing is communicated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..components import Box, Components, type_name
+from ..sharding import Layout, is_dtensor
+from .groups import Group
+
+Layouts = Sequence[Layout | None]
+
+# ------------------------------------------------------------------------------------------------------------
+# Components
+# ------------------------------------------------------------------------------------------------------------
+
+
+def local_components(
+    components: Components, layouts: Layouts, groups: Sequence[Group | None]
+) -> tuple[Components, list[tuple[int, Group | None]]]:
+    """What is held here, as components, and of each the component that it is part of, and its group."""
+    place: dict[tuple[int, tuple[int, ...] | None], int] = {}
+    owners: list[tuple[int, Group | None]] = []
+    index = list(components.index)
+    slices: list[tuple[int, int, Box]] = []
+    for position, component, box in components.members():
+        group, layout = groups[position], layouts[position]
+        key = component, None if group is None else group.ranks
+        if key not in place:
+            place[key] = len(owners)
+            owners.append((component, group))
+        if box:
+            parts = [box] if layout is None else layout.local(box)
+            slices += [(position, place[key], part) for part in parts]
+        else:
+            index[position] = place[key]
+    names = tuple(components.names[component] for component, _ in owners)
+    return Components(names, tuple(index), components.tensor_names, tuple(slices)), owners
+
+
+def statement(
+    components: Components,
+    layouts: Layouts,
+    groups: Sequence[Group | None],
+    group: Group,
+    *,
+    whole: bool,
+) -> dict[str, list[tuple[str, str]]]:
+    """What ranks of a group must agree on: all components, or, where others have others, those that they share."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for position, component, box in components.members():
+        own = groups[position]
+        if not whole and (own is None or own.ranks != group.ranks):
+            continue
+        layout = layouts[position]
+        how = ""
+        if layout is not None:
+            how = f"{list(layout.shape)} {' '.join(map(str, layout.placements))}".strip()
+        if box:
+            how += f" cut {box}"
+        found.setdefault(components.names[component], []).append((components.tensor_names[position], how))
+    return found
+
+
+def numels(components: Components, tensors: Sequence[Tensor], layouts: Layouts) -> tuple[list[int], list[int]]:
+    """Elements of each component: all of DTensors and flat parameters, and those that are here of plain tensors."""
+    whole, here = [0] * len(components.names), [0] * len(components.names)
+    for position, component, box in components.members():
+        layout, tensor = layouts[position], tensors[position]
+        shape = layout.shape if layout is not None else () if is_lazy(tensor) else tuple(tensor.shape)
+        sizes = {dim: size for dim, _, size in box}
+        numel = prod(sizes.get(dim, length) for dim, length in enumerate(shape))
+        (here if layout is None else whole)[component] += numel
+    return whole, here
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gradients
+# ------------------------------------------------------------------------------------------------------------
+
+
+def local_value(tensor: Any) -> Tensor:
+    """What is held here of a tensor."""
+    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local
+
+
+def local_gradient(tensor: Any, grad: Any, layout: Layout, name: str) -> Tensor:
+    """What is held here of a sharded parameter's gradient.
+
+    Raises:
+        TypeError, ValueError: it isn't held as the parameter is; names the parameter.
+    """
+    if layout.mesh is None:
+        if grad.shape != layout.local_shape:
+            raise ValueError(
+                f"the gradient of {name!r} has shape {list(grad.shape)}, not that of this rank's part "
+                f"({list(layout.local_shape)}); clip after the backward pass, outside of no_sync()"
+            )
+        return grad  # type: ignore[no-any-return]
+    if not is_dtensor(grad):
+        raise TypeError(f"the gradient of {name!r} is a {type_name(grad)}, but the parameter is a DTensor")
+    if grad._spec is not tensor._spec and (grad.placements != layout.placements or grad.device_mesh != layout.mesh):
+        raise ValueError(
+            f"the gradient of {name!r} has placements {tuple(grad.placements)}, but the parameter has "
+            f"{layout.placements}; before clipping, "
+            "p.grad = p.grad.redistribute(p.device_mesh, p.placements)"
+        )
+    local: Any = grad._local_tensor
+    return local if type(local) is Tensor else _arrived(local)
+
+
+def _arrived(local: Any) -> Tensor:
+    """A local tensor that a collective may still be writing to."""
+    wait = getattr(local, "wait", None)
+    arrived: Tensor = wait() if wait is not None else local
+    return arrived

@@ -1,0 +1,273 @@
+"""Which power sums are added up over which ranks: worked out once from the parameters, asked for at every call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import formula
+from ..backends.memory import upload
+from ..components import Components
+from ..sharding import layout_of
+from . import share
+from .agreement import Stages, agree, compare_stages
+from .groups import Group, as_group, group_over
+from .reduction import Measured, Reduction
+
+
+def spread_of(
+    components: Components, tensors: Sequence[Tensor], process_group: object, pp_mesh: object
+) -> Spread | None:
+    """How components are spread over ranks; None if every tensor is all that there is to it.
+
+    Where something is spread, the ranks that share it make this call together, to compare their components.
+
+    Raises:
+        TypeError, ValueError: an argument that isn't what it should be, or parameters that can't be clipped so; on
+            all ranks alike if these don't have the same components.
+    """
+    group, stages = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
+    layouts = [layout_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
+    if process_group is None:
+        _check_not_flattened(tensors, components.tensor_names)
+    if group is None and stages is None and not any(layouts):
+        return None
+    return Spread(components, tensors, layouts, group, stages)
+
+
+def _check_not_flattened(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    flattened = [name for t, name in zip(tensors, names, strict=True) if getattr(t, "_fsdp_flattened", False)]
+    if flattened and dist.get_world_size() > 1:
+        raise ValueError(
+            f"parameters: FullyShardedDataParallel keeps a part of {flattened[0]!r} on each rank; pass "
+            "process_group=model.process_group (under ShardingStrategy.NO_SHARD, where each rank keeps all, use "
+            "DistributedDataParallel instead)"
+        )
+
+
+class Spread:
+    """One set of components over several ranks.
+
+    Attributes:
+        local: what is held here, as components of its own: one for each component and group that it is added up
+            over, so that one pass over the gradients yields what each all-reduce needs.
+        numels: elements of each component, over all ranks that were asked.
+        norm_dtype: of norms, the same on all ranks.
+        has_stages: whether other ranks have other components.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        tensors: Sequence[Tensor],
+        layouts: share.Layouts,
+        group: Group | None,
+        stages: Group | None,
+    ) -> None:
+        self._names = components.names
+        self._layouts = layouts
+        self._tensor_names = components.tensor_names
+        self.has_stages = stages is not None
+        groups = _groups(layouts, tensors, group)
+        self.local, owners = share.local_components(components, layouts, groups)
+        self._owners = [component for component, _ in owners]
+        self._is_same = self._owners == list(range(len(self._names)))
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+        used = {g.ranks: g for g in groups if g is not None}
+        self._reductions = []
+        for ranks, own_group in used.items():
+            agree(own_group, share.statement(components, layouts, groups, own_group, whole=stages is None))
+            sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == ranks]
+            self._reductions.append(Reduction.of(own_group, sums, list(range(len(sums))), len(sums)))
+        whole, here = share.numels(components, tensors, layouts)
+        if group is not None:
+            here = [sum(everywhere) for everywhere in zip(*group.gather(here), strict=True)]
+        self.numels = tuple(a + b for a, b in zip(whole, here, strict=True))
+
+        is_wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+        self._stages = self._over_stages = None
+        if stages is not None:
+            self._stages, self._over_stages = self._compare_stages(components, stages, is_wide)
+            is_wide = self._stages.is_wide
+        self.norm_dtype = torch.float64 if is_wide else torch.float32
+        self._asked = self._groups_asked(used, stages)
+
+    def _compare_stages(self, components: Components, group: Group, is_wide: bool) -> tuple[Stages, Reduction | None]:
+        members: dict[str, list[str]] = {}
+        for position, component, _ in components.members():
+            own = members.setdefault(components.names[component], [])
+            if components.tensor_names[position] not in own:
+                own.append(components.tensor_names[position])
+        stages = compare_stages(group, members, is_wide)
+        if not stages.spanning:
+            return stages, None
+        place = {name: i for i, name in enumerate(self._names)}
+        here = [(place[name], lane) for lane, name in enumerate(stages.spanning) if name in members]
+        return stages, Reduction.of(group, [i for i, _ in here], [lane for _, lane in here], len(stages.spanning))
+
+    def _groups_asked(self, used: dict[tuple[int, ...], Group], stages: Group | None) -> list[Group]:
+        """Whom to ask whether any norm anywhere is non-finite; nobody, where all norms are the same everywhere."""
+        asked = dict(used)
+        for layout in self._layouts:
+            if layout is not None and layout.mesh is not None and layout.mesh.get_coordinate() is not None:
+                for dim in range(layout.mesh.ndim):
+                    over = group_over(layout.mesh, [dim])
+                    if over is not None:
+                        asked.setdefault(over.ranks, over)
+        if stages is not None:
+            asked.setdefault(stages.ranks, stages)
+        whole = len(asked) == 1 and self._is_same and len(self._reductions) == 1
+        if whole and self._reductions[0].width == len(self._names):
+            return []
+        # Along the narrow groups first; a wider one then carries what they found to everybody.
+        return sorted(asked.values(), key=lambda g: len(g.ranks))
+
+    # -------------------------------------------------------------------------------------------------------
+    # Local tensors
+    # -------------------------------------------------------------------------------------------------------
+
+    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """What is held here of each tensor's gradient.
+
+        Raises:
+            TypeError, ValueError: a gradient that isn't held as its parameter is; names the parameter.
+        """
+        return [
+            grad if layout is None or grad is None else share.local_gradient(tensor, grad, layout, name)
+            for tensor, grad, layout, name in zip(
+                tensors, (t.grad for t in tensors), self._layouts, self._tensor_names, strict=True
+            )
+        ]
+
+    def touched(self, tensors: Sequence[Tensor]) -> None:
+        """Tells autograd that gradients were written to whose local tensors alone it has been told of."""
+        wrapped = [t.grad for t, layout in zip(tensors, self._layouts, strict=True) if layout and layout.mesh]
+        torch.autograd.graph.increment_version([grad for grad in wrapped if grad is not None])
+
+    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What is held here of the tensors themselves."""
+        return [share.local_value(t).detach() for t in tensors]
+
+    # -------------------------------------------------------------------------------------------------------
+    # Sums and coefficients
+    # -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what is here is all that norms need."""
+        return self._is_same and not self._reductions and self._over_stages is None
+
+    @property
+    def asks(self) -> bool:
+        """Whether it takes others to know that no norm anywhere is inf or NaN."""
+        return bool(self._asked)
+
+    def whole(self, sums: Tensor, measured: Measured, norm_type: float) -> Tensor:
+        """Power sums [K] of all components, everywhere, from those of ``local``. All ranks call this together.
+
+        All collectives are under way before the first is waited for; those between stages come after.
+
+        Args:
+            sums: of what is here.
+            measured: bool, of the same length, where there are elements; wanted for negative orders only.
+            norm_type: order of the norm.
+        """
+        under_way = [(r, r.start(sums, measured, norm_type)) for r in self._reductions]
+        for reduction, pending in under_way:
+            reduction.finish(pending, sums, measured, norm_type)
+        if not self._is_same:
+            index, _ = self._indices(sums.device)
+            rows = torch.cat((sums, sums.new_full((1,), formula.neutral(norm_type))))[index]
+            sums = formula.merged(rows, norm_type)
+            if measured is not None:
+                measured = torch.cat((measured, measured.new_zeros(1)))[index].any(1)
+        if self._over_stages is not None:
+            pending = self._over_stages.start(sums, measured, norm_type)
+            self._over_stages.finish(pending, sums, measured, norm_type)
+        if measured is not None:  # whose root is 0
+            sums = torch.where(measured, sums, 0.0 if norm_type == -math.inf else math.inf)
+        return sums
+
+    def local_factors(self, factors: Tensor) -> Tensor:
+        """What the components of ``local`` are multiplied by, from [K]."""
+        return factors if self._is_same else factors[self._indices(factors.device)[1]]
+
+    def total(self, norms: Tensor, norm_type: float) -> Tensor:
+        """The norm of all components everywhere together, []; ``stages`` come together for it."""
+        if self._stages is None:
+            return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
+        elsewhere = self._stages.counted_elsewhere
+        here = [i for i, name in enumerate(self._names) if name not in elsewhere]
+        if len(here) < len(self._names):
+            norms = norms[upload(torch.tensor(here, dtype=torch.int64, device="cpu"), norms.device)]
+        total = formula.total(norms, norm_type).reshape(1)
+        together = Reduction.of(self._stages.group, [0], [0], 1)
+        together.finish(together.start(total, None, norm_type), total, None, norm_type)
+        return formula.root(total[0], norm_type).to(norms.dtype)
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The sums of each component, [K, most], and the component of each sum."""
+        if device not in self._on:
+            members: list[list[int]] = [[] for _ in self._names]
+            for i, component in enumerate(self._owners):
+                members[component].append(i)
+            most, nothing = max(map(len, members)), len(self._owners)
+            rows = [own + [nothing] * (most - len(own)) for own in members]
+            index = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            owners = torch.tensor(self._owners, dtype=torch.int64, device="cpu")
+            self._on[device] = upload(index, device), upload(owners, device)
+        return self._on[device]
+
+    # -------------------------------------------------------------------------------------------------------
+    # Non-finite norms
+    # -------------------------------------------------------------------------------------------------------
+
+    def any_anywhere(self, found: Tensor) -> Tensor:
+        """Whether it is true of anybody: float32 [1], 0 or more, from a bool; no host sync."""
+        flag = found.reshape(1).float()
+        for group in self._asked:
+            flag = group.reduce(flag, dist.ReduceOp.MAX).result()
+        return flag
+
+    def nonfinite(self, norms: Tensor) -> tuple[list[str], int]:
+        """Names of the components, here or elsewhere, whose norm is inf or NaN, and the number of all. Syncs."""
+        finite = norms.isfinite()
+        bad: set[str] = set()
+        everyone = self._names if self._stages is None else self._stages.names
+        if bool(self.any_anywhere(~finite.all())):
+            bad = {name for name, ok in zip(self._names, finite.tolist(), strict=True) if not ok}
+            for group in self._asked:
+                bad.update(*group.gather(bad))
+        return [name for name in everyone if name in bad], len(everyone)
+
+    def explain(self) -> str:
+        """What is asked of whom, for people to read."""
+        lines = [
+            f"  one all-reduce of {r.width} sums over {_shown(r.group.ranks)}"
+            for r in (*self._reductions, *([self._over_stages] if self._over_stages else []))
+        ]
+        return "\n".join(lines or ["  no traffic between ranks"])
+
+
+def _groups(layouts: share.Layouts, tensors: Sequence[Tensor], group: Group | None) -> list[Group | None]:
+    """For each tensor the ranks that hold the rest of it."""
+    made: dict[tuple[int, tuple[int, ...]], Group | None] = {}
+    found = []
+    for layout in layouts:
+        if layout is None or layout.mesh is None:
+            found.append(group)
+            continue
+        key = id(layout.mesh), layout.cut_by
+        if key not in made:
+            made[key] = group_over(layout.mesh, layout.cut_by) if layout.cut_by else None
+        found.append(made[key])
+    return found
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    return f"{len(ranks)} ranks ({', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''})"

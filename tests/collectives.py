@@ -1,0 +1,17 @@
+"""Counting what ranks send each other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed.tensor.debug import CommDebugMode
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Collectives by name, filled in when the block ends."""
+    counts: dict[str, int] = {}
+    with CommDebugMode() as mode:
+        yield counts
+    for operator, number in mode.get_comm_counts().items():
+        name = str(operator).rpartition(".")[2]
+        counts[name] = counts.get(name, 0) + number

@@ -1,0 +1,120 @@
+"""Tests that run on several ranks: processes of one gloo group, started once and given one test after another.
+
+    @on_ranks(2, 4)
+    def test_something(dtype):
+        ...  # the body runs on every rank, with the same random numbers on all
+
+A test fails if it fails on any rank. Its ranks are then ended, since they may wait for each other, and started anew
+for the next test.
+"""
+
+import atexit
+import functools
+import importlib
+import inspect
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+
+import pytest
+
+SECONDS = 120  # what a test may take before its ranks count as stuck
+
+_pools: dict[int, "Pool"] = {}
+
+
+def on_ranks(*sizes: int):
+    """Marks a test whose body runs on every rank of groups of these sizes, one after another."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(*, ranks, request, **arguments):
+            seed = int(os.environ["CWCLIP_TEST_SEED"]) + sum(request.node.nodeid.encode())
+            if ranks not in _pools:
+                _pools[ranks] = Pool(ranks)
+            _pools[ranks].run(test.__module__, test.__name__, arguments, seed % 2**31)
+
+        own = list(inspect.signature(test).parameters.values())
+        extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("ranks", "request")]
+        run.__signature__ = inspect.Signature([*own, *extra])
+        return pytest.mark.parametrize("ranks", sizes)(run)
+
+    return decorate
+
+
+class Pool:
+    """Processes that are ranks 0 to size - 1."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.processes = []
+        self.pipes: list[Connection] = []
+        atexit.register(self.stop)
+
+    def run(self, module: str, name: str, arguments: dict, seed: int) -> None:
+        if not self.processes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send((module, name, arguments, seed))
+        answers: dict[int, str | None] = {}
+        while len(answers) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = wait(waiting, timeout=5 if any(answers.values()) else SECONDS)
+            if not ready:
+                break
+            for pipe in ready:
+                try:
+                    answers[self.pipes.index(pipe)] = pipe.recv()
+                except EOFError:
+                    answers[self.pipes.index(pipe)] = "ended without a word"
+        failures = [f"--- rank {rank}: {text}" for rank, text in sorted(answers.items()) if text is not None]
+        stuck = [rank for rank in range(self.size) if rank not in answers]
+        if failures or stuck:
+            self.stop()
+            pytest.fail("\n".join([*failures, *(f"--- rank {rank} got stuck" for rank in stuck)]), pytrace=False)
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, store), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS // 2)
+    )
+    warnings.simplefilter("error")
+    while True:
+        try:
+            module, name, arguments, seed = pipe.recv()
+        except EOFError:
+            return
+        try:
+            test = getattr(importlib.import_module(module), name).__wrapped__
+            torch.manual_seed(seed)
+            test(**arguments)
+            pipe.send(None)
+        except BaseException:
+            pipe.send(traceback.format_exc())
