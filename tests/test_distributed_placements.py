@@ -1,0 +1,246 @@
+"""Whatever the mesh and the placements: norms, clipped gradients and slices are those of the whole tensors."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from collectives import counted
+from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
+from helpers import GRAD_TOLERANCE, assert_norms, random_grad, same_bits
+from ranks import on_ranks
+
+BACKENDS = ("cpu", "triton", "foreach", "reference")
+
+
+def sharded(whole, mesh, placements):
+    """A parameter and its gradient, distributed alike."""
+    parameter = nn.Parameter(distribute_tensor(torch.zeros_like(whole), mesh, placements, src_data_rank=None))
+    parameter.grad = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    return parameter
+
+
+def plain(whole):
+    parameter = nn.Parameter(torch.zeros_like(whole))
+    parameter.grad = whole.clone()
+    return parameter
+
+
+def full(grad):
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def both_ways(wholes, mesh, placements, names=None):
+    names = names or [f"p{i}" for i in range(len(wholes))]
+    ours = [
+        (n, plain(w) if p is None else sharded(w, mesh, p)) for n, w, p in zip(names, wholes, placements, strict=True)
+    ]
+    return ours, [(n, plain(w)) for n, w in zip(names, wholes, strict=True)]
+
+
+def assert_same(ours, theirs, dtype):
+    rtol, atol = GRAD_TOLERANCE[dtype]
+    for (name, a), (_, b) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            full(a.grad), b.grad, rtol=max(rtol, 1e-6), atol=atol, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def random_placements(generator, mesh, shape):
+    """Any that DTensor takes; strided ones as FSDP2 makes them, over a shard of a later dimension of the mesh."""
+    found = [generator.choice([Replicate(), *map(Shard, range(len(shape)))]) for _ in range(mesh.ndim)]
+    if mesh.ndim == 2 and generator.random() < 0.4:
+        dim = generator.randrange(len(shape))
+        found = [_StridedShard(dim, split_factor=mesh.size(1)), Shard(dim)]
+    return found
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("round", range(3))
+def test_any_placement(round):
+    generator = random.Random(torch.initial_seed())
+    shapes = [(1, 4), (2, 2), (4, 1), (4,)] if dist.get_world_size() == 4 else [(2,), (1, 2), (2, 1)]
+    for _ in range(10):
+        mesh = init_device_mesh("cpu", generator.choice(shapes))
+        wholes, placements = [], []
+        for _ in range(generator.randint(1, 6)):
+            shape = [generator.choice([1, 2, 3, 5, 9, 16]) for _ in range(generator.randint(1, 3))]
+            wholes.append(random_grad(shape))
+            placements.append(None if generator.random() < 0.2 else random_placements(generator, mesh, shape))
+        ours, theirs = both_ways(wholes, mesh, placements)
+        components = generator.choice(["parameter", "all", lambda name, _: int(name[1:]) % 2])
+        order = generator.choice([1.0, 2.0, 2.0, 3.0, 0.0, math.inf, -math.inf, -1.0])
+        cap = generator.choice([0.01, 1.0, 100.0])
+        expected = fused_component_clip_(theirs, cap, order, components=components, backend="reference")
+        with counted() as counts:
+            clipper = ComponentClipper(ours, cap, order, components=components)
+        assert "allreduce_" not in counts
+        with counted() as counts:
+            result = clipper.clip_()
+        assert_norms(result.norms, expected, torch.float32)
+        assert_same(ours, theirs, torch.float32)
+        buckets = {
+            tuple(i for i, q in enumerate(p) if not q.is_replicate() and mesh.size(i) > 1)
+            for p in placements
+            if p is not None
+        } - {()}
+        assert counts == ({"allreduce_": len(buckets)} if buckets else {}), (placements, mesh)
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+def test_backends_and_dtypes(backend, dtype):
+    mesh = init_device_mesh("cpu", (2, 2))
+    placements = [[Shard(0), Shard(0)], [Shard(0), Replicate()], [Replicate(), Shard(1)], [Replicate()] * 2, None]
+    ours, theirs = both_ways([random_grad((9, 7), dtype) for _ in placements], mesh, placements)
+    norms = fused_component_clip_(ours, 1.0, backend=backend)
+    expected = fused_component_clip_(theirs, 1.0, backend="reference")
+    assert_norms(norms, expected, dtype)
+    assert_same(ours, theirs, dtype)
+    assert_norms(component_norms(ours, backend=backend), component_norms(theirs, backend="reference"), dtype)
+
+
+def cut_everywhere(names):
+    return (
+        ComponentSpec("parameter")
+        .split(names[0], sizes=(3, 4, 2), names=("q", "k", "v"))
+        .split(names[1], sizes=1)
+        .split(names[2], sizes=(5, 2), dim=1)
+        .split(names[3], sizes=3)
+        .split(names[3], sizes=(1, 6), dim=1)
+        .unitwise(names[4], dim=1)
+    )
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("backend", ["cpu", "foreach", "reference"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_are_logical_rows_even_where_a_shard_ends_within_one(backend, dim):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    names = ["qkv", "rows", "columns", "both", "units"]
+    wholes = [random_grad((9, 7)) for _ in names]
+    ours, theirs = both_ways(wholes, mesh, [[Shard(dim)]] * len(names), names)
+    spec = cut_everywhere(names)
+    norms = fused_component_clip_(ours, 0.5, components=spec, backend=backend)
+    expected = fused_component_clip_(theirs, 0.5, components=spec, backend="reference")
+    assert_norms(norms, expected, torch.float32)
+    assert_same(ours, theirs, torch.float32)
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 4)])
+def test_slices_of_strided_shards(shape):
+    mesh = init_device_mesh("cpu", shape)
+    names = ["qkv", "rows", "columns", "both", "units"]
+    for dim in (0, 1):
+        strided = [_StridedShard(dim, split_factor=mesh.size(1)), Shard(dim)]
+        ours, theirs = both_ways([random_grad((9, 7)) for _ in names], mesh, [strided] * len(names), names)
+        spec = cut_everywhere(names)
+        norms = fused_component_clip_(ours, 0.5, components=spec)
+        assert_norms(norms, fused_component_clip_(theirs, 0.5, components=spec, backend="reference"), torch.float32)
+        assert_same(ours, theirs, torch.float32)
+
+
+@on_ranks(4)
+def test_below_the_cap_bits_are_kept_and_nothing_but_the_sums_is_sent():
+    mesh = init_device_mesh("cpu", (4,))
+    ours, theirs = both_ways([random_grad((n, 3)) for n in (1, 5, 8)], mesh, [[Shard(0)]] * 3)
+    fused_component_clip_(ours, 1e9)
+    for (_, a), (_, b) in zip(ours, theirs, strict=True):
+        assert same_bits(full(a.grad), b.grad)
+
+
+@on_ranks(2)
+def test_gradients_of_other_placements_are_refused_by_name_on_all_ranks():
+    mesh = init_device_mesh("cpu", (2,))
+    for theirs, grad_is in ((Replicate(), Partial()), (Replicate(), Shard(0)), (Shard(0), Shard(1))):
+        parameter = sharded(random_grad((4, 4)), mesh, [theirs])
+        clipper = ComponentClipper([("norm.weight", parameter)], 1.0)
+        other = DTensor.from_local(torch.ones(2, 4) if grad_is == Shard(0) else torch.ones(4, 4), mesh, [grad_is])
+        if grad_is == Shard(1):
+            other = DTensor.from_local(torch.ones(4, 2), mesh, [grad_is])
+        parameter.grad = other
+        with pytest.raises(ValueError, match=r"gradient of 'norm.weight' has placements .*redistribute"):
+            clipper.clip_()
+        # The way out that the message names.
+        parameter.grad = parameter.grad.redistribute(parameter.device_mesh, parameter.placements)
+        clipper.clip_()
+
+
+@on_ranks(2)
+def test_partial_parameters_are_refused():
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    with pytest.raises(ValueError, match=r"'w' has placements .*Partial.*redistribute"):
+        ComponentClipper([("w", parameter)], 1.0)
+
+
+@on_ranks(4)
+def test_a_rank_outside_of_a_mesh_takes_no_part():
+    inner = init_device_mesh("cpu", (4,))
+    half = torch.distributed.device_mesh.DeviceMesh("cpu", [0, 1])
+    wholes = [random_grad((6,)), random_grad((6,))]
+    parameters = [("outer", sharded(wholes[0], inner, [Shard(0)]))]
+    if dist.get_rank() < 2:
+        parameters.append(("inner", sharded(wholes[1], half, [Shard(0)])))
+    norms = fused_component_clip_(parameters, 0.1, pp_mesh=dist.group.WORLD)
+    expected = [w.double().norm().float() for w in wholes[: len(parameters)]]
+    torch.testing.assert_close(norms, torch.stack(expected), rtol=1e-6, atol=0.0)
+
+
+@on_ranks(2, 4)
+def test_caps_that_adapt_stay_equal_on_all_ranks():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policies = {
+        "ema": lambda: thresholds.EMA(warmup_steps=2),
+        "z": lambda: thresholds.ZScore(warmup_steps=2),
+        "percentile": lambda: thresholds.Percentile(50.0),
+        "relative": lambda: thresholds.ParamRelative(),
+        "numel": lambda: thresholds.FromGlobal(1.0, "numel"),
+    }
+    for name, make in policies.items():
+        ours, theirs = both_ways(
+            [random_grad((n, 3)) for n in (1, 5, 8)], mesh, [[Shard(0)], [Replicate()], [Shard(0)]]
+        )
+        for (_, a), (_, b) in zip(ours, theirs, strict=True):
+            values = random_grad(b.shape)
+            b.data.copy_(values)
+            a.data.copy_(distribute_tensor(values, mesh, a.placements, src_data_rank=None))
+        one, two = ComponentClipper(ours, make()), ComponentClipper(theirs, make(), backend="reference")
+        for step in range(6):
+            for (_, a), (_, b) in zip(ours, theirs, strict=True):
+                b.grad = random_grad(b.shape, scale=1.0 + step)
+                a.grad = distribute_tensor(b.grad.clone(), mesh, a.placements, src_data_rank=None)
+            caps, expected = one.clip_().caps, two.clip_().caps
+            torch.testing.assert_close(caps, expected, rtol=1e-5, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, caps.tolist())
+            assert all(c == everywhere[0] for c in everywhere), name
+            assert_same(ours, theirs, torch.float32)
+
+
+@on_ranks(2)
+def test_norms_and_totals_of_the_whole():
+    mesh = init_device_mesh("cpu", (2,))
+    wholes = [random_grad((n,)) for n in (1, 5, 8)]
+    ours, _ = both_ways(wholes, mesh, [[Shard(0)]] * 3)
+    for order in (1.0, 2.0, 3.0, math.inf, 0.0):
+        clipper = ComponentClipper(ours, math.inf, order)
+        total = clipper.total_norm(clipper.norms())
+        expected = torch.linalg.vector_norm(torch.cat(wholes).double(), order)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0.0)
+
+
+@on_ranks(2)
+def test_explain_says_who_is_asked():
+    mesh = init_device_mesh("cpu", (2,))
+    ours, _ = both_ways([random_grad((5,)), random_grad((4,))], mesh, [[Shard(0)], [Replicate()]])
+    assert "one all-reduce of 1 sums over 2 ranks (0, 1)" in ComponentClipper(ours, 1.0).explain()
+    assert "no traffic between ranks" in ComponentClipper(ours[1:], 1.0).explain()
