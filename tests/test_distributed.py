@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 
 def steps_agree(plain, sharded, clip_plain, clip_sharded, reductions):
-    """Five optimizer steps of both models, each clipped its way; so many all-reduces in each call, and nothing else."""
+    """Five optimizer steps of both models, each clipped its way; so many all-reduces a call, and nothing else."""
     data = torch.randint(7, (5, 2, 4))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9) for m in (plain, sharded)]
     for step in range(5):
