@@ -118,8 +118,7 @@ class ComponentClipper:
         self._options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
         named = named_tensors(parameters)
         self._tensors = named.tensors
-        self._ranks = process_group, pp_mesh
-        self._engine = Engine(resolve(named, components), named.tensors, *self._ranks)
+        self._engine = Engine(resolve(named, components), named.tensors, process_group, pp_mesh)
         self.names: tuple[str, ...] = self._engine.components.names
         self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
         # As given; a mapping as it is now, like the caps.
@@ -177,7 +176,7 @@ class ComponentClipper:
         inside = [i for i, yes in enumerate(is_inside) if yes]
         part = copy(self)
         part._tensors = tuple(self._tensors[i] for i in inside)
-        part._engine = Engine(components.only(inside), part._tensors, *self._ranks)
+        part._engine = Engine(components.only(inside), part._tensors, *self._engine.ranks)
         return part
 
     def attach(self, optimizer: Optimizer, *, on_clip: Callable[[ClipResult], object] | None = None) -> Attachment:

@@ -93,7 +93,8 @@ class Engine:
 
     Attributes:
         components: as given.
-        spread: how they are spread over ranks; None if they aren't.
+        ranks: ``process_group`` and ``pp_mesh`` as given.
+        spread: how components are spread over ranks; None if they aren't.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class Engine:
         pp_mesh: object = None,
     ) -> None:
         self.components = components
-        self.spread = spread_of(components, tensors, process_group, pp_mesh)
+        self.ranks = process_group, pp_mesh
+        self.spread = spread_of(components, tensors, *self.ranks)
         self._planner = Planner(self._local)
         self._last_caps: tuple[object, Caps] | None = None
         self._last_threshold: BoundThreshold | None = None

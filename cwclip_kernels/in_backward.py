@@ -15,9 +15,10 @@ from torch.utils.weak import TensorWeakRef
 
 from .caps import CapPolicy, MaxNorm
 from .clipper import ClipResult
-from .components import CUT, Box, Components, Grouping, Parameters, named_tensors, type_name
+from .components import CUT, Box, Components, Grouping, NamedTensors, Parameters, named_tensors, type_name
 from .engine import Engine, Options, check_options
 from .resolve import resolve
+from .sharding import is_dtensor
 
 
 def clip_in_backward(
@@ -78,6 +79,7 @@ def clip_in_backward(
         )
     _check_not_distributed(parameters)
     named = named_tensors(parameters)
+    _check_not_sharded(named)
     trained = [i for i, tensor in enumerate(named.tensors) if tensor.requires_grad]
     if not trained:
         raise ValueError("parameters: none requires grad")
@@ -284,7 +286,7 @@ def _alone(optimizer: Optimizer, parameter: Tensor) -> Iterator[None]:
 
 def _check_not_distributed(parameters: Parameters) -> None:
     if not (isinstance(parameters, nn.Module) and torch.distributed.is_available()):
-        return  # a sharded gradient is refused when it comes
+        return
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
@@ -293,6 +295,16 @@ def _check_not_distributed(parameters: Parameters) -> None:
             raise ValueError(
                 f"parameters: in a {type_name(module)} the backward pass sees local gradients, not yet averaged over "
                 "ranks; clip at the step instead: ComponentClipper.attach(optimizer)"
+            )
+
+
+def _check_not_sharded(named: NamedTensors) -> None:
+    for name, tensor in zip(named.names, named.tensors, strict=True):
+        if is_dtensor(tensor):
+            raise ValueError(
+                f"parameters: {name!r} is a DTensor, whose norm takes all its ranks. In the backward pass each "
+                "gradient comes by itself, and perhaps not on every rank: they would wait for each other in vain. Clip "
+                "at the step instead, with one all-reduce for all: ComponentClipper.attach(optimizer)"
             )
 
 

@@ -5,7 +5,7 @@
         ...  # the body runs on every rank, with the same random numbers on all
 
 A test fails if it fails on any rank. Its ranks are then ended, since they may wait for each other, and started anew
-for the next test.
+for the next test. ``CWCLIP_RANKS="8"`` runs those tests that take several sizes on eight ranks too.
 """
 
 import atexit
@@ -29,6 +29,9 @@ _pools: dict[int, "Pool"] = {}
 
 def on_ranks(*sizes: int):
     """Marks a test whose body runs on every rank of groups of these sizes, one after another."""
+
+    if len(sizes) > 1:
+        sizes += tuple(map(int, os.environ.get("CWCLIP_RANKS", "").split()))
 
     def decorate(test):
         @functools.wraps(test)
@@ -83,7 +86,9 @@ class Pool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.size, store), daemon=True)
-            process.start()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo and CPU tensors, whatever the machine
+                process.start()
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)

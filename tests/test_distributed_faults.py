@@ -1,0 +1,261 @@
+"""What goes wrong on one rank: the others decide alike, say the same, and never wait in vain."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+from collectives import counted
+from cwclip_kernels import (
+    ComponentClipGradScaler,
+    ComponentClipper,
+    clip_in_backward,
+    component_norms,
+    fused_component_clip_,
+)
+from helpers import random_grad, same_bits
+from ranks import on_ranks
+from test_distributed import Model, wrap_fsdp2
+from test_distributed_placements import both_ways, full, plain, sharded
+
+
+def everywhere(thing):
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, thing)
+    return found
+
+
+def model_with_gradients(mesh, placements=None):
+    wholes = [random_grad((n, 3)) for n in (2, 5, 8)]
+    ours, _ = both_ways(wholes, mesh, placements or [[Shard(0)]] * 3, ["a", "b", "c"])
+    return ours, wholes
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("components", ["parameter", "all"])
+def test_a_rank_without_any_gradient_still_joins(components):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ours, wholes = model_with_gradients(mesh)
+    clipper = ComponentClipper(ours, 0.1, components=components)
+    last = dist.get_world_size() - 1
+    kept = [full(p.grad) for _, p in ours]
+    parts = [p.grad.to_local().clone() for _, p in ours]
+    if dist.get_rank() == last:
+        for _, p in ours:
+            p.grad = None
+    with counted() as counts:
+        norms = clipper.clip_().norms
+    assert counts == {"allreduce_": 1}
+    held = everywhere([part.double().square().sum().item() for part in parts])
+    squares = torch.tensor(held[:last]).sum(0)
+    expected = squares.sqrt() if components == "parameter" else squares.sum().sqrt()[None]
+    torch.testing.assert_close(norms.double(), expected.double(), rtol=1e-6, atol=0.0)
+    assert all(n == norms.tolist() for n in everywhere(norms.tolist()))
+    del kept, wholes
+
+
+@on_ranks(2, 4)
+def test_each_rank_without_another_gradient():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ours, _ = model_with_gradients(mesh)
+    clipper = ComponentClipper(ours, 0.1)
+    for step in range(4):
+        for i, (_, p) in enumerate(ours):
+            p.grad = None if (i + step + dist.get_rank()) % 3 == 0 else torch.ones_like(p)
+        norms = clipper.clip_().norms
+        assert all(n == norms.tolist() for n in everywhere(norms.tolist()))
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf"), float("-inf"), -1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_number_on_one_rank(norm_type, value):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ours, _ = model_with_gradients(mesh)
+    last = dist.get_world_size() - 1
+    before = [p.grad.to_local().clone() for _, p in ours]
+    if dist.get_rank() == last:
+        ours[2][1].grad.to_local()[0, 0] = value
+        before[2][0, 0] = value
+    shown = norm_type > 0 or value != value  # an inf is lost in a norm of negative order, and of the smallest
+    for policy in ("error", "skip", "zero", "propagate"):
+        for (_, p), b in zip(ours, before, strict=True):
+            p.grad.to_local().copy_(b)
+        clipper = ComponentClipper(ours, 0.1, norm_type, nonfinite=policy)
+        if policy == "error":
+            if shown:
+                with pytest.raises(RuntimeError, match="non-finite for 1 of 3 components: 'c'") as caught:
+                    clipper.clip_()
+                assert len(set(everywhere(str(caught.value)))) == 1
+                for (_, p), b in zip(ours, before, strict=True):
+                    assert same_bits(p.grad.to_local(), b)
+            continue
+        norms = clipper.clip_().norms
+        assert norms.isfinite().tolist() == [True, True, not shown]
+        if not shown:
+            continue
+        part = ours[2][1].grad.to_local()
+        if policy == "skip":
+            assert same_bits(part, before[2])
+        elif policy == "zero":
+            assert (part == 0).all()
+        elif value != value:
+            assert part.isnan().all()
+
+
+@on_ranks(4)
+def test_a_bad_number_in_one_group_stops_all_ranks_alike():
+    """Experts of two groups, replicas of two: those who don't hold the bad component hear of it, by name."""
+    dense = init_device_mesh("cpu", (4,))
+    experts = init_device_mesh("cpu", (2, 2))
+    wholes = [random_grad((8, 3)), random_grad((8, 3))]
+    parameters = [
+        ("dense", sharded(wholes[0], dense, [Shard(0)])),
+        ("experts", sharded(wholes[1], experts, [Replicate(), Shard(0)])),
+    ]
+    if dist.get_rank() == 3:
+        parameters[1][1].grad.to_local()[0, 0] = float("nan")
+    before = [p.grad.to_local().clone() for _, p in parameters]
+    with pytest.raises(RuntimeError, match="non-finite for 1 of 2 components: 'experts'") as caught:
+        fused_component_clip_(parameters, 0.1, error_if_nonfinite=True)
+    assert len(set(everywhere(str(caught.value)))) == 1
+    for (_, p), b in zip(parameters, before, strict=True):
+        assert same_bits(p.grad.to_local(), b)
+    found = torch.zeros(())
+    fused_component_clip_(parameters, 0.1, inv_scale=0.5, found_inf=found)
+    assert found == 1
+
+
+@on_ranks(2)
+def test_a_bad_number_in_one_stage_stops_all_stages():
+    name = f"layers.{dist.get_rank()}.weight"
+    grad = torch.full((3,), float("nan") if dist.get_rank() == 1 else 1.0)
+    with pytest.raises(RuntimeError, match=r"non-finite for 1 of 2 components: 'layers.1.weight'") as caught:
+        fused_component_clip_([(name, plain(grad))], 0.1, error_if_nonfinite=True, pp_mesh=dist.group.WORLD)
+    assert len(set(everywhere(str(caught.value)))) == 1
+    found = torch.zeros(())
+    fused_component_clip_([(name, plain(grad))], 0.1, found_inf=found, pp_mesh=dist.group.WORLD)
+    assert found == 1
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0])
+def test_a_scaled_loss_is_skipped_on_all_ranks(norm_type):
+    """An inf on one rank: every rank's scaler skips the step and backs off alike."""
+    model = Model()
+    wrap_fsdp2(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = ComponentClipGradScaler(ComponentClipper(model, 0.1, norm_type), device="cpu", init_scale=256.0)
+    before = [p.to_local().clone() for p in model.parameters()]
+    scaler.scale(model(torch.arange(7)[None]).square().sum()).backward()
+    if dist.get_rank() == 0:
+        model.head.weight.grad.to_local()[0, 0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(same_bits(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+    assert everywhere(scaler.get_scale()) == [128.0] * dist.get_world_size()
+    optimizer.zero_grad()
+    scaler.scale(model(torch.arange(7)[None]).square().sum()).backward()
+    scaler.step(optimizer)
+    assert not all(same_bits(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("difference", ["component", "parameter", "order", "shape"])
+def test_ranks_that_mean_different_components_are_told_at_set_up(difference):
+    """By name, all of them the same, and not by waiting for each other."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    ours, _ = model_with_gradients(mesh)
+    components = "parameter"
+    if odd and difference == "component":
+        components = lambda name, _: "head" if name == "c" else name  # noqa: E731
+    if odd and difference == "parameter":
+        ours = ours[:2]
+    if odd and difference == "order":
+        ours = ours[::-1]
+    if odd and difference == "shape":
+        ours[1] = "b", sharded(random_grad((6, 3)), mesh, [Shard(0)])
+    last = dist.get_world_size() - 1
+    message = {
+        "component": rf"only rank 0 has 'c', only rank {last} has 'head'",
+        "parameter": r"only rank 0 has 'c'",
+        "order": r"another order \('a' and 'c' at place 0\)",
+        "shape": rf"'b' is \(b \[5, 3\] S\(0\)\) on rank 0, but \(b \[6, 3\] S\(0\)\) on rank {last}",
+    }[difference]
+    for attempt in (
+        lambda: ComponentClipper(ours, 0.1, components=components),
+        lambda: fused_component_clip_(ours, 0.1, components=components),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            attempt()
+        assert len(set(everywhere(str(caught.value)))) == 1
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("policy", ["propagate", "error"])
+def test_a_rank_whose_gradient_cannot_be_clipped_keeps_nobody_waiting(policy):
+    """It says what is wrong; the others see NaN, in time."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ours, _ = model_with_gradients(mesh)
+    clipper = ComponentClipper(ours, 0.1, nonfinite=policy)
+    before = [p.grad.to_local().clone() for _, p in ours]
+    if dist.get_rank() == 0:
+        ours[1][1].grad._local_tensor = torch.ones(1, 3).expand(before[1].shape)
+        with pytest.raises(ValueError, match=r"gradient of 'b' has several elements on one place"):
+            clipper.clip_()
+        assert same_bits(ours[0][1].grad.to_local(), before[0])
+    elif policy == "error":
+        with pytest.raises(RuntimeError, match=r"non-finite for 3 of 3 components"):
+            clipper.clip_()
+        assert all(same_bits(p.grad.to_local(), b) for (_, p), b in zip(ours, before, strict=True))
+    else:
+        assert clipper.clip_().norms.isnan().all()
+
+
+@on_ranks(2)
+def test_clipping_in_backward_is_refused_where_parameters_are_sharded():
+    model = Model()
+    wrap_fsdp2(model, init_device_mesh("cpu", (2,)))
+    for parameters in (model, list(model.parameters()), model.named_parameters()):
+        with pytest.raises(ValueError, match=r"is a DTensor.* ComponentClipper.attach\(optimizer\)"):
+            clip_in_backward(parameters, 0.1)
+
+
+@on_ranks(2)
+def test_at_the_step_sharded_parameters_of_several_optimizers():
+    model = Model()
+    wrap_fsdp2(model, init_device_mesh("cpu", (2,)))
+    clipper = ComponentClipper(model, 0.1)
+    heads = [p for n, p in model.named_parameters() if n.startswith("head")]
+    rest = [p for n, p in model.named_parameters() if not n.startswith("head")]
+    optimizers = [torch.optim.SGD(heads, lr=0.1), torch.optim.SGD(rest, lr=0.1)]
+    handles = [clipper.attach(optimizer) for optimizer in optimizers]
+    model(torch.arange(7)[None]).square().sum().backward()
+    expected = component_norms(model)
+    with counted() as counts:
+        for optimizer in optimizers:
+            optimizer.step()
+    assert counts == {"allreduce_": 2}
+    torch.testing.assert_close(sum(h.last.norms for h in handles), expected, rtol=1e-6, atol=0.0)
+    assert (component_norms(model) <= 0.1).all()
+
+
+@on_ranks(2)
+def test_compiled_functions_leave_ranks_alone():
+    mesh = init_device_mesh("cpu", (2,))
+    parameters = [("w", sharded(random_grad((4,)), mesh, [Shard(0)]))]
+    clipper = ComponentClipper(parameters, 0.1)
+    with pytest.raises(Exception, match="spread over ranks can't be clipped in a compiled function"):
+        torch.compile(lambda: clipper.clip_(), fullgraph=True, backend="eager")()
+
+
+def test_nobody_is_asked_in_a_single_process():
+    model = nn.Linear(2, 2)
+    assert ComponentClipper(model, 0.1)._engine.spread is None
+    with pytest.raises(TypeError, match=re.escape("process_group: expected a ProcessGroup")):
+        ComponentClipper(model, 0.1, process_group="world")
