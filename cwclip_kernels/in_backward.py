@@ -303,8 +303,8 @@ def _check_not_sharded(named: NamedTensors) -> None:
         if is_dtensor(tensor):
             raise ValueError(
                 f"parameters: {name!r} is a DTensor, whose norm takes all its ranks. In the backward pass each "
-                "gradient comes by itself, and perhaps not on every rank: they would wait for each other in vain. Clip "
-                "at the step instead, with one all-reduce for all: ComponentClipper.attach(optimizer)"
+                "gradient comes by itself, and perhaps not on every rank: they would wait for each other in vain. "
+                "Clip at the step instead, with one all-reduce for all: ComponentClipper.attach(optimizer)"
             )
 
 

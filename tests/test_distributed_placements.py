@@ -1,7 +1,9 @@
 """Whatever the mesh and the placements: norms, clipped gradients and slices are those of the whole tensors."""
 
 import math
+import os
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from collectives import counted
 from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
+from cwclip_kernels.distributed.groups import Group
 from helpers import GRAD_TOLERANCE, assert_norms, random_grad, same_bits
 from ranks import on_ranks
 
@@ -61,11 +64,22 @@ def random_placements(generator, mesh, shape):
     return found
 
 
+@contextmanager
+def sent():
+    """Lengths of what is reduced."""
+    lengths = []
+    reduce = Group.reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Group, "reduce", lambda self, p, op: (lengths.append(p.numel()), reduce(self, p, op))[1])
+        yield lengths
+
+
 @on_ranks(2, 4)
-@pytest.mark.parametrize("round", range(3))
+@pytest.mark.parametrize("round", range(3 * int(os.environ.get("CWCLIP_FUZZ", "1"))))
 def test_any_placement(round):
     generator = random.Random(torch.initial_seed())
-    shapes = [(1, 4), (2, 2), (4, 1), (4,)] if dist.get_world_size() == 4 else [(2,), (1, 2), (2, 1)]
+    size = dist.get_world_size()
+    shapes = [(size,), *((n, size // n) for n in range(1, size + 1) if size % n == 0)]
     for _ in range(10):
         mesh = init_device_mesh("cpu", generator.choice(shapes))
         wholes, placements = [], []
@@ -81,7 +95,7 @@ def test_any_placement(round):
         with counted() as counts:
             clipper = ComponentClipper(ours, cap, order, components=components)
         assert "allreduce_" not in counts
-        with counted() as counts:
+        with counted() as counts, sent() as payloads:
             result = clipper.clip_()
         assert_norms(result.norms, expected, torch.float32)
         assert_same(ours, theirs, torch.float32)
@@ -91,6 +105,7 @@ def test_any_placement(round):
             if p is not None
         } - {()}
         assert counts == ({"allreduce_": len(buckets)} if buckets else {}), (placements, mesh)
+        assert all(numel <= 2 * len(result.names) for numel in payloads), (payloads, placements)
 
 
 @on_ranks(4)
@@ -172,6 +187,17 @@ def test_gradients_of_other_placements_are_refused_by_name_on_all_ranks():
         # The way out that the message names.
         parameter.grad = parameter.grad.redistribute(parameter.device_mesh, parameter.placements)
         clipper.clip_()
+
+
+@on_ranks(2)
+def test_a_gradient_that_is_still_on_its_way_is_waited_for():
+    """Redistributed without waiting, as the way out above may be written."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = sharded(random_grad((4, 4)), mesh, [Replicate()])
+    partial = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+    parameter.grad = partial.redistribute(mesh, [Replicate()], async_op=True)
+    assert fused_component_clip_([parameter], 1.0).item() == 8.0
+    torch.testing.assert_close(parameter.grad.to_local(), torch.full((4, 4), 0.25))
 
 
 @on_ranks(2)
