@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -16,9 +16,10 @@ from . import dispatch, execute, formula
 from .caps import CapPolicy, Caps, MaxNorm, as_float
 from .components import Components, type_name
 from .distributed import call
+from .distributed.share import Held
 from .distributed.spread import spread_of
 from .formula import POLICIES, ClipRule
-from .plan import ClipPlan, Gradients, Planner, Result, narrowed
+from .plan import ClipPlan, Gradients, Planner, narrowed
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Setting, Threshold
 from .thresholds.base import BoundThreshold
@@ -165,6 +166,7 @@ class Engine:
             return call.clip_(job, tensors, policy, rule, raise_nonfinite, scaled)
 
         def work(plan: ClipPlan, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+            held.touched()
             if scaled is NOT_SCALED:
                 return execute.clip_(plan, grads, policy, rule, raise_nonfinite)
             loss_scale = scaled.on(plan.device)
@@ -172,19 +174,24 @@ class Engine:
             scaled.deliver(loss_scale)
             return outcome
 
+        held = self._held(tensors)
         # A RuntimeError of raise_nonfinite may be about the norms.
-        outcome = self._carry_out(work, tensors, rule.norm_type, options.backend, exact=raise_nonfinite)
-        if spread is not None:
-            spread.touched(tensors)
-        return outcome
+        return self._planner.carry_out(
+            work, held.local, _home(tensors), rule.norm_type, options.backend, exact=raise_nonfinite
+        )
 
     @torch.no_grad()
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
         """Norms [K] of the tensors' gradients, which stay as they are."""
         if self.spread is not None and not self.spread.is_local:
             return call.norms_of(call.Job(self.spread, self._planner, backend, _home(tensors)), tensors, norm_type)
-        return self._carry_out(
-            lambda plan, grads: execute.norms_of(plan, grads, norm_type), tensors, norm_type, backend, exact=False
+        return self._planner.carry_out(
+            lambda plan, grads: execute.norms_of(plan, grads, norm_type),
+            self._held(tensors).local,
+            _home(tensors),
+            norm_type,
+            backend,
+            exact=False,
         )
 
     @torch.no_grad()
@@ -194,23 +201,14 @@ class Engine:
             return self.spread.total(norms, norm_type)
         return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
 
-    def _carry_out(
-        self,
-        work: Callable[[ClipPlan, Gradients], Result],
-        tensors: Sequence[Tensor],
-        norm_type: float,
-        backend: str | None,
-        *,
-        exact: bool,
-    ) -> Result:
-        grads = [t.grad for t in tensors] if self.spread is None else self.spread.gradients(tensors)
-        return self._planner.carry_out(work, grads, _home(tensors), norm_type, backend, exact=exact)
+    def _held(self, tensors: Sequence[Tensor]) -> Held:
+        return Held([t.grad for t in tensors], ()) if self.spread is None else self.spread.gradients(tensors)
 
     @torch.no_grad()
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
         """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
         here: Sequence[Tensor | None] = tensors if self.spread is None else self.spread.values(tensors)
-        grads = [t.grad for t in tensors] if self.spread is None else self.spread.gradients(tensors)
+        grads = self._held(tensors).local
         shown = [
             _stand_in(tensor, value) if grad is None else grad
             for tensor, value, grad in zip(tensors, here, grads, strict=True)

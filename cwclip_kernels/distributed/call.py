@@ -18,6 +18,7 @@ from ..caps import CapPolicy
 from ..formula import ClipRule, LossScale, wide_dtype
 from ..plan import ClipPlan, Gradients, Planner
 from ..scaled_loss import NOT_SCALED, ScaledLoss
+from .share import Held
 from .spread import Spread
 
 
@@ -52,7 +53,7 @@ class _Part:
     sums: dict[float, Tensor]
     measured: Tensor | None = None
     plan: ClipPlan | None = None
-    grads: Gradients | None = None
+    grads: Held | None = None
     loss_scale: LossScale = formula.UNSCALED
     failure: Exception | None = None
 
@@ -89,8 +90,8 @@ def clip_(
         raise RuntimeError(execute.nonfinite_message(bad, count, order))
     assert part.plan is not None and part.grads is not None  # noqa: PT018  # as nothing failed
     factors = spread.local_factors(part.loss_scale.factors(coefs))
-    execute.scale_(part.plan, part.grads, factors, rule)
-    spread.touched(tensors)
+    execute.scale_(part.plan, part.grads.local, factors, rule)
+    part.grads.touched()
     scaled.deliver(part.loss_scale)
     policy.update_(norms, coefs)
     return norms, coefs, caps
@@ -103,12 +104,10 @@ def norms_of(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def norms_of_values(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The K norms of the tensors themselves."""
-    return _norms(job, _measure(job, lambda: job.spread.values(tensors), [norm_type]), norm_type)
+    return _norms(job, _measure(job, lambda: Held(list(job.spread.values(tensors)), []), [norm_type]), norm_type)
 
 
-def _measure(
-    job: Job, read: Callable[[], Gradients], orders: Sequence[float], scaled: ScaledLoss = NOT_SCALED
-) -> _Part:
+def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled: ScaledLoss = NOT_SCALED) -> _Part:
     """Measures what is here. Whatever goes wrong is in the result, not raised: the others are to be met first."""
 
     def work(plan: ClipPlan, grads: Gradients) -> _Part:
@@ -116,10 +115,11 @@ def _measure(
         measured = None
         if orders[0] < 0:
             measured = torch.tensor(execute.has_elements(plan, grads), device="cpu").to(plan.device)
-        return _Part(plan.device, sums, measured, plan, grads, scaled.on(plan.device))
+        return _Part(plan.device, sums, measured, plan, held, scaled.on(plan.device))
 
     try:
-        return job.planner.carry_out(work, read(), job.home, orders[0], job.backend, exact=False)
+        held = read()
+        return job.planner.carry_out(work, held.local, job.home, orders[0], job.backend, exact=False)
     except Exception as failure:
         count = (len(job.spread.local.names),)
         nan = torch.full(count, math.nan, dtype=wide_dtype(job.home), device=job.home)

@@ -35,22 +35,26 @@ class Reduction:
         own: which of the sums here, int64.
         lanes: where in the payload each goes, int64, in an order that all ranks share.
         width: of the payload: more than there are lanes where other ranks have components that this one hasn't.
+        is_all: the payload is this rank's sums as they are.
     """
 
     group: Group
     own: Tensor
     lanes: Tensor
     width: int
+    is_all: bool
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, group: Group, own: list[int], lanes: list[int], width: int) -> Reduction:
-        """From plain numbers."""
+    def of(cls, group: Group, own: list[int], lanes: list[int], width: int, count: int) -> Reduction:
+        """From plain numbers, of ``count`` sums."""
         places, into = (torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (own, lanes))
-        return cls(group, places, into, width)
+        return cls(group, places, into, width, own == lanes == list(range(width)) and width == count)
 
     def start(self, sums: Tensor, measured: Measured, norm_type: float) -> Pending:
-        """Sends off what is here."""
+        """Sends off what is here, which may then be overwritten."""
+        if self.is_all:
+            return self.group.reduce(*_encoded(sums, measured, norm_type))
         own, lanes = self._indices(sums.device)
         payload = sums.new_full((self.width,), neutral(norm_type)).index_copy_(0, lanes, sums[own])
         known = None
@@ -58,13 +62,16 @@ class Reduction:
             known = measured.new_zeros(self.width).index_copy_(0, lanes, measured[own])
         return self.group.reduce(*_encoded(payload, known, norm_type))
 
-    def finish(self, pending: Pending, sums: Tensor, measured: Measured, norm_type: float) -> None:
-        """Writes what came back over ``sums`` and ``measured``."""
-        own, lanes = self._indices(sums.device)
+    def finish(self, pending: Pending, sums: Tensor, measured: Measured, norm_type: float) -> tuple[Tensor, Measured]:
+        """``sums`` and ``measured`` with what came back in them."""
         whole, known = _decoded(pending.result(), sums.dtype, norm_type)
+        if self.is_all:
+            return whole, known
+        own, lanes = self._indices(sums.device)
         sums.index_copy_(0, own, whole[lanes])
         if measured is not None and known is not None:
             measured.index_copy_(0, own, known[lanes])
+        return sums, measured
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -90,29 +91,79 @@ def local_value(tensor: Any) -> Tensor:
     return local
 
 
-def local_gradient(tensor: Any, grad: Any, layout: Layout, name: str) -> Tensor:
-    """What is held here of a sharded parameter's gradient.
+class Held(NamedTuple):
+    """Gradients of one step.
 
-    Raises:
-        TypeError, ValueError: it isn't held as the parameter is; names the parameter.
+    Attributes:
+        local: of each tensor what is held here, None if it has no gradient.
+        wrapped: the DTensors around them.
     """
-    if layout.mesh is None:
-        if grad.shape != layout.local_shape:
-            raise ValueError(
-                f"the gradient of {name!r} has shape {list(grad.shape)}, not that of this rank's part "
-                f"({list(layout.local_shape)}); clip after the backward pass, outside of no_sync()"
-            )
-        return grad  # type: ignore[no-any-return]
+
+    local: list[Tensor | None]
+    wrapped: Sequence[Tensor]
+
+    def touched(self) -> None:
+        """Tells autograd that the DTensors were written to; of their local tensors it has been told."""
+        if self.wrapped:
+            torch.autograd.graph.increment_version(self.wrapped)
+
+
+class Share:
+    """Finds this rank's part of gradients.
+
+    Args:
+        layouts: of the parameters.
+        names: theirs.
+    """
+
+    def __init__(self, layouts: Layouts, names: Sequence[str]) -> None:
+        self._layouts = layouts
+        self._names = names
+        # How the last gradient found in order was laid out: the same object at every step, with FSDP2.
+        self._specs: list[Any] = [None] * len(layouts)
+
+    def gradients(self, tensors: Sequence[Tensor]) -> Held:
+        """What is held here of each tensor's gradient.
+
+        Raises:
+            TypeError, ValueError: a gradient that isn't held as its parameter is; names the parameter.
+        """
+        local: list[Tensor | None] = []
+        wrapped: list[Tensor] = []
+        for position, (tensor, spec) in enumerate(zip(tensors, self._specs, strict=True)):
+            grad: Any = tensor.grad
+            layout = self._layouts[position]
+            if grad is None or layout is None:
+                local.append(grad)
+            elif layout.mesh is None:
+                _check_flat(grad, layout, self._names[position])
+                local.append(grad)
+            else:
+                if spec is None or getattr(grad, "_spec", None) is not spec:
+                    _check_dtensor(grad, layout, self._names[position])
+                    self._specs[position] = grad._spec
+                part = grad._local_tensor
+                local.append(part if type(part) is Tensor else _arrived(part))
+                wrapped.append(grad)
+        return Held(local, wrapped)
+
+
+def _check_flat(grad: Tensor, layout: Layout, name: str) -> None:
+    if grad.shape != layout.local_shape:
+        raise ValueError(
+            f"the gradient of {name!r} has shape {list(grad.shape)}, not that of this rank's part "
+            f"({list(layout.local_shape)}); clip after the backward pass, outside of no_sync()"
+        )
+
+
+def _check_dtensor(grad: Any, layout: Layout, name: str) -> None:
     if not is_dtensor(grad):
         raise TypeError(f"the gradient of {name!r} is a {type_name(grad)}, but the parameter is a DTensor")
-    if grad._spec is not tensor._spec and (grad.placements != layout.placements or grad.device_mesh != layout.mesh):
+    if tuple(grad.placements) != layout.placements or grad.device_mesh != layout.mesh:
         raise ValueError(
             f"the gradient of {name!r} has placements {tuple(grad.placements)}, but the parameter has "
-            f"{layout.placements}; before clipping, "
-            "p.grad = p.grad.redistribute(p.device_mesh, p.placements)"
+            f"{layout.placements}; before clipping, p.grad = p.grad.redistribute(p.device_mesh, p.placements)"
         )
-    local: Any = grad._local_tensor
-    return local if type(local) is Tensor else _arrived(local)
 
 
 def _arrived(local: Any) -> Tensor:

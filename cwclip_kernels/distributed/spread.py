@@ -70,7 +70,7 @@ class Spread:
     ) -> None:
         self._names = components.names
         self._layouts = layouts
-        self._tensor_names = components.tensor_names
+        self._share = share.Share(layouts, components.tensor_names)
         self.has_stages = stages is not None
         groups = _groups(layouts, tensors, group)
         self.local, owners = share.local_components(components, layouts, groups)
@@ -83,7 +83,7 @@ class Spread:
         for ranks, own_group in used.items():
             agree(own_group, share.statement(components, layouts, groups, own_group, whole=stages is None))
             sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == ranks]
-            self._reductions.append(Reduction.of(own_group, sums, list(range(len(sums))), len(sums)))
+            self._reductions.append(Reduction.of(own_group, sums, list(range(len(sums))), len(sums), len(owners)))
         whole, here = share.numels(components, tensors, layouts)
         if group is not None:
             here = [sum(everywhere) for everywhere in zip(*group.gather(here), strict=True)]
@@ -108,7 +108,8 @@ class Spread:
             return stages, None
         place = {name: i for i, name in enumerate(self._names)}
         here = [(place[name], lane) for lane, name in enumerate(stages.spanning) if name in members]
-        return stages, Reduction.of(group, [i for i, _ in here], [lane for _, lane in here], len(stages.spanning))
+        places, lanes = [i for i, _ in here], [lane for _, lane in here]
+        return stages, Reduction.of(group, places, lanes, len(stages.spanning), len(self._names))
 
     def _groups_asked(self, used: dict[tuple[int, ...], Group], stages: Group | None) -> list[Group]:
         """Whom to ask whether any norm anywhere is non-finite; nobody, where all norms are the same everywhere."""
@@ -131,23 +132,13 @@ class Spread:
     # Local tensors
     # -------------------------------------------------------------------------------------------------------
 
-    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradients(self, tensors: Sequence[Tensor]) -> share.Held:
         """What is held here of each tensor's gradient.
 
         Raises:
             TypeError, ValueError: a gradient that isn't held as its parameter is; names the parameter.
         """
-        return [
-            grad if layout is None or grad is None else share.local_gradient(tensor, grad, layout, name)
-            for tensor, grad, layout, name in zip(
-                tensors, (t.grad for t in tensors), self._layouts, self._tensor_names, strict=True
-            )
-        ]
-
-    def touched(self, tensors: Sequence[Tensor]) -> None:
-        """Tells autograd that gradients were written to whose local tensors alone it has been told of."""
-        wrapped = [t.grad for t, layout in zip(tensors, self._layouts, strict=True) if layout and layout.mesh]
-        torch.autograd.graph.increment_version([grad for grad in wrapped if grad is not None])
+        return self._share.gradients(tensors)
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What is held here of the tensors themselves."""
@@ -179,7 +170,7 @@ class Spread:
         """
         under_way = [(r, r.start(sums, measured, norm_type)) for r in self._reductions]
         for reduction, pending in under_way:
-            reduction.finish(pending, sums, measured, norm_type)
+            sums, measured = reduction.finish(pending, sums, measured, norm_type)
         if not self._is_same:
             index, _ = self._indices(sums.device)
             rows = torch.cat((sums, sums.new_full((1,), formula.neutral(norm_type))))[index]
@@ -188,7 +179,7 @@ class Spread:
                 measured = torch.cat((measured, measured.new_zeros(1)))[index].any(1)
         if self._over_stages is not None:
             pending = self._over_stages.start(sums, measured, norm_type)
-            self._over_stages.finish(pending, sums, measured, norm_type)
+            sums, measured = self._over_stages.finish(pending, sums, measured, norm_type)
         if measured is not None:  # whose root is 0
             sums = torch.where(measured, sums, 0.0 if norm_type == -math.inf else math.inf)
         return sums
@@ -206,8 +197,8 @@ class Spread:
         if len(here) < len(self._names):
             norms = norms[upload(torch.tensor(here, dtype=torch.int64, device="cpu"), norms.device)]
         total = formula.total(norms, norm_type).reshape(1)
-        together = Reduction.of(self._stages.group, [0], [0], 1)
-        together.finish(together.start(total, None, norm_type), total, None, norm_type)
+        together = Reduction.of(self._stages.group, [0], [0], 1, 1)
+        total, _ = together.finish(together.start(total, None, norm_type), total, None, norm_type)
         return formula.root(total[0], norm_type).to(norms.dtype)
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
