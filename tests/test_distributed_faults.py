@@ -1,5 +1,6 @@
 """What goes wrong on one rank: the others decide alike, say the same, and never wait in vain."""
 
+import json
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from cwclip_kernels import (
     component_norms,
     fused_component_clip_,
 )
+from cwclip_kernels.telemetry import write_status_json
 from helpers import random_grad, same_bits
 from ranks import on_ranks
 from test_distributed import Model, wrap_fsdp2
@@ -243,6 +245,23 @@ def test_at_the_step_sharded_parameters_of_several_optimizers():
     assert counts == {"allreduce_": 2}
     torch.testing.assert_close(sum(h.last.norms for h in handles), expected, rtol=1e-6, atol=0.0)
     assert (component_norms(model) <= 0.1).all()
+
+
+@on_ranks(2)
+def test_a_status_file_of_sharded_parameters(tmp_path):
+    whole, model = Model(), Model()
+    model.load_state_dict(whole.state_dict())
+    wrap_fsdp2(model, init_device_mesh("cpu", (2,)))
+    found = []
+    for m, folder in ((whole, tmp_path / f"whole{dist.get_rank()}"), (model, tmp_path / "sharded")):
+        m(torch.arange(7)[None]).square().sum().backward()
+        found.append(write_status_json(folder, 20, m, ComponentClipper(m, 0.1).clip_()))
+    dist.barrier()
+    one, two = (json.loads(file.read_text()) for file in found)
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"step"}:
+        assert one[name].pop("shape") == two[name].pop("shape")
+        assert one[name] == pytest.approx(two[name], rel=1e-6, abs=1e-12), name
 
 
 @on_ranks(2)

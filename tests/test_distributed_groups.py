@@ -14,7 +14,7 @@ from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fus
 from cwclip_kernels.sharding import is_dtensor
 from helpers import assert_norms, parameter, random_grad, same_bits
 from ranks import on_ranks
-from test_distributed import Block, Model, pair
+from test_distributed import Block, Model, check, pair
 from test_distributed_placements import assert_same, both_ways, full, plain, sharded
 
 
@@ -120,6 +120,11 @@ def test_partitions_of_plain_tensors():
         torch.testing.assert_close(p.grad, part * min(1.0, 0.5 / (whole.norm().item() + 1e-6)), rtol=1e-5, atol=0.0)
     caps = ComponentClipper(parts, thresholds.FromGlobal(1.0, "numel"), process_group=dist.group.WORLD).clip_().caps
     torch.testing.assert_close(caps[:3] ** 2, torch.tensor([11, 3, 40]) / (54.0 + 2 * size), check_dtype=False)
+
+
+@on_ranks(2, 4)
+def test_data_parallel():
+    check(lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True), "parameter", 0)
 
 
 @on_ranks(2)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..components import Parameters, named_tensors
 from ..formula import wide_dtype
+from ..sharding import is_dtensor
 
 if TYPE_CHECKING:
     from ..clipper import ClipResult
@@ -31,7 +32,8 @@ def write_status_json(folder: str | Path, step: int, parameters: Parameters, res
     figures looks for these files in ``gradClipMemoryJsons`` of each ``seed*`` folder. It knows no component but
     parameters.
 
-    Reads gradients and parameters several times and waits for the device: for every 20th step, say.
+    Reads gradients and parameters several times and waits for the device: for every 20th step, say. Where they are
+    DTensors all ranks call it together, each is gathered for its turn, and rank 0 writes.
 
     Args:
         folder: where to; made if it isn't there.
@@ -72,7 +74,7 @@ def write_status_json(folder: str | Path, step: int, parameters: Parameters, res
     norms, coefs = result.norms.tolist(), result.coefs.tolist()
     status: dict[str, object] = {"step": step}
     if shown:
-        rows = _measured([g.to_dense() if g.is_sparse else g for _, _, g in shown], [p.detach() for _, p, _ in shown])
+        rows = _measured([g for _, _, g in shown], [p.detach() for _, p, _ in shown])
         for (name, p, _), row in zip(shown, rows, strict=True):
             at = place[name]
             status[name] = {
@@ -83,8 +85,10 @@ def write_status_json(folder: str | Path, step: int, parameters: Parameters, res
                 **row,
             }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"status_{step}.json"
+    if any(is_dtensor(p) for _, p in pairs) and torch.distributed.get_rank() != 0:
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(status), encoding="utf-8")
     unfinished.replace(file)  # whole, or not at all
@@ -94,19 +98,22 @@ def write_status_json(folder: str | Path, step: int, parameters: Parameters, res
 def _measured(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[dict[str, float]]:
     """Norms and statistics of each gradient and parameter, with one copy to the host."""
     home = grads[0].device
-    wide = wide_dtype(home)
-    columns = []
-    for tensors in (grads, params):
-        columns.append([torch.linalg.vector_norm(t, dtype=_wide_of(t, wide)).to(home, wide) for t in tensors])
-    for tensors in (grads, params):
-        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        empty = torch.zeros((), dtype=wide, device=home)
-        columns.append([t.max().to(home, wide) if t.numel() else empty for t in real])
-        columns.append([t.min().to(home, wide) if t.numel() else empty for t in real])
-        columns.append([t.mean(dtype=_wide_of(t, wide)).to(home, wide) if t.numel() else empty for t in real])
-    table = torch.stack([torch.stack(column) for column in columns], 1).tolist()
+    rows = [torch.stack((*_statistics(g, home), *_statistics(p, home))) for g, p in zip(grads, params, strict=True)]
+    norms, others = (0, 4), (1, 2, 3, 5, 6, 7)
+    table = torch.stack(rows)[:, [*norms, *others]].tolist()
     return [dict(zip((*_KEYS, *_STATISTICS), row, strict=True)) for row in table]
 
 
-def _wide_of(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, wide)
+def _statistics(tensor: Any, home: torch.device) -> list[Tensor]:
+    """Norm, maximum, minimum and mean, of nothing 0."""
+    wide = wide_dtype(home)
+    if is_dtensor(tensor):
+        tensor = tensor.full_tensor()
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    if not tensor.numel():
+        return [torch.zeros((), dtype=wide, device=home)] * 4
+    kind = torch.promote_types(tensor.dtype, wide)
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    mean = real.mean(dtype=torch.promote_types(real.dtype, wide))
+    return [x.to(home, wide) for x in (torch.linalg.vector_norm(tensor, dtype=kind), real.max(), real.min(), mean)]
