@@ -140,7 +140,7 @@ class ComponentClipper:
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
         if is_dynamo_compiling():
-            compiled.refuse_ranks(self._engine.spread is not None)
+            compiled.refuse_ranks(self.is_spread)
             components, options = self._engine.components, self._options
             outcome = compiled.clip_(self._tensors, components, self.max_norm, options, inv_scale, found_inf)
         else:
@@ -218,6 +218,11 @@ class ComponentClipper:
         return tuple(tensor for i, tensor in enumerate(self._tensors) if i in clipped)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether other ranks have parts of components, or of the model, so that all clip together."""
+        return self._engine.spread is not None
+
+    @property
     def raises_nonfinite(self) -> bool:
         """Whether a non-finite norm is an error."""
         return self._options.raise_nonfinite
@@ -226,7 +231,7 @@ class ComponentClipper:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""
         norm_type, backend = self._options.rule.norm_type, self._options.backend
         if is_dynamo_compiling():
-            compiled.refuse_ranks(self._engine.spread is not None)
+            compiled.refuse_ranks(self.is_spread)
             return compiled.norms_of(self._tensors, self._engine.components, norm_type, backend)
         return self._engine.norms(self._tensors, norm_type, backend)
 

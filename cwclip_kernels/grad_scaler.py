@@ -129,7 +129,7 @@ class ComponentClipGradScaler(GradScaler):
             raise ValueError(
                 "Attempting to unscale FP16 gradients: keep parameters in float32 and use torch.autocast."
             )
-        if not grads:
+        if not grads and (part is None or not part.is_spread):  # where it is, other ranks may have some
             return {}
         self._clip(part, inv_scale=inv_scale, found_inf=found_inf)
         rest: Any = SimpleNamespace(param_groups=[{"params": others}])

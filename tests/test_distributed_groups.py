@@ -1,5 +1,7 @@
 """Ranks that hold parts without being DTensors: FullyShardedDataParallel, ZeRO, pipelines, experts; and DDP."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,6 +89,23 @@ def test_without_its_group_a_flattened_model_is_refused(use_orig_params):
         ComponentClipper(model, 0.1)
     with pytest.raises(ValueError, match="process_group=model.process_group"):
         component_norms(list(model.parameters()))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_a_flattened_model_that_is_whole_here_is_refused(use_orig_params):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch advises as we do
+        model = wrapped(Model(), use_orig_params=use_orig_params, sharding_strategy=ShardingStrategy.NO_SHARD)
+    with pytest.raises(ValueError, match=r"is whole here, .*summon_full_params\(\) first .*DistributedDataParallel"):
+        ComponentClipper(model, 0.1, process_group=model.process_group)
+
+
+@on_ranks(2)
+def test_parts_whose_place_is_unknown_are_not_cut():
+    parameters = [("w", plain(random_grad((4, 3))))]
+    with pytest.raises(ValueError, match=r"components: 'w' can't be cut, as it is a part \(process_group\)"):
+        ComponentClipper(parameters, 0.1, components=ComponentSpec().unitwise("w"), process_group=dist.group.WORLD)
 
 
 @on_ranks(4)

@@ -5,32 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import TypeVar
+
+import torch.distributed as dist
 
 from .groups import Group
+
+T = TypeVar("T")
 
 # Of each component its parameters, and how each is held, in words that are the same on all ranks that agree.
 Statement = Mapping[str, Sequence[tuple[str, str]]]
 
 
-def agree(group: Group, statement: Statement) -> None:
-    """Compares the ranks' components.
+def agree(groups: Sequence[Group], statement: Statement) -> None:
+    """Compares the components of all ranks that are in a group with this one, or with one that is, and so on.
 
     Raises:
-        ValueError: on all ranks of the group, with the same message, naming what differs.
+        ValueError: on all of them, with the same message, naming what differs.
     """
-    digest = sha256(repr(sorted(statement.items(), key=lambda item: item[0])).encode())
-    digest.update(repr(list(statement)).encode())  # their order is that of the sums
-    if len(set(group.gather(digest.hexdigest()))) > 1:
-        raise ValueError(_difference(group.ranks, group.gather(statement)))
+    own = list(statement.items())  # their order is that of the sums
+    digests = _from_all(groups, sha256(repr(own).encode()).hexdigest())
+    if len(set(digests.values())) > 1:
+        raise ValueError(_difference({rank: dict(items) for rank, items in _from_all(groups, own).items()}))
 
 
-def _difference(ranks: Sequence[int], statements: Sequence[Statement]) -> str:
-    first = statements[0]
-    other = next(i for i, s in enumerate(statements) if s != first or list(s) != list(first))
-    one, two = f"rank {ranks[0]}", f"rank {ranks[other]}"
+def _from_all(groups: Sequence[Group], thing: T) -> dict[int, T]:
+    """Everybody's, by rank. Nobody leaves before the last group was asked, whatever was found."""
+    found = {dist.get_rank(): thing} if groups else {}
+    for group in groups:
+        for theirs in group.gather(found):
+            found.update(theirs)
+    return dict(sorted(found.items()))
+
+
+def _difference(statements: Mapping[int, Statement]) -> str:
+    (rank, first), *rest = statements.items()
+    other, second = next((r, s) for r, s in rest if list(s.items()) != list(first.items()))
     return (
-        f"components: {one} and {two} don't have the same: {_what(first, statements[other], one, two)}. Every rank "
-        "has to pass the same parameters with the same components (ranks that hold different ones: pp_mesh)"
+        f"components: ranks {rank} and {other} don't have the same: "
+        f"{_what(first, second, f'rank {rank}', f'rank {other}')}. Every rank has to pass the same parameters with "
+        "the same components (ranks that hold different ones: pp_mesh)"
     )
 
 

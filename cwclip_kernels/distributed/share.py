@@ -31,6 +31,12 @@ def local_components(
     slices: list[tuple[int, int, Box]] = []
     for position, component, box in components.members():
         group, layout = groups[position], layouts[position]
+        if box and layout is None and group is not None:
+            raise ValueError(
+                f"components: {components.tensor_names[position]!r} can't be cut, as it is a part (process_group) "
+                "whose place in the whole is unknown; a DTensor can be, and FullyShardedDataParallel's with "
+                "use_orig_params=False"
+            )
         key = component, None if group is None else group.ranks
         if key not in place:
             place[key] = len(owners)
@@ -45,18 +51,12 @@ def local_components(
 
 
 def statement(
-    components: Components,
-    layouts: Layouts,
-    groups: Sequence[Group | None],
-    group: Group,
-    *,
-    whole: bool,
+    components: Components, layouts: Layouts, chosen: Sequence[bool] | None = None
 ) -> dict[str, list[tuple[str, str]]]:
-    """What ranks of a group must agree on: all components, or, where others have others, those that they share."""
+    """What ranks must agree on: of each component its parameters (or those chosen) and how they are sharded."""
     found: dict[str, list[tuple[str, str]]] = {}
     for position, component, box in components.members():
-        own = groups[position]
-        if not whole and (own is None or own.ranks != group.ranks):
+        if chosen is not None and not chosen[position]:
             continue
         layout = layouts[position]
         how = ""

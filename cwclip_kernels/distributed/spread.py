@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import formula
 from ..backends.memory import upload
 from ..components import Components
-from ..sharding import layout_of
+from ..sharding import Layout, layout_of
 from . import share
 from .agreement import Stages, agree, compare_stages
 from .groups import Group, as_group, group_over
@@ -32,21 +32,30 @@ def spread_of(
     """
     group, stages = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
     layouts = [layout_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
-    if process_group is None:
-        _check_not_flattened(tensors, components.tensor_names)
+    for tensor, name, layout in zip(tensors, components.tensor_names, layouts, strict=True):
+        if getattr(tensor, "_fsdp_flattened", False) and dist.get_world_size() > 1:
+            _check_flattened(tensor, name, layout, group)
     if group is None and stages is None and not any(layouts):
         return None
     return Spread(components, tensors, layouts, group, stages)
 
 
-def _check_not_flattened(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
-    flattened = [name for t, name in zip(tensors, names, strict=True) if getattr(t, "_fsdp_flattened", False)]
-    if flattened and dist.get_world_size() > 1:
+def _check_flattened(tensor: Tensor, name: str, layout: Layout | None, group: Group | None) -> None:
+    """Raises unless this parameter of ``FullyShardedDataParallel`` is a part of it, and it is known whose."""
+    if group is None:
         raise ValueError(
-            f"parameters: FullyShardedDataParallel keeps a part of {flattened[0]!r} on each rank; pass "
-            "process_group=model.process_group (under ShardingStrategy.NO_SHARD, where each rank keeps all, use "
-            "DistributedDataParallel instead)"
+            f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank; pass "
+            f"process_group=model.process_group ({_NO_SHARD})"
         )
+    # A part is a stretch of the flattened parameter: of one dimension, and shorter than all of it.
+    if tensor.ndim > 1 or (layout is not None and layout.local_shape >= layout.shape):
+        raise ValueError(
+            f"parameters: {name!r} of FullyShardedDataParallel is whole here, not the part that gradients have; "
+            f"leave summon_full_params() first ({_NO_SHARD})"
+        )
+
+
+_NO_SHARD = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
 
 
 class Spread:
@@ -78,12 +87,19 @@ class Spread:
         self._is_same = self._owners == list(range(len(self._names)))
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-        used = {g.ranks: g for g in groups if g is not None}
+        used = {g.ranks: g for g in (*groups, group) if g is not None}
+        neighbours = _neighbours(used, layouts)
+        if stages is None:
+            agree(neighbours, share.statement(components, layouts))
+        else:  # whose other components are none of this rank's business
+            for shared in used.values():
+                mine = [g is not None and g.ranks == shared.ranks for g in groups]
+                agree([shared], share.statement(components, layouts, mine))
         self._reductions = []
-        for ranks, own_group in used.items():
-            agree(own_group, share.statement(components, layouts, groups, own_group, whole=stages is None))
-            sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == ranks]
-            self._reductions.append(Reduction.of(own_group, sums, list(range(len(sums))), len(sums), len(owners)))
+        for shared in used.values():
+            sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == shared.ranks]
+            if sums:
+                self._reductions.append(Reduction.of(shared, sums, list(range(len(sums))), len(sums), len(owners)))
         whole, here = share.numels(components, tensors, layouts)
         if group is not None:
             here = [sum(everywhere) for everywhere in zip(*group.gather(here), strict=True)]
@@ -95,7 +111,9 @@ class Spread:
             self._stages, self._over_stages = self._compare_stages(components, stages, is_wide)
             is_wide = self._stages.is_wide
         self.norm_dtype = torch.float64 if is_wide else torch.float32
-        self._asked = self._groups_asked(used, stages)
+        self._asked = neighbours if stages is None else [*neighbours, stages]
+        if self._asked == [r.group for r in self._reductions] and self._reductions[0].is_all and self._is_same:
+            self._asked = []  # all norms are the same everywhere
 
     def _compare_stages(self, components: Components, group: Group, is_wide: bool) -> tuple[Stages, Reduction | None]:
         members: dict[str, list[str]] = {}
@@ -110,23 +128,6 @@ class Spread:
         here = [(place[name], lane) for lane, name in enumerate(stages.spanning) if name in members]
         places, lanes = [i for i, _ in here], [lane for _, lane in here]
         return stages, Reduction.of(group, places, lanes, len(stages.spanning), len(self._names))
-
-    def _groups_asked(self, used: dict[tuple[int, ...], Group], stages: Group | None) -> list[Group]:
-        """Whom to ask whether any norm anywhere is non-finite; nobody, where all norms are the same everywhere."""
-        asked = dict(used)
-        for layout in self._layouts:
-            if layout is not None and layout.mesh is not None and layout.mesh.get_coordinate() is not None:
-                for dim in range(layout.mesh.ndim):
-                    over = group_over(layout.mesh, [dim])
-                    if over is not None:
-                        asked.setdefault(over.ranks, over)
-        if stages is not None:
-            asked.setdefault(stages.ranks, stages)
-        whole = len(asked) == 1 and self._is_same and len(self._reductions) == 1
-        if whole and self._reductions[0].width == len(self._names):
-            return []
-        # Along the narrow groups first; a wider one then carries what they found to everybody.
-        return sorted(asked.values(), key=lambda g: len(g.ranks))
 
     # -------------------------------------------------------------------------------------------------------
     # Local tensors
@@ -207,7 +208,7 @@ class Spread:
             members: list[list[int]] = [[] for _ in self._names]
             for i, component in enumerate(self._owners):
                 members[component].append(i)
-            most, nothing = max(map(len, members)), len(self._owners)
+            most, nothing = max(1, *map(len, members)), len(self._owners)
             rows = [own + [nothing] * (most - len(own)) for own in members]
             index = torch.tensor(rows, dtype=torch.int64, device="cpu")
             owners = torch.tensor(self._owners, dtype=torch.int64, device="cpu")
@@ -258,6 +259,21 @@ def _groups(layouts: share.Layouts, tensors: Sequence[Tensor], group: Group | No
             made[key] = group_over(layout.mesh, layout.cut_by) if layout.cut_by else None
         found.append(made[key])
     return found
+
+
+def _neighbours(used: dict[tuple[int, ...], Group], layouts: share.Layouts) -> list[Group]:
+    """All groups that this rank shares parameters with, replicas too: narrow ones first.
+
+    What is handed on from one of them to the next so reaches all ranks of a mesh.
+    """
+    found = dict(used)
+    for mesh in {id(layout.mesh): layout.mesh for layout in layouts if layout is not None}.values():
+        if mesh is not None and mesh.get_coordinate() is not None:
+            for dim in range(mesh.ndim):
+                group = group_over(mesh, [dim])
+                if group is not None:
+                    found.setdefault(group.ranks, group)
+    return sorted(found.values(), key=lambda group: len(group.ranks))
 
 
 def _shown(ranks: Sequence[int]) -> str:
