@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from . import compiled
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
+from .distributed.groups import as_group
 from .engine import Engine, check_options
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
@@ -198,7 +199,8 @@ def engine_for(
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
     if key is not None:
-        key = key, id(process_group), id(pp_mesh)  # alive as long as the entry: the engine holds them
+        # Not by the ids of meshes: mesh["pp"] is another object each time, and an id may be that of a later one.
+        key = key, as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
     with _lock:
         entry = _entries.get(key)
         if entry is not None:

@@ -285,3 +285,18 @@ def test_replicas_of_a_sharded_model_are_not_summed_twice():
         p.grad = p.detach().clone()
     expected = component_norms(model)
     torch.testing.assert_close(component_norms(model, process_group=dist.group.WORLD), expected)
+
+
+@on_ranks(4)
+def test_a_dimension_of_a_mesh_is_recognised_each_time_it_is_asked_for():
+    """``mesh["a"]`` is another object each time, and where it was the next one may come to lie."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    part = plain(torch.full((1,), float(10 ** dist.get_rank()), dtype=torch.float64))
+    rank = dist.get_rank()
+    others = {"a": rank ^ 2, "b": rank ^ 1}
+    for step in range(6):
+        for name, other in others.items():
+            with counted() as counts:
+                norm = component_norms([part], norm_type=1.0, process_group=mesh[name])
+            assert norm.item() == 10**rank + 10**other, (step, name)
+            assert not step or counts == {"allreduce_": 1}, counts
