@@ -29,6 +29,7 @@ RANKS = [
     {"attach"},
     {"clipper"},
     {"api", "grad_scaler", "in_backward"},
+    {"integrations"},
     {"__init__"},
     {"__main__"},
 ]
@@ -118,6 +119,7 @@ def test_report_of_the_machine():
 EXAMPLES = [
     "cwclip_kernels",
     *(f"cwclip_kernels.{name}" for name in ("api", "clipper", "grad_scaler", "in_backward", "spec", "thresholds")),
+    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "torchtitan")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
 ]
