@@ -112,7 +112,7 @@ class Spread:
             is_wide = self._stages.is_wide
         self.norm_dtype = torch.float64 if is_wide else torch.float32
         self._asked = neighbours if stages is None else [*neighbours, stages]
-        if self._asked == [r.group for r in self._reductions] and self._reductions[0].is_all and self._is_same:
+        if self._is_same and self._asked and self._asked == [r.group for r in self._reductions if r.is_all]:
             self._asked = []  # all norms are the same everywhere
 
     def _compare_stages(self, components: Components, group: Group, is_wide: bool) -> tuple[Stages, Reduction | None]:
