@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=_even, default=8, help="processes, an even number (default 8)")
-    parser.add_argument("--rounds", type=count, default=10, help="timed rounds (default 10)")
+    parser.add_argument("--rounds", type=count, default=8, help="timed rounds (default 8)")
     parser.add_argument("--layers", type=count, help="fewer than the models have")
     parser.add_argument("--by", type=count, default=32, help="what widths are divided by (default 32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each round's time included")
@@ -285,14 +285,14 @@ def _components(case: Case) -> dict[str, int]:
 def _print(console: Console, case: dict[str, Any]) -> None:
     components = ", ".join(f"K = {number:,} by {unit}" for unit, number in case["components"].items())
     title = f"{case['description']}; {components}; {case['local_bytes'] / 1e6:.1f} MB of gradients on a rank"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1), collapse_padding=True)
     table.add_column("", no_wrap=True)
-    for column in ("calls", "bytes", "CPU ms", "wall ms", "slowest rank ms", "CPU, wall of first"):
+    for column in ("calls", "bytes", "CPU ms", "wall ms", "slowest rank", "of first: CPU, wall"):
         table.add_column(column, justify="right", no_wrap=True)
     first = case["ways"][CLIPPER]
     for key, way in case["ways"].items():
         if way["refused"]:
-            table.add_row(f"{key}: refused")
+            table.add_row(key, "refused")
             continue
         table.add_row(
             key,
@@ -308,7 +308,7 @@ def _print(console: Console, case: dict[str, Any]) -> None:
 
 
 def _pair(samples: Sequence[float]) -> str:
-    return f"{min(samples):.1f} / {statistics.median(samples):.1f}"
+    return " / ".join(f"{ms:.1f}" if ms < 99.5 else f"{ms:,.0f}" for ms in (min(samples), statistics.median(samples)))
 
 
 if __name__ == "__main__":
