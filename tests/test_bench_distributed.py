@@ -61,7 +61,7 @@ def test_prints_and_writes_what_it_counted(tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in (
         "FSDP2 over 2 ranks",
-        "K = 268 by expert",
+        "K = 14 by parameter, K = 268 by",
         "one global clip_grad_norm_: All operands",
         "slowest rank",
     ):
