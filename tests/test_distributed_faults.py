@@ -128,8 +128,10 @@ def test_a_bad_number_in_one_group_stops_all_ranks_alike():
     for (_, p), b in zip(parameters, before, strict=True):
         assert same_bits(p.grad.to_local(), b)
     found = torch.zeros(())
-    fused_component_clip_(parameters, 0.1, inv_scale=0.5, found_inf=found)
+    with counted() as counts:
+        fused_component_clip_(parameters, 0.1, inv_scale=0.5, found_inf=found)
     assert found == 1
+    assert counts == {"allreduce_": 3}  # two for the sums; all ranks are asked at once
 
 
 @on_ranks(2)

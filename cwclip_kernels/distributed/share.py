@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -54,17 +55,20 @@ def statement(
     components: Components, layouts: Layouts, chosen: Sequence[bool] | None = None
 ) -> dict[str, list[tuple[str, str]]]:
     """What ranks must agree on: of each component its parameters (or those chosen) and how they are sharded."""
+
+    @cache  # a tensor may be cut into thousands
+    def how(position: int) -> str:
+        layout = layouts[position]
+        if layout is None:
+            return ""
+        return f"{list(layout.shape)} {' '.join(map(str, layout.placements))}".strip()
+
     found: dict[str, list[tuple[str, str]]] = {}
     for position, component, box in components.members():
         if chosen is not None and not chosen[position]:
             continue
-        layout = layouts[position]
-        how = ""
-        if layout is not None:
-            how = f"{list(layout.shape)} {' '.join(map(str, layout.placements))}".strip()
-        if box:
-            how += f" cut {box}"
-        found.setdefault(components.names[component], []).append((components.tensor_names[position], how))
+        members = found.setdefault(components.names[component], [])
+        members.append((components.tensor_names[position], f"{how(position)} cut {box}" if box else how(position)))
     return found
 
 

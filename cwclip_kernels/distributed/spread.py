@@ -111,7 +111,7 @@ class Spread:
             self._stages, self._over_stages = self._compare_stages(components, stages, is_wide)
             is_wide = self._stages.is_wide
         self.norm_dtype = torch.float64 if is_wide else torch.float32
-        self._asked = neighbours if stages is None else [*neighbours, stages]
+        self._asked = _widest(neighbours if stages is None else [*neighbours, stages])
         if self._is_same and self._asked and self._asked == [r.group for r in self._reductions if r.is_all]:
             self._asked = []  # all norms are the same everywhere
 
@@ -274,6 +274,11 @@ def _neighbours(used: dict[tuple[int, ...], Group], layouts: share.Layouts) -> l
                 if group is not None:
                     found.setdefault(group.ranks, group)
     return sorted(found.values(), key=lambda group: len(group.ranks))
+
+
+def _widest(groups: Sequence[Group]) -> list[Group]:
+    """Those that lie in no other: what these are asked for, all ranks of the others are."""
+    return [g for g in groups if not any(set(g.ranks) < set(other.ranks) for other in groups)]
 
 
 def _shown(ranks: Sequence[int]) -> str:
