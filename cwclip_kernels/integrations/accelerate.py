@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -75,44 +75,57 @@ def clip_grad_norm_(
         https://huggingface.co/docs/accelerate, ``Accelerator.clip_grad_norm_``.
     """
     options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
-    kind = accelerator.distributed_type.value
-    if kind in _ELSEWHERE:
-        raise RuntimeError(f"accelerator: {_ELSEWHERE[kind]}")
+    check_gradients_are_here(accelerator)
     if not accelerator.sync_gradients:
         raise RuntimeError(
             "accelerator: these gradients are still being accumulated, and clipped parts don't add up to a clipped "
             "whole; call it under `if accelerator.sync_gradients:`"
         )
-    is_fsdp1 = kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
-    if is_fsdp1 and process_group is None:
+    is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
+    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-        process_group = _group_of(named_tensors(parameters), accelerator._models)
+        process_group = group_of(named_tensors(parameters), accelerator._models)
     tensors, engine = engine_for(parameters, components, process_group)
     policy = engine.policy(max_norm, tensors, options.rule)
     accelerator.unscale_gradients()
     return engine.total(engine.clip_(tensors, policy, options)[0], options.rule.norm_type)
 
 
+def check_gradients_are_here(accelerator: Any) -> None:
+    """Raises RuntimeError, with what to do instead, where gradients are clipped before anyone else can get at them.
+
+    Args:
+        accelerator: an ``Accelerator``, or its ``state``.
+    """
+    kind = accelerator.distributed_type.value
+    if kind not in _ELSEWHERE:
+        return
+    config = getattr(getattr(accelerator, "deepspeed_plugin", None), "deepspeed_config", {})
+    now = f"; it is {config['gradient_clipping']!r} now" if "gradient_clipping" in config else ""
+    raise RuntimeError(f"accelerator: {_ELSEWHERE[kind]}{now}")
+
+
 _ELSEWHERE = {
-    "DEEPSPEED": "DeepSpeed keeps its gradients to itself and clips them in its own step, all by one norm: set its "
-    "gradient_clipping (DeepSpeedPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
+    "DEEPSPEED": "DeepSpeed keeps its gradients to itself and clips them in its own step, all by one norm. Clip by "
+    "component under FSDP 2, or leave it to DeepSpeed's gradient_clipping (DeepSpeedPlugin(gradient_clipping=...), "
+    "or max_grad_norm of transformers' TrainingArguments)",
     "MEGATRON_LM": "Megatron-LM clips in its own step, all by one norm: set its gradient_clipping "
     "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
     "XLA": "XLA's gradients are added up over devices in Accelerate's own clip_grad_norm_ alone; use that",
 }
 
 
-def _group_of(parameters: NamedTensors, models: Sequence[nn.Module]) -> ProcessGroup | None:
+def group_of(parameters: NamedTensors, models: Sequence[nn.Module]) -> ProcessGroup | None:
     """The ranks over which ``FullyShardedDataParallel`` has spread these parameters; None if it hasn't.
 
     Raises:
         ValueError: that isn't the same for all of them, or can't be told.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
-
     sharded = {id(t) for t in parameters.tensors if getattr(t, "_fsdp_flattened", False)}
     if not sharded:
         return None
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
+
     for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
         if id(tensor) not in sharded:
             raise ValueError(

@@ -1,0 +1,246 @@
+"""What the ways into a trainer have in common: a clipper for its model, numbers for its logs, its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..caps import Caps, MaxNorm
+from ..clipper import ClipResult, ComponentClipper
+from ..components import Grouping, named_tensors, type_name
+from ..engine import check_options
+from ..resolve import resolve
+from ..thresholds import Threshold
+from .accelerate import group_of
+
+FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
+
+
+class TrainerClipping:
+    """Clips a trainer's model at each optimizer step.
+
+    Args:
+        max_norm: as for ``ComponentClipper``, or None for the trainer's own number.
+        norm_type: as for ``ComponentClipper``.
+        error_if_nonfinite: likewise.
+        components: likewise; names are those of the model, whatever wraps it.
+        eps: likewise.
+        nonfinite: likewise.
+        backend: likewise.
+        log_norms: ``fnmatch`` pattern of components whose own norms are logged, too.
+        on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
+
+    Attributes:
+        last: what the last step's clipping found and did; None before the first.
+        steps: clipped since ``start``.
+
+    Raises:
+        TypeError, ValueError: an argument that isn't what it should be.
+    """
+
+    def __init__(
+        self,
+        max_norm: MaxNorm | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        components: Grouping = None,
+        eps: float = 1e-6,
+        nonfinite: str = "propagate",
+        backend: str | None = None,
+        log_norms: str | None = None,
+        on_clip: Callable[[ClipResult], object] | None = None,
+    ) -> None:
+        if log_norms is not None and not isinstance(log_norms, str):
+            raise TypeError(f"log_norms: expected a pattern of component names or None, not {type_name(log_norms)}")
+        check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+        self._max_norm = max_norm
+        self._options: dict[str, Any] = {
+            "norm_type": norm_type,
+            "error_if_nonfinite": error_if_nonfinite,
+            "components": components,
+            "eps": eps,
+            "nonfinite": nonfinite,
+            "backend": backend,
+        }
+        self._log_norms = log_norms
+        self._on_clip = on_clip
+        self._untrained: dict[str, Any] | None = None
+        self.start()
+
+    def start(self, *, anew: bool = False) -> None:
+        """Begins a training run: parameters are looked up again.
+
+        Args:
+            anew: whether caps that learn forget what an earlier run taught them.
+        """
+        self.last: ClipResult | None = None
+        self.steps = 0
+        self._clipper: ComponentClipper | None = None
+        self._made_for: tuple[nn.Module, object] | None = None
+        self._numbers = ClipNumbers()
+        if anew and isinstance(self._max_norm, Threshold):
+            if self._untrained is None:
+                self._untrained = self._max_norm.state_dict()
+            else:
+                self._max_norm.load_state_dict(self._untrained)
+
+    def check(self, model: nn.Module, trainers_cap: float | None) -> None:
+        """Raises TypeError or ValueError now for what would be wrong with the arguments at the first step."""
+        names = resolve(named_tensors(own_names(model)), self._options["components"]).names
+        cap = self._cap(trainers_cap)
+        if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
+            Caps(cap, names)
+        self._logged(names)
+
+    def clipper_for(self, model: nn.Module, trainers_cap: float | None, *, scaled: bool = False) -> ComponentClipper:
+        """The clipper of this model; changes no gradient.
+
+        Args:
+            model: prepared, with whatever wraps it.
+            trainers_cap: what the trainer is told to clip to; None or 0: nothing.
+            scaled: whether the loss is.
+        """
+        made_for = model, self._cap(trainers_cap)
+        if self._clipper is None or self._made_for is None or not all(map(_same, made_for, self._made_for)):
+            pairs = list(own_names(model))
+            group = group_of(named_tensors(pairs), [model])
+            clipper = ComponentClipper(pairs, made_for[1], process_group=group, **self._options)
+            if scaled and clipper.raises_nonfinite:
+                raise ValueError(
+                    "nonfinite: 'error' can't be used with fp16, where a scaled loss has inf now and then and the "
+                    "step is skipped; use 'propagate', 'zero' or 'skip'"
+                )
+            if all(p.grad is None for p in clipper.parameters):
+                raise RuntimeError(
+                    "no parameter has a gradient when the optimizer is to step: an optimizer that steps inside "
+                    "backward (LOMO, the layerwise ones) leaves nothing to clip; use another args.optim"
+                )
+            self._clipper, self._made_for = clipper, made_for
+        return self._clipper
+
+    def clip_(self, clipper: ComponentClipper) -> Tensor:
+        """Clips, takes notes, and returns the norm of all components before: [], no host sync."""
+        self.last = clipper.clip_()
+        self.steps += 1
+        self._numbers.add(self.last)
+        if self._on_clip is not None:
+            self._on_clip(self.last)
+        return clipper.total_norm(self.last.norms)
+
+    def numbers(self) -> dict[str, float]:
+        """For the log: what happened since the last call; waits for the device."""
+        seen, self._numbers = self._numbers, ClipNumbers()
+        found = seen.tell()
+        if self.last is not None and self._log_norms is not None:
+            logged = self._logged(self.last.names)
+            norms = self.last.norms.tolist()
+            found |= {f"component_norm/{self.last.names[i]}": norms[i] for i in logged}
+        return found
+
+    def save(self, folder: str | Path, **more: Any) -> None:
+        """Writes what caps have learnt into a checkpoint's folder; nothing where they don't learn."""
+        if isinstance(self._max_norm, Threshold):
+            torch.save({"max_norm": self._max_norm.state_dict(), **more}, Path(folder) / FILE)
+
+    def load(self, *folders: str | Path, **more: Any) -> None:
+        """Goes on from the first of these checkpoints that has been saved with ``more``; warns if none was."""
+        if not isinstance(self._max_norm, Threshold):
+            return
+        for path in (Path(folder) / FILE for folder in folders):
+            if path.is_file():
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                if all(saved.get(key) == value for key, value in more.items()):
+                    self._max_norm.load_state_dict(saved["max_norm"])
+                    return
+        warnings.warn(
+            f"{' and '.join(map(str, folders))}: no {FILE} of this run, so what {type_name(self._max_norm)} had "
+            "learnt is lost and its caps begin anew; to go on from elsewhere call load_state_dict() of what you gave "
+            "as max_norm",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _cap(self, trainers_cap: float | None) -> MaxNorm:
+        if self._max_norm is not None:
+            return self._max_norm
+        return trainers_cap if trainers_cap is not None and trainers_cap > 0 else math.inf
+
+    def _logged(self, names: tuple[str, ...]) -> list[int]:
+        if self._log_norms is None:
+            return []
+        found = [i for i, name in enumerate(names) if fnmatchcase(name, self._log_norms)]
+        if not found:
+            raise ValueError(f"log_norms: {self._log_norms!r} matches none of the {len(names)} components")
+        return found
+
+
+class ClipNumbers:
+    """A few numbers about many steps, kept on the device until somebody looks."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._sums: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, result: ClipResult) -> None:
+        """Takes a step's result; no host sync."""
+        if not result.names:
+            return
+        norms, caps = result.norms, result.caps.to(result.norms.dtype)
+        has_gradient, is_finite = norms != 0, norms.isfinite()
+        tells = has_gradient & is_finite
+        rate = (result.clipped & has_gradient).sum() / has_gradient.sum().clamp(min=1)
+        sums = torch.stack([rate.to(norms.dtype), (~is_finite).sum().to(norms.dtype)])
+        largest = torch.stack([torch.where(tells, norms, 0).amax(), torch.where(tells, norms / caps, 0).amax()])
+        if self._sums is None or self._largest is None:
+            self._sums, self._largest = sums, largest
+        else:
+            self._sums = self._sums + sums
+            self._largest = torch.maximum(self._largest, largest)
+        self._steps += 1
+
+    def tell(self) -> dict[str, float]:
+        """What there is to tell; waits for the device.
+
+        ``clip_rate``: share of the components with a gradient that were clipped, mean over the steps;
+        ``component_norm_max``: largest finite norm; ``clip_ratio_max``: largest finite norm over its cap, above 1
+        where something was clipped; ``component_norm_nonfinite``: how many norms were inf or NaN.
+        """
+        if self._sums is None or self._largest is None:
+            return {}
+        rates, nonfinite, norm, ratio = torch.cat([self._sums, self._largest]).tolist()
+        return {
+            "clip_rate": rates / self._steps,
+            "clip_ratio_max": ratio,
+            "component_norm_max": norm,
+            "component_norm_nonfinite": nonfinite,
+        }
+
+
+def own_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under the names that they have in the model itself, without what wraps it or its modules."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    for name, parameter in model.named_parameters():
+        for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+            name = name.replace(wrapper, "")
+        yield name, parameter
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other or (isinstance(one, float | int) and isinstance(other, float | int) and one == other)
