@@ -73,17 +73,18 @@ def arguments(folder, **changed):
         "report_to": [],
         "use_cpu": True,
         "seed": 3,
+        "average_tokens_across_devices": False,  # which BERT takes for the sum of a loss that it gives as a mean
     }
     return TrainingArguments(str(folder), **{**told, **changed})
 
 
-def plain_loop(model, clip, data=None, accumulate=1):
+def plain_loop(model, clip, data=None, accumulate=1, size=4):
     """What the Trainer should come to; ``clip(model)`` is called before each step.
 
     Accumulated losses are added up: Trainer leaves their mean to models that take keyword arguments, as BERT does.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    for i, batch in enumerate(batches(examples() if data is None else data)):
+    for i, batch in enumerate(batches(examples() if data is None else data, size)):
         model(**batch).loss.backward()
         if (i + 1) % accumulate == 0:
             clip(model)
