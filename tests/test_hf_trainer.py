@@ -1,7 +1,5 @@
 """The Trainer of transformers with the mixin: against a plain loop, in mixed precision, resumed, refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -13,11 +11,9 @@ from helpers import same_bits
 pytest.importorskip("transformers")
 
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from cwclip_kernels.integrations.transformers import ComponentClipCallback, ComponentClipTrainerMixin
 from hf import (
     ClippingTrainer,
     arguments,
@@ -318,90 +314,3 @@ def test_a_parameter_replaced_between_runs_is_clipped(tmp_path):
     trainer.optimizer, trainer.lr_scheduler = None, None
     trainer.train()
     assert trainer.last_clip.as_dict()["classifier.weight"][0] > 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What can't be
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("component_clipping", "kind", "message"),
-    [
-        ({"max_norm": "low"}, TypeError, "max_norm: expected a number"),
-        ({"max_norm": {"encoder.*": 0.1}}, ValueError, "max_norm: .*'encoder"),
-        ({"components": "block"}, ValueError, "components: .*'block'"),
-        ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected one of"),
-        ({"log_norms": "head.*"}, ValueError, r"log_norms: 'head.\*' matches none of the 41 components"),
-        ({"log_norms": 3}, TypeError, "log_norms: expected a pattern"),
-        ({"max_nrom": 1.0}, TypeError, "max_nrom"),
-    ],
-)
-def test_wrong_arguments_are_named_when_the_trainer_is_made(tmp_path, component_clipping, kind, message):
-    with pytest.raises(kind, match=message):
-        ClippingTrainer(encoder(), arguments(tmp_path), component_clipping=component_clipping)
-
-
-def test_settings_of_a_class(tmp_path):
-    class Tight(ComponentClipTrainerMixin, Trainer):
-        component_clipping = {"max_norm": 1e-3}  # noqa: RUF012
-
-    trainer = Tight(encoder(), arguments(tmp_path, max_steps=1), train_dataset=examples())
-    trainer.train()
-    assert trainer.last_clip.caps.item() == 1e-3
-
-
-def test_the_order_of_bases():
-    with pytest.raises(TypeError, match="Wrong: put ComponentClipTrainerMixin before Trainer"):
-        type("Wrong", (Trainer, ComponentClipTrainerMixin), {})
-    with pytest.raises(TypeError, match="Alone is no Trainer"):
-        type("Alone", (ComponentClipTrainerMixin,), {})()
-
-
-def test_another_trainer_than_it_is_made_for_is_refused_by_name(tmp_path):
-    class Changed(Trainer):
-        def _clip_grad_norm(self, model, optimizer):
-            return None
-
-    with pytest.raises(RuntimeError, match=r"transformers 5.*_clip_grad_norm was \(self, model\), here it is \(self"):
-        type("Clipping", (ComponentClipTrainerMixin, Changed), {})
-
-    class Elsewhere(ClippingTrainer):  # with a loop of its own
-        def _clip_grad_norm(self, model):
-            return None
-
-        def _get_grad_norm(self, model, grad_norm=None):
-            return None
-
-    trainer = Elsewhere(encoder(), arguments(tmp_path), train_dataset=examples())
-    with pytest.raises(RuntimeError, match="nothing was clipped: .*Elsewhere, ClippingTrainer, Trainer; use"):
-        trainer.train()
-
-
-def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.DEEPSPEED)
-    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0})
-    monkeypatch.setattr("accelerate.Accelerator.deepspeed_plugin", plugin)
-    message = "FSDP 2, or leave it to DeepSpeed's gradient_clipping .*max_grad_norm.*; it is 1.0 now"
-    with pytest.raises(RuntimeError, match=message):
-        ClippingTrainer(encoder(), arguments(tmp_path))
-
-
-def test_gradients_that_are_used_up_in_backward(tmp_path):
-    model = encoder()
-
-    def step_at_once(parameter):
-        parameter.grad = None
-
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(step_at_once)
-    with pytest.raises(RuntimeError, match=r"steps inside backward .* use another args.optim"):
-        trained(tmp_path, model)
-
-
-def test_clipped_by_the_callback_as_well(tmp_path):
-    trainer = ClippingTrainer(
-        encoder(), arguments(tmp_path), train_dataset=examples(), callbacks=[ComponentClipCallback(0.05)]
-    )
-    with pytest.raises(ValueError, match="callbacks: ComponentClipCallback would clip again"):
-        trainer.train()
