@@ -148,15 +148,17 @@ def test_a_checkpoint_without_the_optimizer_has_nothing_of_ours(tmp_path):
     assert not list(tmp_path.rglob("component_clipping.pt"))
 
 
-def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path):
+def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
     state = SimpleNamespace(
         distributed_type=DistributedType.DEEPSPEED,
         deepspeed_plugin=SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0}),
     )
-    with pytest.raises(RuntimeError, match=r"DeepSpeed's gradient_clipping .*; it is 1.0 now"):
-        ComponentClipCallback(0.05).on_train_begin(
-            arguments(tmp_path), None, None, optimizer=SimpleNamespace(accelerator_state=state)
-        )
+    args, callback, message = arguments(tmp_path), ComponentClipCallback(0.05), r"gradient_clipping .*; it is 1.0 now"
+    with pytest.raises(RuntimeError, match=message):  # added after the Trainer was made
+        callback.on_train_begin(args, None, None, optimizer=SimpleNamespace(accelerator_state=state))
+    monkeypatch.setattr("cwclip_kernels.integrations.trainer_callback.AcceleratorState", lambda: state)
+    with pytest.raises(RuntimeError, match=message):
+        Trainer(encoder(), args, train_dataset=examples(), callbacks=[callback])
 
 
 def test_wrong_arguments_are_named_before_the_first_step(tmp_path):

@@ -120,7 +120,7 @@ EXAMPLES = [
     "cwclip_kernels",
     *(f"cwclip_kernels.{name}" for name in ("api", "clipper", "grad_scaler", "in_backward", "spec", "thresholds")),
     *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "already", "timm", "torchtitan")),
-    "cwclip_kernels.integrations.transformers",
+    *(f"cwclip_kernels.integrations.{name}" for name in ("trainer_callback", "transformers")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
 ]
@@ -130,7 +130,7 @@ EXAMPLES = [
 def test_examples_in_docstrings(name):
     import torch
 
-    if name.endswith(".transformers"):
+    if name.endswith((".trainer_callback", ".transformers")):
         pytest.importorskip("transformers")
     torch.manual_seed(0)
     module = importlib.import_module(name)

@@ -5,8 +5,9 @@
     timm           ``dispatch_clip_grad`` in place of ``timm.utils.dispatch_clip_grad``
     transformers   ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` for ``Trainer``
 
-What returns the norm of all components together, for a log, still does. ``transformers`` imports its
-trainer, no other does.
+What returns the norm of all components together, for a log, still does. ``transformers`` imports its trainer; no
+other does.
 
-``trainer_clipping`` is what ways into a trainer share; ``already`` warns where a trainer clips by itself as well.
+``trainer_clipping`` is what ways into a trainer share, ``trainer_callback`` has the callback, ``already`` warns where
+a trainer clips by itself as well.
 """

@@ -6,23 +6,20 @@ inf leave the others' gradients as they are.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
-from ..caps import MaxNorm
 from ..clipper import ClipResult
-from ..components import Grouping
 from .accelerate import check_gradients_are_here
-from .already import warn_already_clipped
+from .trainer_callback import ComponentClipCallback
 from .trainer_clipping import TrainerClipping
+
+__all__ = ["ComponentClipCallback", "ComponentClipTrainerMixin"]
 
 # What of Trainer is replaced, and isn't part of what it promises.
 _PRIVATE = {
@@ -152,131 +149,6 @@ class ComponentClipTrainerMixin(_Base):
             self._clipping.load(checkpoint)
 
 
-class ComponentClipCallback(TrainerCallback):
-    """Clips each component's gradient to its own norm, for a Trainer that can't be given another class.
-
-    Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even so it measures the gradients before this
-    callback is asked, by clipping them to inf, which makes all of them NaN where one has an inf: only
-    ``ComponentClipTrainerMixin`` keeps them apart.
-
-    ``trainer.state.log_history`` gets the same numbers as with the mixin, and so do callbacks that come later; the
-    Trainer's own reporters (TensorBoard, ...) come earlier. What caps that learn have learnt is in each checkpoint,
-    and taken from there when training resumes from ``args.resume_from_checkpoint`` or a checkpoint in
-    ``args.output_dir``.
-
-    Args:
-        max_norm: as for ``ComponentClipper``: a number, a mapping, a tensor, or one of ``thresholds``.
-        norm_type: as for ``ComponentClipper``.
-        error_if_nonfinite: likewise.
-        components: likewise; names are those of the model, whatever wraps it.
-        eps: likewise.
-        nonfinite: likewise.
-        backend: likewise.
-        log_norms: ``fnmatch`` pattern of components whose own norms are logged, too.
-        on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
-
-    Attributes:
-        last_clip: the ``ClipResult`` of the last step; None before the first.
-
-    Raises:
-        TypeError, ValueError: an argument that isn't what it should be.
-        RuntimeError: when training begins, if DeepSpeed, Megatron-LM or XLA have the gradients.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from transformers import Trainer, TrainingArguments
-        >>> from cwclip_kernels.integrations.transformers import ComponentClipCallback
-        >>> class Model(torch.nn.Linear):
-        ...     def forward(self, x):
-        ...         return {"loss": super().forward(x).sum()}
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> args = TrainingArguments(folder.name, max_grad_norm=0, max_steps=1, use_cpu=True, disable_tqdm=True)
-        >>> clip = ComponentClipCallback(0.05)
-        >>> _ = Trainer(Model(2, 1), args, train_dataset=[{"x": [3.0, 4.0]}], callbacks=[clip]).train()
-        {'train_runtime': ...}
-        >>> clip.last_clip.as_dict()
-        {'weight': (5.0, 0.0099...), 'bias': (1.0, 0.0499...)}
-        >>> folder.cleanup()
-    """
-
-    def __init__(
-        self,
-        max_norm: MaxNorm,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        *,
-        components: Grouping = None,
-        eps: float = 1e-6,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
-        log_norms: str | None = None,
-        on_clip: Callable[[ClipResult], object] | None = None,
-    ) -> None:
-        self._clipping = TrainerClipping(
-            max_norm,
-            norm_type,
-            error_if_nonfinite,
-            components=components,
-            eps=eps,
-            nonfinite=nonfinite,
-            backend=backend,
-            log_norms=log_norms,
-            on_clip=on_clip,
-        )
-
-    @property
-    def last_clip(self) -> ClipResult | None:
-        """What the last step's clipping found and did; None before the first."""
-        return self._clipping.last
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Looks whether gradients can be clipped here, and goes on from a checkpoint."""
-        check_gradients_are_here(kwargs["optimizer"].accelerator_state)
-        warn_already_clipped(
-            "max_grad_norm of TrainingArguments (1.0 by default)", args.max_grad_norm, "set max_grad_norm=0"
-        )
-        self._clipping.start(anew=state.is_hyper_param_search)
-        self._clipping.check(kwargs["model"], None)
-        if state.global_step:
-            told = args.resume_from_checkpoint
-            own = _checkpoint(args, state)
-            self._clipping.load(*([told, own] if isinstance(told, str) else [own]), run=_fingerprint(state))
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Clips; before that it unscales, if nobody has."""
-        optimizer = kwargs["optimizer"]
-        scaler = getattr(optimizer, "scaler", None)
-        clipper = self._clipping.clipper_for(kwargs["model"], None, scaled=scaler is not None)
-        if scaler is not None:
-            inner = optimizer.optimizer
-            if scaler._per_optimizer_states[id(inner)]["stage"].name == "READY":
-                scaler.unscale_(inner)
-        self._clipping.clip_(clipper)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Adds the numbers of the steps since the last log."""
-        if logs is not None and "loss" in logs and "learning_rate" in logs:
-            numbers = self._clipping.numbers()
-            logs.update(numbers)
-            state.log_history[-1].update(numbers)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts what caps have learnt beside the optimizer's state."""
-        if args.should_save and not args.save_only_model and os.path.isdir(_checkpoint(args, state)):
-            self._clipping.save(_checkpoint(args, state), run=_fingerprint(state))
-
-
 def _check_trainer(cls: type[ComponentClipTrainerMixin]) -> None:
     """Raises unless a class inherits from both, in the order that lets this mixin's methods be the ones called."""
     order = cls.__mro__
@@ -297,12 +169,3 @@ def _check_trainer(cls: type[ComponentClipTrainerMixin]) -> None:
 def _lineage(cls: type) -> str:
     order = cls.__mro__
     return ", ".join(c.__name__ for c in order[: order.index(Trainer) + 1] if c is not ComponentClipTrainerMixin)
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
-    return os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
-
-
-def _fingerprint(state: TrainerState) -> str:
-    """What tells a run's checkpoint from another's of the same step: all that had been logged."""
-    return hashlib.sha256(json.dumps(state.log_history, sort_keys=True).encode()).hexdigest()
