@@ -119,7 +119,7 @@ class TrainerClipping:
                     "nonfinite: 'error' can't be used with fp16, where a scaled loss has inf now and then and the "
                     "step is skipped; use 'propagate', 'zero' or 'skip'"
                 )
-            if all(p.grad is None for p in clipper.parameters):
+            if clipper.parameters and all(p.grad is None for p in clipper.parameters):
                 raise RuntimeError(
                     "no parameter has a gradient when the optimizer is to step: an optimizer that steps inside "
                     "backward (LOMO, the layerwise ones) leaves nothing to clip; use another args.optim"

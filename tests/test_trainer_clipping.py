@@ -1,0 +1,92 @@
+"""What ways into a trainer share: the model's own names whatever wraps it, and the numbers for a log."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from cwclip_kernels import ClipResult, fused_component_clip_
+from cwclip_kernels.integrations.trainer_clipping import ClipNumbers, TrainerClipping, own_names
+from ranks import on_ranks
+from test_accelerate import batches, steps_agree, wrapped
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def small():
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        compiled,
+        lambda model: nn.DataParallel(compiled(model)),
+        lambda model: compiled(nn.DataParallel(model)),
+        lambda model: nn.Sequential(checkpoint_wrapper(model[0]), compiled(model[1])),
+    ],
+)
+def test_names_are_the_models_own(wrap):
+    model = small()
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in own_names(wrap(model))] == names
+
+
+def test_a_module_that_is_called_module_keeps_its_name():
+    model = nn.ModuleDict({"module": nn.Linear(2, 1)})
+    assert [name for name, _ in own_names(model)] == ["module.weight", "module.bias"]
+
+
+def test_a_cap_that_changes_is_followed():
+    model, clipping = small(), TrainerClipping()
+    for cap in (0.1, 0.2, None, 0.0, -1.0):
+        model(torch.ones(1, 3)).sum().backward()
+        clipping.clip_(clipping.clipper_for(model, cap))
+        assert clipping.last.caps.item() == (cap if cap and cap > 0 else torch.inf)
+
+
+def test_numbers_of_several_steps():
+    numbers = ClipNumbers()
+    assert numbers.tell() == {}
+    names, caps = ("a", "b", "c", "d"), torch.tensor(2.0, dtype=torch.float64)
+    for norms, coefs in (
+        ([4.0, 1.0, 0.0, torch.inf], [0.5, 1.0, 1.0, 0.0]),
+        ([1.0, 5.0, 1.0, torch.nan], [1.0, 0.4, 1.0, torch.nan]),
+    ):
+        numbers.add(ClipResult(names, torch.tensor(norms), torch.tensor(coefs), caps))
+    assert numbers.tell() == pytest.approx(
+        {
+            "clip_rate": (2 / 3 + 2 / 4) / 2,
+            "clip_ratio_max": 2.5,
+            "component_norm_max": 5.0,
+            "component_norm_nonfinite": 2.0,
+        }
+    )
+
+
+def test_no_component_at_all():
+    clipping = TrainerClipping(0.1, components=lambda name, parameter: None)
+    model = small()
+    model(torch.ones(1, 3)).sum().backward()
+    assert clipping.clip_(clipping.clipper_for(model, None)).item() == 0.0
+    assert clipping.numbers() == {}
+
+
+@on_ranks(2)
+def test_fsdp1_is_clipped_over_its_own_group():
+    model, clipping = wrapped(), TrainerClipping(0.1)
+    steps_agree(torch.Tensor.backward, model, lambda m: clipping.clip_(clipping.clipper_for(m, None)))
+    model(batches()[0]).square().sum().backward()
+    names = clipping.clipper_for(model, None).names
+    assert not any("_fsdp" in name for name in names)
+
+
+def test_the_total_is_that_of_all():
+    model, clipping = small(), TrainerClipping(0.1, norm_type=1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    expected = sum(p.grad.abs().sum() for p in model.parameters())
+    torch.testing.assert_close(clipping.clip_(clipping.clipper_for(model, None)), expected)
+    assert fused_component_clip_(model, torch.inf, norm_type=1.0).max() <= 0.1 + 1e-6
