@@ -1,5 +1,6 @@
 """Ranks that hold parts without being DTensors: FullyShardedDataParallel, ZeRO, pipelines, experts; and DDP."""
 
+import math
 import warnings
 
 import pytest
@@ -241,6 +242,20 @@ def test_stages_that_number_their_parameters_alike():
         ValueError, match=r"pp_mesh: ranks 0 and 1 both have a parameter '0.weight' in component 'all'"
     ):
         fused_component_clip_(parameters, 0.1, components="all", pp_mesh=dist.group.WORLD)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.0, math.inf, -math.inf, -1.0])
+def test_a_stage_without_any_parameter_and_totals_of_every_order(norm_type):
+    grads = [random_grad((5,)), random_grad((3,))]
+    parameters = [("a", plain(grads[0])), ("b", plain(grads[1]))] if dist.get_rank() == 0 else []
+    for components in ("parameter", "all"):
+        clipper = ComponentClipper(
+            parameters, math.inf, norm_type, components=components, nonfinite="error", pp_mesh=dist.group.WORLD
+        )
+        total = clipper.total_norm(clipper.clip_().norms)
+        expected = torch.linalg.vector_norm(torch.cat(grads).double(), norm_type)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0.0)
 
 
 @on_ranks(2)

@@ -199,7 +199,9 @@ class Spread:
             norms = norms[upload(torch.tensor(here, dtype=torch.int64, device="cpu"), norms.device)]
         total = formula.total(norms, norm_type).reshape(1)
         together = Reduction.of(self._stages.group, [0], [0], 1, 1)
-        total, _ = together.finish(together.start(total, None, norm_type), total, None, norm_type)
+        # A negative order's sums are sent with whether there is anything; here they count even where that is nothing.
+        measured = torch.ones_like(total, dtype=torch.bool) if norm_type < 0 else None
+        total, _ = together.finish(together.start(total, measured, norm_type), total, measured, norm_type)
         return formula.root(total[0], norm_type).to(norms.dtype)
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
