@@ -238,6 +238,22 @@ def test_a_rank_whose_gradient_cannot_be_clipped_keeps_nobody_waiting(policy):
 
 
 @on_ranks(2)
+def test_a_model_that_is_not_resharded_is_refused():
+    """After a forward pass without a backward pass the root has parameters that never get a gradient."""
+    model = Model()
+    wrap_fsdp2(model, init_device_mesh("cpu", (2,)))
+    with torch.no_grad():
+        model(torch.arange(7)[None])
+    with pytest.raises(ValueError, match=r"module '' still has the whole parameters .* call reshard\(\) on it first"):
+        ComponentClipper(model, 0.1)
+    model.reshard()
+    clipper = ComponentClipper(model, 1e-3)
+    model(torch.arange(7)[None]).square().sum().backward()
+    assert (clipper.clip_().norms > 0).all()
+    assert (component_norms(model) <= 1e-3).all()
+
+
+@on_ranks(2)
 def test_clipping_in_backward_is_refused_where_parameters_are_sharded():
     model = Model()
     wrap_fsdp2(model, init_device_mesh("cpu", (2,)))
