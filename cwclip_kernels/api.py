@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from . import compiled
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
+from .distributed.groups import unwrapped
 from .engine import Engine, check_options
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
@@ -197,6 +198,7 @@ def engine_for(
     """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters."""
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
+    process_group, pp_mesh = unwrapped(process_group), unwrapped(pp_mesh)
     if key is not None:
         key = key, id(process_group), id(pp_mesh)  # alive as long as the entry: the engine holds them
     with _lock:

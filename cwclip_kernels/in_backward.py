@@ -300,6 +300,11 @@ def _check_not_distributed(parameters: Parameters) -> None:
 
 def _check_not_sharded(named: NamedTensors) -> None:
     for name, tensor in zip(named.names, named.tensors, strict=True):
+        if getattr(tensor, "_fsdp_flattened", False):
+            raise ValueError(
+                f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank, whose norm takes all of "
+                "them; clip at the step instead: ComponentClipper.attach(optimizer)"
+            )
         if is_dtensor(tensor):
             raise ValueError(
                 f"parameters: {name!r} is a DTensor, whose norm takes all its ranks. In the backward pass each "

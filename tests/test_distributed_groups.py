@@ -13,7 +13,14 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 
 from collectives import counted
-from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
+from cwclip_kernels import (
+    ComponentClipper,
+    ComponentSpec,
+    clip_in_backward,
+    component_norms,
+    fused_component_clip_,
+    thresholds,
+)
 from cwclip_kernels.sharding import is_dtensor
 from helpers import assert_norms, parameter, random_grad, same_bits
 from ranks import on_ranks
@@ -90,6 +97,8 @@ def test_without_its_group_a_flattened_model_is_refused(use_orig_params):
         ComponentClipper(model, 0.1)
     with pytest.raises(ValueError, match="process_group=model.process_group"):
         component_norms(list(model.parameters()))
+    with pytest.raises(ValueError, match=r"keeps a part of '0' .* clip at the step instead"):
+        clip_in_backward(list(model.parameters()), 0.1)
 
 
 @on_ranks(2)
@@ -288,6 +297,21 @@ def test_groups_are_checked():
                 fused_component_clip_(parameters, 1e9, **{name: alone})
             assert counts == {}
             assert same_bits(parameters[0][1].grad, grad)
+
+
+@on_ranks(2)
+def test_a_mesh_looked_up_anew_at_every_call_is_the_same_one():
+    """``mesh["pp"]`` is another object each time; ranks compare their components once all the same."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    parameters = [("w", plain(random_grad((5,))))]
+    fused_component_clip_(parameters, 1.0, pp_mesh=mesh["pp"])
+    with counted() as counts:
+        fused_component_clip_(parameters, 1.0, pp_mesh=mesh["pp"])
+    assert counts == {}
+    component_norms(parameters, process_group=mesh["pp"])
+    with counted() as counts:
+        component_norms(parameters, process_group=mesh["pp"])
+    assert counts == {"allreduce_": 1}
 
 
 @on_ranks(2)

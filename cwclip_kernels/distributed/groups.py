@@ -64,6 +64,13 @@ class Pending:
         return self.sent.to(self.device)
 
 
+def unwrapped(value: object) -> object:
+    """A mesh's group instead of the mesh, which ``mesh["dp"]`` makes anew each time; anything else as it is."""
+    if isinstance(value, DeviceMesh) and value.ndim == 1 and value.get_coordinate() is not None:
+        return value.get_group()
+    return value
+
+
 def as_group(value: object, name: str) -> Group | None:
     """A group as users give it; None if that is None or there is nobody else in it.
 
