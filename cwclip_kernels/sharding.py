@@ -197,6 +197,11 @@ def is_flat(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_flat_param", False)
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether it is ``FullyShardedDataParallel``'s: a ``FlatParameter``, or a view of one."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def originals_of(name: str, flat: Any, named: bool) -> Sequence[Original]:
     """The parameters that lie in a flat one, under their own names where its name says where it belongs."""
     prefix = name.removesuffix(_FLAT) if named and name.endswith(_FLAT) else f"{name}."

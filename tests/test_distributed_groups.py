@@ -112,6 +112,17 @@ def test_a_flattened_model_that_is_whole_here_is_refused(use_orig_params):
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_what_a_flattened_model_ignores_is_not_added_up(use_orig_params):
+    model = Model()
+    model = wrapped(model, use_orig_params=use_orig_params, ignored_modules=[model.head])
+    own = [(n, p) for n, p in model.named_parameters() if "head" not in n]
+    with pytest.raises(ValueError, match=r"'head.weight' is none of those .* Clip it apart from the others"):
+        ComponentClipper(model, 0.1, process_group=model.process_group)
+    ComponentClipper(own, 0.1, process_group=model.process_group).clip_()
+
+
+@on_ranks(2)
 def test_parts_whose_place_is_unknown_are_not_cut():
     parameters = [("w", plain(random_grad((4, 3))))]
     with pytest.raises(ValueError, match=r"components: 'w' can't be cut, as it is a part \(process_group\)"):
@@ -168,6 +179,14 @@ def test_data_parallel_issues_no_collective_and_keeps_its_buckets():
         norms = clipper.clip_().norms
         component_norms(parallel)
     assert counts == {}
+    for attempt in (
+        lambda: ComponentClipper(parallel, 0.1, process_group=dist.group.WORLD),
+        lambda: component_norms(parallel, process_group=dist.group.WORLD),
+    ):
+        with pytest.raises(
+            ValueError, match="each rank has all gradients of a DistributedDataParallel.* leave it out"
+        ):
+            attempt()
     assert places == [p.grad.data_ptr() for p in model.parameters()]
     assert_norms(norms, fused_component_clip_(expected, 0.1, backend="reference"), torch.float32)
     assert_same(list(parallel.named_parameters()), expected, torch.float32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..components import type_name
@@ -62,6 +62,15 @@ class Pending:
         """What came of it; on a GPU only the stream waits."""
         self.work.wait()
         return self.sent.to(self.device)
+
+
+def check_parts(parameters: object, process_group: object) -> None:
+    """Raises if these can't be parts (process_group), as every rank has all of them."""
+    if process_group is not None and isinstance(parameters, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "process_group: each rank has all gradients of a DistributedDataParallel, which would count once for "
+            "each of them; leave it out"
+        )
 
 
 def unwrapped(value: object) -> object:

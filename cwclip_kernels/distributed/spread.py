@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import formula
 from ..backends.memory import upload
 from ..components import Components
-from ..sharding import Layout, layout_of
+from ..sharding import Layout, is_dtensor, is_flattened, layout_of
 from . import share
 from .agreement import Stages, agree, compare_stages
 from .groups import Group, as_group, group_over
@@ -33,8 +33,10 @@ def spread_of(
     group, stages = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
     layouts = [layout_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
     for tensor, name, layout in zip(tensors, components.tensor_names, layouts, strict=True):
-        if getattr(tensor, "_fsdp_flattened", False) and dist.get_world_size() > 1:
+        if is_flattened(tensor) and dist.get_world_size() > 1:
             _check_flattened(tensor, name, layout, group)
+    if group is not None:
+        _check_parts(tensors, components.tensor_names)
     if group is None and stages is None and not any(layouts):
         return None
     return Spread(components, tensors, layouts, group, stages)
@@ -53,6 +55,19 @@ def _check_flattened(tensor: Tensor, name: str, layout: Layout | None, group: Gr
             f"parameters: {name!r} of FullyShardedDataParallel is whole here, not the part that gradients have; "
             f"leave summon_full_params() first ({_NO_SHARD})"
         )
+
+
+def _check_parts(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises if some plain tensors are parts, for ``FullyShardedDataParallel`` says so, and others then aren't."""
+    if not any(map(is_flattened, tensors)):
+        return
+    for tensor, name in zip(tensors, names, strict=True):
+        if not is_flattened(tensor) and not is_dtensor(tensor):
+            raise ValueError(
+                f"parameters: {name!r} is none of those that FullyShardedDataParallel keeps parts of, such as one "
+                "that it was told to ignore; added up over process_group it would count several times. Clip it "
+                "apart from the others, without process_group"
+            )
 
 
 _NO_SHARD = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
