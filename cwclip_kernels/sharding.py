@@ -85,6 +85,13 @@ def layout_of(tensor: Tensor, name: str) -> Layout | None:
     return None
 
 
+def place_of(tensor: Any) -> Layout | None:
+    """Where a DTensor is, if not what is held of it."""
+    if not is_dtensor(tensor):
+        return None
+    return Layout(tuple(tensor.shape), {}, tensor.device_mesh, tuple(tensor.placements))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # DTensor
 # ------------------------------------------------------------------------------------------------------------

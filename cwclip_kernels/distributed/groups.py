@@ -33,6 +33,14 @@ class Group:
         return cls(handle, tuple(dist.get_process_group_ranks(handle)))
 
     @property
+    def order(self) -> tuple[object, ...]:
+        """Before which others it is asked, on all ranks: small ones first, of a mesh one dimension after another.
+
+        No two groups wait for each other then, and what is handed on from each to the next reaches all of the mesh.
+        """
+        return len(self.ranks), tuple(rank - self.ranks[0] for rank in self.ranks), self.ranks
+
+    @property
     def here(self) -> int:
         """Where this rank is among ``ranks``."""
         return self.ranks.index(dist.get_rank())
