@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from . import compiled
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
-from .distributed.groups import as_group
+from .distributed.groups import as_group, check_parts
 from .engine import Engine, check_options
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
@@ -209,6 +209,7 @@ def engine_for(
         # Looking through weak references takes longer than all else here, so it's left out where it can be.
         tensors = given if entry.as_given else [t for ref in entry.tensors if (t := ref()) is not None]
         return tensors, entry.engine
+    check_parts(source, process_group)
     named = named_tensors(source)
     engine = Engine(resolve(named, grouping), named.tensors, process_group, pp_mesh)
     if key is not None:

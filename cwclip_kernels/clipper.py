@@ -15,6 +15,7 @@ from . import compiled
 from .attach import Attachment
 from .caps import MaxNorm
 from .components import Grouping, Parameters, named_tensors
+from .distributed.groups import check_parts
 from .engine import Engine, check_options
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
@@ -116,6 +117,7 @@ class ComponentClipper:
         backend: str | None = None,
     ) -> None:
         self._options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+        check_parts(parameters, process_group)
         named = named_tensors(parameters)
         self._tensors = named.tensors
         self._engine = Engine(resolve(named, components), named.tensors, process_group, pp_mesh)

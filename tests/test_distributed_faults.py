@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from collectives import counted
 from cwclip_kernels import (
@@ -218,6 +218,41 @@ def test_replicas_that_mean_different_components_are_told_too(placements):
     assert len(set(everywhere(str(caught.value)))) == 1
 
 
+@on_ranks(4)
+@pytest.mark.parametrize("odd", [(3,), (1, 2), (0, 1)])
+def test_an_order_that_differs_on_a_mesh_of_two_dimensions_is_told(odd):
+    """Whichever groups come first in it, all ranks compare along the same dimension first."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    ours, _ = model_with_gradients(mesh, [[Shard(0), Replicate()], [Replicate(), Shard(0)], [Shard(0), Shard(0)]])
+    if dist.get_rank() in odd:
+        ours = ours[::-1]
+    with pytest.raises(ValueError, match="another order") as caught:
+        ComponentClipper(ours, 0.1)
+    assert len(set(everywhere(str(caught.value)))) == 1
+
+
+@on_ranks(4)
+def test_other_stages_hear_of_a_stage_that_disagrees():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage = mesh["pp"].get_local_rank()
+    parameters = [(f"{stage}.{n}", sharded(random_grad((4,)), mesh["dp"], [Shard(0)])) for n in "ab"]
+    if dist.get_rank() == 3:
+        parameters.pop()
+    with pytest.raises(ValueError, match=r"ranks 2 and 3 don't have the same: only rank 2 has '1.b'"):
+        ComponentClipper(parameters, 0.1, pp_mesh=mesh["pp"])
+
+
+@on_ranks(4)
+def test_what_one_rank_finds_wrong_all_ranks_hear():
+    """Cut unevenly by hand: what the first rank has is as it should be."""
+    mesh = init_device_mesh("cpu", (4,))
+    local = torch.ones(3 if dist.get_rank() == 0 else 2, 2)
+    whole = DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size((9, 2)), stride=(2, 1))
+    where = "^on rank 1: " if dist.get_rank() == 0 else "^"
+    with pytest.raises(ValueError, match=where + r"parameters: this rank should hold .* sharded unevenly by hand"):
+        ComponentClipper([("w", nn.Parameter(whole))], 0.1)
+
+
 @on_ranks(2, 4)
 @pytest.mark.parametrize("policy", ["propagate", "error"])
 def test_a_rank_whose_gradient_cannot_be_clipped_keeps_nobody_waiting(policy):
@@ -237,6 +272,22 @@ def test_a_rank_whose_gradient_cannot_be_clipped_keeps_nobody_waiting(policy):
         assert all(same_bits(p.grad.to_local(), b) for (_, p), b in zip(ours, before, strict=True))
     else:
         assert clipper.clip_().norms.isnan().all()
+
+
+@on_ranks(2)
+def test_a_model_that_is_not_resharded_is_refused():
+    """After a forward pass without a backward pass the root has parameters that never get a gradient."""
+    model = Model()
+    wrap_fsdp2(model, init_device_mesh("cpu", (2,)))
+    with torch.no_grad():
+        model(torch.arange(7)[None])
+    with pytest.raises(ValueError, match=r"module '' still has the whole parameters .* call reshard\(\) on it first"):
+        ComponentClipper(model, 0.1)
+    model.reshard()
+    clipper = ComponentClipper(model, 1e-3)
+    model(torch.arange(7)[None]).square().sum().backward()
+    assert (clipper.clip_().norms > 0).all()
+    assert (component_norms(model) <= 1e-3).all()
 
 
 @on_ranks(2)

@@ -17,15 +17,25 @@ T = TypeVar("T")
 Statement = Mapping[str, Sequence[tuple[str, str]]]
 
 
-def agree(groups: Sequence[Group], statement: Statement) -> None:
+def agree(groups: Sequence[Group], statement: Statement, problem: ValueError | None = None) -> None:
     """Compares the components of all ranks that are in a group with this one, or with one that is, and so on.
 
+    Args:
+        groups: in an order that all ranks share.
+        statement: this rank's.
+        problem: what this rank has found wrong already; of which the others hear, rather than wait for it.
+
     Raises:
-        ValueError: on all of them, with the same message, naming what differs.
+        ValueError: on all of them. What one rank found wrong; or else, with the same message, what differs.
     """
     own = list(statement.items())  # their order is that of the sums
-    digests = _from_all(groups, sha256(repr(own).encode()).hexdigest())
-    if len(set(digests.values())) > 1:
+    said = _from_all(groups, (sha256(repr(own).encode()).hexdigest(), problem and str(problem)))
+    if problem is not None:
+        raise problem
+    for rank, (_, theirs) in said.items():
+        if theirs is not None:
+            raise ValueError(f"on rank {rank}: {theirs}")
+    if len({digest for digest, _ in said.values()}) > 1:
         raise ValueError(_difference({rank: dict(items) for rank, items in _from_all(groups, own).items()}))
 
 

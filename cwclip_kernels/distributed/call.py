@@ -114,7 +114,7 @@ def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled
         sums = {order: execute.power_sums(plan, grads, order) for order in orders}
         measured = None
         if orders[0] < 0:
-            measured = torch.tensor(execute.has_elements(plan, grads), device="cpu").to(plan.device)
+            measured = torch.tensor(execute.has_elements(plan, grads), dtype=torch.bool, device="cpu").to(plan.device)
         return _Part(plan.device, sums, measured, plan, held, scaled.on(plan.device))
 
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..components import type_name
@@ -31,6 +31,14 @@ class Group:
     def of(cls, handle: Any) -> Group:
         """From a ``ProcessGroup``."""
         return cls(handle, tuple(dist.get_process_group_ranks(handle)))
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Before which others it is asked, on all ranks: small ones first, of a mesh one dimension after another.
+
+        No two groups wait for each other then, and what is handed on from each to the next reaches all of the mesh.
+        """
+        return len(self.ranks), tuple(rank - self.ranks[0] for rank in self.ranks), self.ranks
 
     @property
     def here(self) -> int:
@@ -62,6 +70,15 @@ class Pending:
         """What came of it; on a GPU only the stream waits."""
         self.work.wait()
         return self.sent.to(self.device)
+
+
+def check_parts(parameters: object, process_group: object) -> None:
+    """Raises if these can't be parts (process_group), as every rank has all of them."""
+    if process_group is not None and isinstance(parameters, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "process_group: each rank has all gradients of a DistributedDataParallel, which would count once for "
+            "each of them; leave it out"
+        )
 
 
 def as_group(value: object, name: str) -> Group | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import formula
 from ..backends.memory import upload
 from ..components import Components
-from ..sharding import Layout, layout_of
+from ..sharding import Layout, is_dtensor, is_flattened, layout_of, place_of
 from . import share
 from .agreement import Stages, agree, compare_stages
 from .groups import Group, as_group, group_over
@@ -31,13 +32,61 @@ def spread_of(
             all ranks alike if these don't have the same components.
     """
     group, stages = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
-    layouts = [layout_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
-    for tensor, name, layout in zip(tensors, components.tensor_names, layouts, strict=True):
-        if getattr(tensor, "_fsdp_flattened", False) and dist.get_world_size() > 1:
-            _check_flattened(tensor, name, layout, group)
-    if group is None and stages is None and not any(layouts):
+    layouts, problem = _layouts(components, tensors, group)
+    if group is None and stages is None and problem is None and not any(layouts):
         return None
+    _compare(components, layouts, group, stages, problem)
     return Spread(components, tensors, layouts, group, stages)
+
+
+def _layouts(
+    components: Components, tensors: Sequence[Tensor], group: Group | None
+) -> tuple[share.Layouts, ValueError | None]:
+    """How each tensor is held here; and what is wrong, perhaps on this rank alone."""
+    layouts: list[Layout | None] = []
+    problem = None
+    for tensor, name in zip(tensors, components.tensor_names, strict=True):
+        layout = place_of(tensor)
+        try:
+            layout = layout_of(tensor, name)
+            if is_flattened(tensor) and dist.get_world_size() > 1:
+                _check_flattened(tensor, name, layout, group)
+        except ValueError as found:
+            problem = problem or found
+        layouts.append(layout)
+    try:
+        if group is not None:
+            _check_parts(tensors, components.tensor_names)
+            share.check_cuts(components, layouts)
+    except ValueError as found:
+        problem = problem or found
+    return layouts, problem
+
+
+def _compare(
+    components: Components,
+    layouts: share.Layouts,
+    group: Group | None,
+    stages: Group | None,
+    problem: ValueError | None,
+) -> None:
+    """Raises on all ranks if these don't mean the same. No group is made before, which takes all of its ranks."""
+    neighbours = _neighbours(group, layouts)
+    if stages is None:
+        agree(neighbours, share.statement(components, layouts), problem)
+        return
+    for shared in neighbours:  # whose other components are none of this rank's business
+        mine = [
+            group is not None and group.ranks == shared.ranks
+            if layout is None or layout.mesh is None
+            else shared.ranks in _along(layout.mesh)
+            for layout in layouts
+        ]
+        try:
+            agree([shared], share.statement(components, layouts, mine))
+        except ValueError as found:
+            problem = problem or found
+    agree([*neighbours, stages], {}, problem)
 
 
 def _check_flattened(tensor: Tensor, name: str, layout: Layout | None, group: Group | None) -> None:
@@ -53,6 +102,19 @@ def _check_flattened(tensor: Tensor, name: str, layout: Layout | None, group: Gr
             f"parameters: {name!r} of FullyShardedDataParallel is whole here, not the part that gradients have; "
             f"leave summon_full_params() first ({_NO_SHARD})"
         )
+
+
+def _check_parts(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises if some plain tensors are parts, for ``FullyShardedDataParallel`` says so, and others then aren't."""
+    if not any(map(is_flattened, tensors)):
+        return
+    for tensor, name in zip(tensors, names, strict=True):
+        if not is_flattened(tensor) and not is_dtensor(tensor):
+            raise ValueError(
+                f"parameters: {name!r} is none of those that FullyShardedDataParallel keeps parts of, such as one "
+                "that it was told to ignore; added up over process_group it would count several times. Clip it "
+                "apart from the others, without process_group"
+            )
 
 
 _NO_SHARD = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
@@ -88,13 +150,6 @@ class Spread:
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
         used = {g.ranks: g for g in (*groups, group) if g is not None}
-        neighbours = _neighbours(used, layouts)
-        if stages is None:
-            agree(neighbours, share.statement(components, layouts))
-        else:  # whose other components are none of this rank's business
-            for shared in used.values():
-                mine = [g is not None and g.ranks == shared.ranks for g in groups]
-                agree([shared], share.statement(components, layouts, mine))
         self._reductions = []
         for shared in used.values():
             sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == shared.ranks]
@@ -111,8 +166,12 @@ class Spread:
             self._stages, self._over_stages = self._compare_stages(components, stages, is_wide)
             is_wide = self._stages.is_wide
         self.norm_dtype = torch.float64 if is_wide else torch.float32
-        self._asked = _widest(neighbours if stages is None else [*neighbours, stages])
-        if self._is_same and self._asked and self._asked == [r.group for r in self._reductions if r.is_all]:
+        self._asked = _widest([*used.values(), *_neighbours(group, layouts)])
+        if stages is not None:
+            self._asked.append(stages)
+        elif self._is_same and [(r.group.ranks, r.is_all) for r in self._reductions] == [
+            (asked.ranks, True) for asked in self._asked
+        ]:
             self._asked = []  # all norms are the same everywhere
 
     def _compare_stages(self, components: Components, group: Group, is_wide: bool) -> tuple[Stages, Reduction | None]:
@@ -199,7 +258,9 @@ class Spread:
             norms = norms[upload(torch.tensor(here, dtype=torch.int64, device="cpu"), norms.device)]
         total = formula.total(norms, norm_type).reshape(1)
         together = Reduction.of(self._stages.group, [0], [0], 1, 1)
-        total, _ = together.finish(together.start(total, None, norm_type), total, None, norm_type)
+        # A negative order's sums are sent with whether there is anything; here they count even where that is nothing.
+        measured = torch.ones_like(total, dtype=torch.bool) if norm_type < 0 else None
+        total, _ = together.finish(together.start(total, measured, norm_type), total, measured, norm_type)
         return formula.root(total[0], norm_type).to(norms.dtype)
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -261,24 +322,30 @@ def _groups(layouts: share.Layouts, tensors: Sequence[Tensor], group: Group | No
     return found
 
 
-def _neighbours(used: dict[tuple[int, ...], Group], layouts: share.Layouts) -> list[Group]:
-    """All groups that this rank shares parameters with, replicas too: narrow ones first.
+def _along(mesh: Any) -> dict[tuple[int, ...], Group]:
+    """The groups of this rank along each dimension of a mesh."""
+    dims = range(mesh.ndim) if mesh.get_coordinate() is not None else ()
+    groups = (group_over(mesh, [dim]) for dim in dims)
+    return {group.ranks: group for group in groups if group is not None}
 
-    What is handed on from one of them to the next so reaches all ranks of a mesh.
-    """
-    found = dict(used)
+
+def _neighbours(group: Group | None, layouts: share.Layouts) -> list[Group]:
+    """All groups that this rank shares parameters with, replicas too."""
+    found = [] if group is None else [group]
     for mesh in {id(layout.mesh): layout.mesh for layout in layouts if layout is not None}.values():
-        if mesh is not None and mesh.get_coordinate() is not None:
-            for dim in range(mesh.ndim):
-                group = group_over(mesh, [dim])
-                if group is not None:
-                    found.setdefault(group.ranks, group)
-    return sorted(found.values(), key=lambda group: len(group.ranks))
+        if mesh is not None:
+            found += _along(mesh).values()
+    # Of those of the same ranks the same one everywhere, in whichever order they come here.
+    by_ranks = {group.ranks: group for group in sorted(found, key=lambda group: str(group.handle.group_name))}
+    return sorted(by_ranks.values(), key=lambda group: group.order)
 
 
 def _widest(groups: Sequence[Group]) -> list[Group]:
-    """Those that lie in no other: what these are asked for, all ranks of the others are."""
-    return [g for g in groups if not any(set(g.ranks) < set(other.ranks) for other in groups)]
+    """Those that don't lie within another one of these."""
+    by_ranks = {group.ranks: group for group in groups}
+    sets = [set(ranks) for ranks in by_ranks]
+    found = [group for ranks, group in by_ranks.items() if not any(set(ranks) < other for other in sets)]
+    return sorted(found, key=lambda group: group.order)
 
 
 def _shown(ranks: Sequence[int]) -> str:
