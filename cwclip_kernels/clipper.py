@@ -16,8 +16,7 @@ from .attach import Attachment
 from .caps import MaxNorm
 from .components import Grouping, Parameters, named_tensors
 from .distributed.groups import check_parts
-from .engine import Engine, check_options
-from .resolve import resolve
+from .engine import Engine, check_options, settings_in_words
 from .scaled_loss import NOT_SCALED, ScaledLoss
 
 if TYPE_CHECKING:
@@ -120,7 +119,8 @@ class ComponentClipper:
         check_parts(parameters, process_group)
         named = named_tensors(parameters)
         self._tensors = named.tensors
-        self._engine = Engine(resolve(named, components), named.tensors, process_group, pp_mesh)
+        settings = settings_in_words(self._options, max_norm, pp_mesh)
+        self._engine = Engine.of(named, components, process_group, pp_mesh, settings)
         self.names: tuple[str, ...] = self._engine.components.names
         self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
         # As given; a mapping as it is now, like the caps.

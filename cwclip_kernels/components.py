@@ -221,24 +221,32 @@ _WORD_KEYS: dict[str, Callable[[str], str]] = {
 }
 
 
-def match_patterns(names: tuple[str, ...], values: Mapping[str, float], default: float) -> list[float]:
+def match_patterns(
+    names: tuple[str, ...],
+    values: Mapping[str, float],
+    default: float,
+    everywhere: tuple[str, ...] | None = None,
+) -> list[float]:
     """The value of the first pattern, in the mapping's order, that matches each name.
 
     Args:
         names: component names.
         values: ``fnmatch`` patterns (case-sensitive), or exact names, to values.
         default: value of a name that no pattern matches.
+        everywhere: names that a pattern may match instead, on other ranks.
 
     Raises:
         ValueError: a pattern matches no name at all.
     """
+    everywhere = everywhere or names
     found = [default] * len(names)
     free = set(range(len(names)))
     for pattern, value in values.items():
         hits = [i for i, name in enumerate(names) if matches(name, pattern)]
-        if not hits:
+        if not hits and not any(matches(name, pattern) for name in everywhere):
             raise ValueError(
-                f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{some_of(names)}"
+                f"max_norm: the pattern {pattern!r} matches none of the {len(everywhere)} "
+                f"components{some_of(everywhere)}"
             )
         for i in free.intersection(hits):
             found[i] = value

@@ -204,6 +204,28 @@ def test_ranks_that_mean_different_components_are_told_at_set_up(difference):
         assert len(set(everywhere(str(caught.value)))) == 1
 
 
+@on_ranks(2, 4)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"norm_type": 1.0}),
+        ({}, {"nonfinite": "skip"}),
+        ({}, {"max_norm": 0.2}),
+        ({}, {"max_norm": {"a": 0.1}}),
+    ],
+)
+def test_ranks_that_choose_otherwise_are_told_at_set_up(one, other):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ours, _ = model_with_gradients(mesh)
+    chosen = {"max_norm": 0.1, **(other if dist.get_rank() == 1 else one)}
+    for attempt in (ComponentClipper, fused_component_clip_):
+        with pytest.raises(
+            ValueError, match="arguments differ between ranks: .* on rank 0, but .* on rank 1"
+        ) as caught:
+            attempt(ours, **chosen)
+        assert len(set(everywhere(str(caught.value)))) == 1
+
+
 @on_ranks(4)
 @pytest.mark.parametrize("placements", [[Replicate(), Shard(0)], [Replicate(), Replicate()]])
 def test_replicas_that_mean_different_components_are_told_too(placements):

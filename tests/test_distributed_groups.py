@@ -21,6 +21,7 @@ from cwclip_kernels import (
     fused_component_clip_,
     thresholds,
 )
+from cwclip_kernels.distributed import groups
 from cwclip_kernels.sharding import is_dtensor
 from helpers import assert_norms, parameter, random_grad, same_bits
 from ranks import on_ranks
@@ -255,6 +256,36 @@ def test_pipeline_stages(components):
     assert_same(parameters, [(n, p) for n, p in whole.named_parameters() if n in own], torch.float32)
     total = clipper.total_norm(result.norms)
     torch.testing.assert_close(total, expected.norms.norm(), rtol=1e-6, atol=0.0)
+
+
+@on_ranks(2)
+def test_patterns_may_be_about_another_stage():
+    """One mapping and one spec for all stages; what matches nothing anywhere is an error on all."""
+    name = "head.weight" if dist.get_rank() == 1 else "embedding.weight"
+    parameters = [(name, plain(torch.ones(4, 2)))]
+    spec = ComponentSpec().split("head.*", sizes=2)
+    caps = {"head*": 0.5, "*": 1.0}
+    result = ComponentClipper(parameters, caps, components=spec, pp_mesh=dist.group.WORLD).clip_()
+    assert result.caps.tolist() == ([0.5, 0.5] if dist.get_rank() == 1 else [1.0])
+    with pytest.raises(ValueError, match=r"split\('tail.\*'\) matches none of the 2 parameters"):
+        ComponentClipper(parameters, 1.0, components=spec.split("tail.*", sizes=2), pp_mesh=dist.group.WORLD)
+    with pytest.raises(ValueError, match="the pattern 'tail' matches none of the 3 components"):
+        ComponentClipper(parameters, {"tail": 1.0}, components=spec, pp_mesh=dist.group.WORLD)
+
+
+@on_ranks(4)
+def test_several_dimensions_where_no_group_can_be_made():
+    """As with NCCL bound to a device: one dimension after the other, to the same sums."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = random_grad((8, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_existing", lambda *_: None)
+        patch.setattr(groups, "_may_make_groups", lambda: False)
+        clipper = ComponentClipper([("w", sharded(whole, mesh, [Shard(0), Shard(1)]))], 0.5, error_if_nonfinite=True)
+    with counted() as counts:
+        norms = clipper.clip_().norms
+    assert counts == {"allreduce_": 2}
+    torch.testing.assert_close(norms[0], whole.norm(), rtol=1e-6, atol=0.0)
 
 
 @on_ranks(2)

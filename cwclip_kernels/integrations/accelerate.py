@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..api import engine_for
 from ..caps import MaxNorm
 from ..components import Grouping, NamedTensors, Parameters, as_items, named_tensors
-from ..engine import check_options
+from ..engine import check_options, settings_in_words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,7 +87,7 @@ def clip_grad_norm_(
     if is_fsdp1 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
         process_group = _group_of(named_tensors(parameters), accelerator._models)
-    tensors, engine = engine_for(parameters, components, process_group)
+    tensors, engine = engine_for(parameters, components, process_group, settings=settings_in_words(options, max_norm))
     policy = engine.policy(max_norm, tensors, options.rule)
     accelerator.unscale_gradients()
     return engine.total(engine.clip_(tensors, policy, options)[0], options.rule.norm_type)
