@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cwclip_kernels import fused_component_clip_, thresholds
-from cwclip_kernels.integrations import already
+from cwclip_kernels.integrations import _already as already
 from helpers import same_bits
 
 pytest.importorskip("transformers")
@@ -156,7 +156,7 @@ def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
     args, callback, message = arguments(tmp_path), ComponentClipCallback(0.05), r"gradient_clipping .*; it is 1.0 now"
     with pytest.raises(RuntimeError, match=message):  # added after the Trainer was made
         callback.on_train_begin(args, None, None, optimizer=SimpleNamespace(accelerator_state=state))
-    monkeypatch.setattr("cwclip_kernels.integrations.trainer_callback.AcceleratorState", lambda: state)
+    monkeypatch.setattr("cwclip_kernels.integrations._trainer_callback.AcceleratorState", lambda: state)
     with pytest.raises(RuntimeError, match=message):
         Trainer(encoder(), args, train_dataset=examples(), callbacks=[callback])
 

@@ -72,7 +72,7 @@ def run(code: str) -> str:
 
 
 def test_importing_loads_neither_triton_nor_the_extension_nor_anything_optional():
-    heavy = ("triton", "cwclip_kernels._C", "transformers", "matplotlib", "rich", "pytest")
+    heavy = ("triton", "cwclip_kernels._C", "transformers", "lightning", "matplotlib", "rich", "pytest")
     # What torch itself imports is not ours to answer for.
     code = f"""
 import sys, torch
@@ -119,18 +119,19 @@ def test_report_of_the_machine():
 EXAMPLES = [
     "cwclip_kernels",
     *(f"cwclip_kernels.{name}" for name in ("api", "clipper", "grad_scaler", "in_backward", "spec", "thresholds")),
-    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "already", "timm", "torchtitan")),
-    *(f"cwclip_kernels.integrations.{name}" for name in ("trainer_callback", "transformers")),
+    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "lightning", "timm", "torchtitan")),
+    *(f"cwclip_kernels.integrations.{name}" for name in ("_already", "_trainer_callback", "transformers")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
 ]
 
 
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")  # of Lightning
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings(name):
     import torch
 
-    if name.endswith((".trainer_callback", ".transformers")):
+    if name.endswith(("._trainer_callback", ".transformers")):
         pytest.importorskip("transformers")
     torch.manual_seed(0)
     module = importlib.import_module(name)

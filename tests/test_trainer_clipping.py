@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cwclip_kernels import ClipResult, fused_component_clip_
-from cwclip_kernels.integrations.trainer_clipping import ClipNumbers, TrainerClipping, own_names
+from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping, own_names
 from ranks import on_ranks
 from test_accelerate import batches, steps_agree, wrapped
 

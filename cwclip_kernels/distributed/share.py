@@ -32,12 +32,6 @@ def local_components(
     slices: list[tuple[int, int, Box]] = []
     for position, component, box in components.members():
         group, layout = groups[position], layouts[position]
-        if box and layout is None and group is not None:
-            raise ValueError(
-                f"components: {components.tensor_names[position]!r} can't be cut, as it is a part (process_group) "
-                "whose place in the whole is unknown; a DTensor can be, and FullyShardedDataParallel's with "
-                "use_orig_params=False"
-            )
         key = component, None if group is None else group.ranks
         if key not in place:
             place[key] = len(owners)
@@ -49,6 +43,17 @@ def local_components(
             index[position] = place[key]
     names = tuple(components.names[component] for component, _ in owners)
     return Components(names, tuple(index), components.tensor_names, tuple(slices)), owners
+
+
+def check_cuts(components: Components, layouts: Layouts) -> None:
+    """Raises if a part (process_group) is cut."""
+    for position, _, box in components.members():
+        if box and layouts[position] is None:
+            raise ValueError(
+                f"components: {components.tensor_names[position]!r} can't be cut, as it is a part (process_group) "
+                "whose place in the whole is unknown; a DTensor can be, and FullyShardedDataParallel's with "
+                "use_orig_params=False"
+            )
 
 
 def statement(

@@ -3,11 +3,9 @@
     torchtitan     ``clip_grad_norm_`` in place of ``torchtitan.distributed.utils.clip_grad_norm_``
     accelerate     ``clip_grad_norm_`` in place of ``Accelerator.clip_grad_norm_``
     timm           ``dispatch_clip_grad`` in place of ``timm.utils.dispatch_clip_grad``
+    lightning      ``ComponentClip``, a callback; ``configure_gradient_clipping`` for the hook of that name
     transformers   ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` for ``Trainer``
 
-What returns the norm of all components together, for a log, still does. ``transformers`` imports its trainer; no
-other does.
-
-``trainer_clipping`` is what ways into a trainer share, ``trainer_callback`` has the callback, ``already`` warns where
-a trainer clips by itself as well.
+The calls return what the trainer's own do: for its log, the norm of all components together. None imports its
+trainer, but for Lightning and transformers, whose callbacks are of their classes.
 """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..api import engine_for
 from ..caps import MaxNorm
-from ..components import Grouping, NamedTensors, Parameters, as_items, named_tensors
-from ..engine import check_options
+from ..components import Grouping, Parameters, as_items, named_tensors
+from ..engine import check_options, settings_in_words
+from ._fsdp1 import group_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,8 +84,8 @@ def clip_grad_norm_(
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-        process_group = group_of(named_tensors(parameters), accelerator._models)
-    tensors, engine = engine_for(parameters, components, process_group)
+        process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
+    tensors, engine = engine_for(parameters, components, process_group, settings=settings_in_words(options, max_norm))
     policy = engine.policy(max_norm, tensors, options.rule)
     accelerator.unscale_gradients()
     return engine.total(engine.clip_(tensors, policy, options)[0], options.rule.norm_type)
@@ -113,31 +113,3 @@ _ELSEWHERE = {
     "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
     "XLA": "XLA's gradients are added up over devices in Accelerate's own clip_grad_norm_ alone; use that",
 }
-
-
-def group_of(parameters: NamedTensors, models: Sequence[nn.Module]) -> ProcessGroup | None:
-    """The ranks over which ``FullyShardedDataParallel`` has spread these parameters; None if it hasn't.
-
-    Raises:
-        ValueError: that isn't the same for all of them, or can't be told.
-    """
-    sharded = {id(t) for t in parameters.tensors if getattr(t, "_fsdp_flattened", False)}
-    if not sharded:
-        return None
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
-
-    for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
-        if id(tensor) not in sharded:
-            raise ValueError(
-                f"parameters: {name!r} is whole on each rank, and others are sharded by FullyShardedDataParallel; "
-                "clip what is whole in a call of its own"
-            )
-    roots = [root for model in models for root in FullyShardedDataParallel.fsdp_modules(model, root_only=True)]
-    owners = [root for root in roots if not sharded.isdisjoint(map(id, root.parameters()))]
-    if not owners:
-        raise ValueError("parameters: no model prepared by this accelerator has them; pass process_group")
-    if len(owners) > 1:
-        raise ValueError(f"parameters: they belong to {len(owners)} prepared models; clip each in a call of its own")
-    if owners[0].sharding_strategy is ShardingStrategy.NO_SHARD:
-        return None  # the engine says what to do instead
-    return owners[0].process_group

@@ -18,7 +18,7 @@ import torch
 from ..api import engine_for
 from ..caps import MaxNorm
 from ..components import Grouping, Parameters
-from ..engine import Engine, check_options
+from ..engine import Engine, check_options, settings_in_words
 from ..spec import ComponentSpec
 from ..thresholds import ParamRelative
 
@@ -76,13 +76,13 @@ def dispatch_clip_grad(
     if mode == "agc":
         if components is not None:
             raise ValueError("components: 'agc' has its own, output units; leave it out")
-        tensors, engine = engine_for(parameters, _UNITS)
+        tensors, engine = engine_for(parameters, _UNITS, settings=settings_in_words(options))
         known = _factors.get(engine)
         if known is None or known[0] != value:
             known = _factors[engine] = value, ParamRelative(value)  # type: ignore[arg-type]
         value = known[1]
     else:
-        tensors, engine = engine_for(parameters, components)
+        tensors, engine = engine_for(parameters, components, settings=settings_in_words(options, value))
     engine.clip_(tensors, engine.policy(value, tensors, options.rule), options)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..api import engine_for
 from ..caps import MaxNorm
 from ..components import Grouping, Parameters, type_name
-from ..engine import check_options
+from ..engine import check_options, settings_in_words
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,6 +82,6 @@ def clip_grad_norm_(
     if not isinstance(ep_enabled, bool):
         raise TypeError(f"ep_enabled: expected a bool, not {type_name(ep_enabled)}")
     options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
-    tensors, engine = engine_for(parameters, components, None, pp_mesh)
+    tensors, engine = engine_for(parameters, components, None, pp_mesh, settings_in_words(options, max_norm, pp_mesh))
     norms = engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options)[0]
     return engine.total(norms, options.rule.norm_type)

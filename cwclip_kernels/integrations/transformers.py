@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..clipper import ClipResult
+from ._trainer_callback import ComponentClipCallback
+from ._trainer_clipping import TrainerClipping
 from .accelerate import check_gradients_are_here
-from .trainer_callback import ComponentClipCallback
-from .trainer_clipping import TrainerClipping
 
 __all__ = ["ComponentClipCallback", "ComponentClipTrainerMixin"]
 
@@ -35,7 +35,7 @@ else:
     _Base = object
 
 
-class ComponentClipTrainerMixin(_Base):
+class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't look into transformers
     """A ``Trainer`` that clips each component's gradient to its own norm, where it would clip all by one.
 
     Put it before ``Trainer``, or any class derived from it. The cap of each component is ``max_grad_norm`` of the

@@ -21,7 +21,7 @@ def warn_already_clipped(setting: str, value: object, way_out: str) -> bool:
         Whether the setting clips, warned or not.
 
     Example:
-        >>> from cwclip_kernels.integrations.already import warn_already_clipped
+        >>> from cwclip_kernels.integrations._already import warn_already_clipped
         >>> warn_already_clipped("Trainer(gradient_clip_val=...)", None, "leave it out")
         False
     """

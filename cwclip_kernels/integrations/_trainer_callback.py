@@ -14,12 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..caps import MaxNorm
 from ..clipper import ClipResult
 from ..components import Grouping
+from ._already import warn_already_clipped
+from ._trainer_clipping import TrainerClipping
 from .accelerate import check_gradients_are_here
-from .already import warn_already_clipped
-from .trainer_clipping import TrainerClipping
 
 
-class ComponentClipCallback(TrainerCallback):
+class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy doesn't look into transformers
     """Clips each component's gradient to its own norm, for a Trainer that can't be given another class.
 
     Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even so it measures the gradients before this

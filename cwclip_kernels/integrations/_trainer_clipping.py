@@ -19,7 +19,7 @@ from ..components import Grouping, named_tensors, type_name
 from ..engine import check_options
 from ..resolve import resolve
 from ..thresholds import Threshold
-from .accelerate import group_of
+from ._fsdp1 import group_of
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
@@ -112,7 +112,7 @@ class TrainerClipping:
         made_for = model, self._cap(trainers_cap)
         if self._clipper is None or self._made_for is None or not all(map(_same, made_for, self._made_for)):
             pairs = list(own_names(model))
-            group = group_of(named_tensors(pairs), [model])
+            group = group_of(named_tensors(pairs), [model], "that is trained")
             clipper = ComponentClipper(pairs, made_for[1], process_group=group, **self._options)
             if scaled and clipper.raises_nonfinite:
                 raise ValueError(
