@@ -24,14 +24,12 @@ def hf():
     from cwclip_kernels.integrations import _already
 
     _already._said.clear()
-    yield from ((hf,) for _ in hf.on_one_thread())
+    for _ in hf.on_one_thread():
+        yield hf
 
 
-@pytest.mark.parametrize(
-    ("word", "max_grad_norm"), [("ComponentClipTrainerMixin", 0.05), ("ComponentClipCallback", 0)]
-)
-def test_hugging_face(hf, word, max_grad_norm, tmp_path):
-    (hf,) = hf
+@pytest.mark.parametrize(("word", "cap"), [("ComponentClipTrainerMixin", 0.05), ("ComponentClipCallback", 0)])
+def test_hugging_face(hf, word, cap, tmp_path):
     names = {
         "Trainer": hf.Trainer,
         "model": hf.encoder(),
@@ -81,7 +79,7 @@ def lightning():
 def test_lightning_callback(lightning):
     exec(block("ComponentClip("), lightning)
     assert len(lightning["model"].found) == 3
-    assert all((norms <= 0.05).all() for norms in lightning["model"].found)
+    assert all((norms <= 0.0501).all() for norms in lightning["model"].found)
 
 
 @pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
@@ -90,4 +88,4 @@ def test_lightning_helper(lightning):
     model = lightning["Model"]()
     lightning["Trainer"](gradient_clip_val=0.05).fit(model, lightning["loader"])
     assert len(model.found) == 3
-    assert all((norms <= 0.05).all() for norms in model.found)
+    assert all((norms <= 0.0501).all() for norms in model.found)
