@@ -39,9 +39,9 @@ def run(args: Namespace, console: Console) -> None:
     store = Store(args.out or Path("stability_out") / settings.task)
     with store.locked():
         store.claim({**settings.as_dict(), "data_hash": task.fingerprint, "calibration_seeds": calibration_seeds})
-        console.print(f"{task.about} {len(task.train)} and {len(task.dev)} examples from {task.source}", markup=False)
+        console.print(f"{task.about} {len(task.train)} + {len(task.dev)} examples, {task.source}", soft_wrap=True)
         console.print(
-            f"a run that does not beat {task.metric} {task.cutoff:.3f} has failed; runs are kept in {store.folder}"
+            f"failed: {task.metric} not above {task.cutoff:.3f}; runs are kept in {store.folder}", soft_wrap=True
         )
 
         def make(wanted: list[Arm]) -> dict[str, list[Run]]:

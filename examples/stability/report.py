@@ -124,8 +124,8 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
         f"- Training: {model}, {settings['epochs']} epochs of batches of {settings['batch_size']}, at most "
         f"{settings['max_length']} tokens, AdamW {correction} bias correction (eps {settings['eps']:g}, weight decay "
         f"{settings['weight_decay']:g}, not on biases and normalisation), learning rate {settings['lr']:g} with "
-        f"linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of the data and dropout depend on "
-        "the seed alone and are the same in each arm.",
+        f"linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of the data and dropout "
+        "depend on the seed alone and are the same in each arm.",
         f"- Judged seeds: {_ranges(about['seeds'])}. {_before(about, chosen)}",
         _missing(about, arms, found, chosen),
         "## What comes out",
