@@ -150,6 +150,8 @@ def _before(about: Facts, chosen: dict[str, Any]) -> str:
     fixed = (
         "Hyper-parameters and caps are those of the command line and its defaults, set before these seeds were run."
     )
+    if about["task"] == "names":
+        fixed += " (The defaults come from scouting, on an earlier build of this task.)"
     if not chosen:
         return f"{fixed} Nothing was calibrated."
     seeds = _ranges(about["calibration_seeds"])
