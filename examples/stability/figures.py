@@ -43,7 +43,7 @@ def scores(runs: Runs, metric: str, cutoff: float) -> bytes:
     )
     axis.set_xlim(-0.6, len(runs) - 0.4)
     axis.set_ylabel(f"{metric} on the dev set")
-    axis.set_title("Scores by arm (one dot a seed, bar: mean, red: failed)", fontsize=11)
+    axis.set_title("One dot a seed; red: failed; bar: mean", fontsize=11)
     axis.grid(axis="y", alpha=0.25, linewidth=0.5)
     return _png(figure)
 
@@ -87,6 +87,7 @@ def norms(runs: Runs, arms: list[str]) -> bytes:
 def clip_rate(runs: Runs) -> bytes:
     """Share of components clipped, and share of the gradient kept, over the steps; failed runs apart."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # or a label touches the panel beside it
     panels = (("clip_rate", "share of components clipped"), ("kept", "share of the gradient's norm kept"))
     colours = colormaps["tab20" if len(runs) > 10 else "tab10"]
     for axis, (field, label) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -42,7 +42,7 @@ def facts(
         "cutoff": task.cutoff,
         "majority": task.majority,
         "settings": settings.as_dict(),
-        "arms": [arm.label for arm in arms],
+        "asked": [arm.label for arm in arms],
         "seeds": seeds,
         "calibration_seeds": calibration_seeds,
         "date": time.strftime("%Y-%m-%d"),
