@@ -73,7 +73,11 @@ def load(name: str, classes: int, seed: int, pad_token_id: int | None = None) ->
     quiet()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            where(name), num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True
+            where(name),
+            num_labels=classes,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,  # also where the checkpoint is in half precision
         )
     except (OSError, ValueError, ImportError) as error:
         raise Problem(_not_found(name, error)) from None
@@ -83,9 +87,10 @@ def load(name: str, classes: int, seed: int, pad_token_id: int | None = None) ->
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key in fresh:
-                drawn = torch.randn(parameter.shape, generator=generator) * HEAD_STD
-                parameter.copy_(drawn if parameter.dim() > 1 else torch.zeros_like(drawn))
+            if key in fresh and parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * HEAD_STD)
+            elif key in fresh and key.endswith("bias"):  # a normalisation's weight stays 1
+                parameter.zero_()
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return model

@@ -125,4 +125,6 @@ def read(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror or error}") from None
     return found if isinstance(found, dict) else None
