@@ -2,21 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-for needed in ("numpy", "rich", "matplotlib", "transformers"):
-    pytest.importorskip(needed)
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-try:
-    from stability import hub, metrics, options, report, tasks
-    from stability.problem import Problem
-finally:
-    sys.path.remove(str(EXAMPLES))
+from experiment_setup import EXAMPLES  # noqa: F401
+from stability import hub, metrics, options, report, tasks
+from stability.problem import Problem
 
 
 def columns_of(task, count, label=lambda i: i % 2):

@@ -136,5 +136,5 @@ def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
