@@ -146,9 +146,10 @@ def _t5_base(layers: int = 12, width: int = 768, hidden: int = 3072, heads: int 
         yield f"{stack}.final_layer_norm.weight", (width,)
 
 
-def _llama3_8b(layers: int = 32, width: int = 4096, hidden: int = 14336, key_values: int = 1024) -> Shapes:
-    """LlamaForCausalLM; eight key-value heads of 128 serve 32 query heads."""
-    yield "model.embed_tokens.weight", (128256, width)
+def _llama3_8b(layers: int = 32, by: int = 1) -> Shapes:
+    """LlamaForCausalLM; eight key-value heads of 128 serve 32 query heads. ``by`` divides all widths."""
+    vocabulary, width, hidden, key_values = (size // by for size in (128256, 4096, 14336, 1024))
+    yield "model.embed_tokens.weight", (vocabulary, width)
     for index in range(layers):
         layer = f"model.layers.{index}"
         yield f"{layer}.self_attn.q_proj.weight", (width, width)
@@ -161,7 +162,30 @@ def _llama3_8b(layers: int = 32, width: int = 4096, hidden: int = 14336, key_val
         yield f"{layer}.input_layernorm.weight", (width,)
         yield f"{layer}.post_attention_layernorm.weight", (width,)
     yield "model.norm.weight", (width,)
-    yield "lm_head.weight", (128256, width)
+    yield "lm_head.weight", (vocabulary, width)
+
+
+def _qwen3_30b_a3b(layers: int = 48, by: int = 1, experts: int = 128, head: int = 128) -> Shapes:
+    """Qwen3MoeForCausalLM, whose experts are stacked. ``by`` divides all widths but that of a head's norms."""
+    width, hidden = 2048 // by, 768 // by
+    vocabulary = 151936 // by // 16 * 16  # so that a few ranks can share it
+    queries, key_values = 32 * head // by, 4 * head // by
+    yield "model.embed_tokens.weight", (vocabulary, width)
+    for index in range(layers):
+        layer = f"model.layers.{index}"
+        yield f"{layer}.self_attn.q_proj.weight", (queries, width)
+        yield f"{layer}.self_attn.k_proj.weight", (key_values, width)
+        yield f"{layer}.self_attn.v_proj.weight", (key_values, width)
+        yield f"{layer}.self_attn.o_proj.weight", (width, queries)
+        yield f"{layer}.self_attn.q_norm.weight", (head,)
+        yield f"{layer}.self_attn.k_norm.weight", (head,)
+        yield f"{layer}.mlp.experts.gate_up_proj", (experts, 2 * hidden, width)
+        yield f"{layer}.mlp.experts.down_proj", (experts, width, hidden)
+        yield f"{layer}.mlp.gate.weight", (experts, width)
+        yield f"{layer}.input_layernorm.weight", (width,)
+        yield f"{layer}.post_attention_layernorm.weight", (width,)
+    yield "model.norm.weight", (width,)
+    yield "lm_head.weight", (vocabulary, width)
 
 
 def _lora_pegasus_large(layers: int = 16, width: int = 1024, rank: int = 8) -> Shapes:
@@ -204,3 +228,13 @@ _ALL = (
 )
 
 SETS: dict[str, ShapeSet] = {shape_set.name: shape_set for shape_set in _ALL}
+
+
+def narrow_llama3_8b(layers: int, by: int) -> ShapeSet:
+    """Llama-3-8B with its names and another width: what ranks ask of each other doesn't depend on that."""
+    return ShapeSet("llama3-8b", f"Llama-3-8B, widths / {by}", tuple(_llama3_8b(layers, by)))
+
+
+def narrow_qwen3_30b_a3b(layers: int, by: int) -> ShapeSet:
+    """Qwen3-30B-A3B, 128 experts a layer, likewise."""
+    return ShapeSet("qwen3-30b-a3b", f"Qwen3-30B-A3B, widths / {by}", tuple(_qwen3_30b_a3b(layers, by)))

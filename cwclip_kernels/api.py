@@ -16,7 +16,8 @@ from torch.compiler import is_dynamo_compiling
 from . import compiled
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
-from .engine import Engine, check_options
+from .distributed.groups import as_group, check_parts
+from .engine import Engine, check_options, settings_in_words
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .spec import ComponentSpec
@@ -85,9 +86,10 @@ def fused_component_clip_(
             several of them have parts of are added up over it; all others cause no traffic.
         backend: None for the best available, or "cuda", "triton", "cpu", "foreach", "reference": used or refused.
 
-    With sharded parameters all ranks that share them call this together. The first call with them compares the ranks'
-    components; from then on each call costs one all-reduce of a number a component for each set of ranks that
-    parameters are spread over. It doesn't matter which ranks have which gradients.
+    With sharded parameters all ranks that share them call this together, and pass all of them, with or without a
+    gradient. The first call with them compares the ranks' components (with a callable in ``components`` every call,
+    so prefer ``ComponentClipper`` there); from then on each costs one all-reduce of a number a component for each set
+    of ranks that parameters are spread over. It doesn't matter which ranks have gradients for which shards.
 
     Returns:
         [K] norms before clipping, float32 (float64 if any gradient of this call is), on the device of the first
@@ -121,7 +123,8 @@ def fused_component_clip_(
         resolved = resolve(named, components)
         return compiled.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
     scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
-    tensors, engine = engine_for(parameters, components, process_group, pp_mesh)
+    settings = settings_in_words(options, max_norm, pp_mesh)
+    tensors, engine = engine_for(parameters, components, process_group, pp_mesh, settings)
     return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
 
 
@@ -165,7 +168,7 @@ def component_norms(
         compiled.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return compiled.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
-    tensors, engine = engine_for(parameters, components, process_group, pp_mesh)
+    tensors, engine = engine_for(parameters, components, process_group, pp_mesh, settings_in_words(options))
     return engine.norms(tensors, options.rule.norm_type, backend)
 
 
@@ -192,13 +195,18 @@ _lock = threading.Lock()
 
 
 def engine_for(
-    parameters: Parameters, grouping: Grouping, process_group: object = None, pp_mesh: object = None
+    parameters: Parameters,
+    grouping: Grouping,
+    process_group: object = None,
+    pp_mesh: object = None,
+    settings: str = "",
 ) -> tuple[Sequence[Tensor], Engine]:
     """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters."""
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
     if key is not None:
-        key = key, id(process_group), id(pp_mesh)  # alive as long as the entry: the engine holds them
+        # Not by the ids of meshes: mesh["pp"] is another object each time, and an id may be that of a later one.
+        key = key, as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
     with _lock:
         entry = _entries.get(key)
         if entry is not None:
@@ -207,8 +215,9 @@ def engine_for(
         # Looking through weak references takes longer than all else here, so it's left out where it can be.
         tensors = given if entry.as_given else [t for ref in entry.tensors if (t := ref()) is not None]
         return tensors, entry.engine
+    check_parts(source, process_group)
     named = named_tensors(source)
-    engine = Engine(resolve(named, grouping), named.tensors, process_group, pp_mesh)
+    engine = Engine.of(named, grouping, process_group, pp_mesh, settings)
     if key is not None:
         _remember(key, given, named.tensors, engine, source if isinstance(source, nn.Module) else None)
     return named.tensors, engine

@@ -48,13 +48,14 @@ class Caps:
             changing it in place changes the cap; or a mapping of ``fnmatch`` patterns on component
             names to numbers, where a component that no pattern matches is not clipped.
         names: the K component names.
+        everywhere: those that a pattern may match, if ranks have different ones.
 
     Raises:
         TypeError: none of these (bool and str included).
         ValueError: negative or NaN, a shape other than [] or [K], a pattern that matches nothing.
     """
 
-    def __init__(self, max_norm: MaxNorm, names: tuple[str, ...]) -> None:
+    def __init__(self, max_norm: MaxNorm, names: tuple[str, ...], everywhere: tuple[str, ...] | None = None) -> None:
         self._live: Tensor | None = None
         self._fixed: float | list[float] = math.inf
         self._on: dict[torch.device, Tensor] = {}
@@ -62,7 +63,7 @@ class Caps:
             self._live = _checked_tensor(max_norm, len(names))
         elif isinstance(max_norm, Mapping):
             values = {_checked_pattern(p): checked_cap(v, f"max_norm[{p!r}]") for p, v in max_norm.items()}
-            self._fixed = match_patterns(names, values, default=math.inf)
+            self._fixed = match_patterns(names, values, math.inf, everywhere)
         else:
             self._fixed = checked_cap(max_norm, "max_norm")
 

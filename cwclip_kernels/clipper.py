@@ -15,8 +15,8 @@ from . import compiled
 from .attach import Attachment
 from .caps import MaxNorm
 from .components import Grouping, Parameters, named_tensors
-from .engine import Engine, check_options
-from .resolve import resolve
+from .distributed.groups import check_parts
+from .engine import Engine, check_options, settings_in_words
 from .scaled_loss import NOT_SCALED, ScaledLoss
 
 if TYPE_CHECKING:
@@ -116,9 +116,11 @@ class ComponentClipper:
         backend: str | None = None,
     ) -> None:
         self._options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+        check_parts(parameters, process_group)
         named = named_tensors(parameters)
         self._tensors = named.tensors
-        self._engine = Engine(resolve(named, components), named.tensors, process_group, pp_mesh)
+        settings = settings_in_words(self._options, max_norm, pp_mesh)
+        self._engine = Engine.of(named, components, process_group, pp_mesh, settings)
         self.names: tuple[str, ...] = self._engine.components.names
         self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
         # As given; a mapping as it is now, like the caps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,13 +82,32 @@ def named_tensors(parameters: Parameters) -> NamedTensors:
 
     Raises:
         TypeError: not a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs.
-        ValueError: two tensors under one name, or only plain tensors that can't have gradients.
+        ValueError: two tensors under one name, only plain tensors that can't have gradients, or a model whose sharded
+            parameters aren't in place.
     """
     if isinstance(parameters, nn.Module):
+        _check_resharded(parameters)
         pairs = list(parameters.named_parameters())  # a tied parameter comes once, under its first name
         names = tuple(without_wrappers(n) for n, _ in pairs)
         return NamedTensors(names, tuple(p for _, p in pairs), named=True)
     return _from_items(as_items(parameters))
+
+
+def _check_resharded(model: nn.Module) -> None:
+    """Raises if ``fully_shard`` has gathered parameters of the model, and not yet put the shards back in place."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            state: Any = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]):
+                if not getattr(group, "is_sharded", True):
+                    raise ValueError(
+                        f"parameters: module {name!r} still has the whole parameters that fully_shard gathered for a "
+                        "forward pass, not the sharded ones that gradients and optimizers belong to; call reshard() "
+                        "on it first, or pass the parameters before the forward pass"
+                    )
 
 
 def without_wrappers(name: str) -> str:
@@ -201,24 +221,32 @@ _WORD_KEYS: dict[str, Callable[[str], str]] = {
 }
 
 
-def match_patterns(names: tuple[str, ...], values: Mapping[str, float], default: float) -> list[float]:
+def match_patterns(
+    names: tuple[str, ...],
+    values: Mapping[str, float],
+    default: float,
+    everywhere: tuple[str, ...] | None = None,
+) -> list[float]:
     """The value of the first pattern, in the mapping's order, that matches each name.
 
     Args:
         names: component names.
         values: ``fnmatch`` patterns (case-sensitive), or exact names, to values.
         default: value of a name that no pattern matches.
+        everywhere: names that a pattern may match instead, on other ranks.
 
     Raises:
         ValueError: a pattern matches no name at all.
     """
+    everywhere = everywhere or names
     found = [default] * len(names)
     free = set(range(len(names)))
     for pattern, value in values.items():
         hits = [i for i, name in enumerate(names) if matches(name, pattern)]
-        if not hits:
+        if not hits and not any(matches(name, pattern) for name in everywhere):
             raise ValueError(
-                f"max_norm: the pattern {pattern!r} matches none of the {len(names)} components{some_of(names)}"
+                f"max_norm: the pattern {pattern!r} matches none of the {len(everywhere)} "
+                f"components{some_of(everywhere)}"
             )
         for i in free.intersection(hits):
             found[i] = value

@@ -14,13 +14,16 @@ from torch.nn.parameter import is_lazy
 
 from . import dispatch, execute, formula
 from .caps import CapPolicy, Caps, MaxNorm, as_float
-from .components import Components, type_name
+from .components import Components, Grouping, NamedTensors, type_name
 from .distributed import call
+from .distributed.set_up import spread_of
 from .distributed.share import Held
-from .distributed.spread import spread_of
 from .formula import POLICIES, ClipRule
 from .plan import ClipPlan, Gradients, Planner, narrowed
+from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
+from .sharding import is_flat
+from .spec import ComponentSpec
 from .thresholds import Setting, Threshold
 from .thresholds.base import BoundThreshold
 
@@ -81,6 +84,17 @@ def _checked_eps(eps: object) -> float:
     return value
 
 
+def settings_in_words(options: Options, max_norm: MaxNorm = math.inf, pp_mesh: object = None) -> str:
+    """What ranks have to choose alike: in a pipeline all but the caps, of components that others don't have."""
+    rule = options.rule
+    policy = "error" if options.raise_nonfinite else rule.nonfinite
+    text = f"norm_type={rule.norm_type:g}, eps={rule.eps:g}, nonfinite={policy!r}"
+    if pp_mesh is not None:
+        return text
+    is_object = isinstance(max_norm, Tensor | Threshold)
+    return f"{text}, max_norm={type_name(max_norm) if is_object else max_norm!r}"
+
+
 class Engine:
     """Components with their plan: one step's work on tensors that the caller holds.
 
@@ -91,6 +105,7 @@ class Engine:
         tensors: the parameters; if any is sharded, all ranks that share it make their engines together.
         process_group: as for ``fused_component_clip_``.
         pp_mesh: likewise.
+        settings: other arguments, which all ranks must have alike, in words.
 
     Attributes:
         components: as given.
@@ -104,13 +119,31 @@ class Engine:
         tensors: Sequence[Tensor],
         process_group: object = None,
         pp_mesh: object = None,
+        settings: str = "",
     ) -> None:
         self.components = components
         self.ranks = process_group, pp_mesh
-        self.spread = spread_of(components, tensors, *self.ranks)
+        self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
         self._planner = Planner(self._local)
         self._last_caps: tuple[object, Caps] | None = None
         self._last_threshold: BoundThreshold | None = None
+
+    @classmethod
+    def of(
+        cls, parameters: NamedTensors, grouping: Grouping, process_group: object, pp_mesh: object, settings: str
+    ) -> Engine:
+        """From parameters and a grouping.
+
+        Raises:
+            TypeError, ValueError: these, or the ranks, don't fit together.
+        """
+        is_all = pp_mesh is None or any(map(is_flat, parameters.tensors))  # whose originals others don't know of
+        engine = cls(
+            resolve(parameters, grouping, is_all=is_all), parameters.tensors, process_group, pp_mesh, settings
+        )
+        if not is_all and isinstance(grouping, ComponentSpec):
+            grouping.check_patterns(parameters.names if engine.spread is None else engine.spread.all_parameters)
+        return engine
 
     @property
     def _local(self) -> Components:
@@ -127,13 +160,14 @@ class Engine:
                     )
                 self._last_threshold = BoundThreshold(max_norm, self._setting(tensors, rule))
             return self._last_threshold
+        names, everywhere = self.components.names, None if self.spread is None else self.spread.all_names
         if isinstance(max_norm, Tensor):
-            return Caps(max_norm, self.components.names)
+            return Caps(max_norm, names)
         # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
         named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
         items = [(pattern, type(value), value) for pattern, value in named]
         if self._last_caps is None or self._last_caps[0] != items:
-            self._last_caps = items, Caps(max_norm, self.components.names)
+            self._last_caps = items, Caps(max_norm, names, everywhere)
         return self._last_caps[1]
 
     def _setting(self, tensors: Sequence[Tensor], rule: ClipRule) -> Setting:

@@ -18,7 +18,7 @@ from .clipper import ClipResult
 from .components import CUT, Box, Components, Grouping, NamedTensors, Parameters, named_tensors, type_name
 from .engine import Engine, Options, check_options
 from .resolve import resolve
-from .sharding import is_dtensor
+from .sharding import is_dtensor, is_flattened
 
 
 def clip_in_backward(
@@ -300,6 +300,11 @@ def _check_not_distributed(parameters: Parameters) -> None:
 
 def _check_not_sharded(named: NamedTensors) -> None:
     for name, tensor in zip(named.names, named.tensors, strict=True):
+        if is_flattened(tensor):
+            raise ValueError(
+                f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank, whose norm takes all "
+                "of them; clip at the step instead: ComponentClipper.attach(optimizer)"
+            )
         if is_dtensor(tensor):
             raise ValueError(
                 f"parameters: {name!r} is a DTensor, whose norm takes all its ranks. In the backward pass each "

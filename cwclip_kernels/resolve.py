@@ -11,13 +11,14 @@ from .sharding import Original, is_flat, originals_of
 from .spec import ComponentSpec
 
 
-def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
+def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True) -> Components:
     """Groups tensors into components.
 
     Args:
         parameters: names and tensors.
         grouping: one of ``WORDS``, None for "parameter", a ``ComponentSpec``, or a callable that gets (name, tensor)
             and returns a hashable key, None to leave the tensor alone. It is called once for each tensor.
+        is_all: whether these are all parameters; if other ranks have others, patterns may match those alone.
 
     Raises:
         TypeError: ``grouping`` is none of these, or returned something unhashable.
@@ -27,7 +28,8 @@ def resolve(parameters: NamedTensors, grouping: Grouping) -> Components:
     spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
     _check_names(parameters, spec.words)
     entries = list(_entries(parameters))
-    spec.check_patterns([name for _, name, _, _ in entries])
+    if is_all:
+        spec.check_patterns([name for _, name, _, _ in entries])
     order: dict[Hashable, int] = {}
     written: list[str] = []
     index: list[int] = []

@@ -85,6 +85,13 @@ def layout_of(tensor: Tensor, name: str) -> Layout | None:
     return None
 
 
+def place_of(tensor: Any) -> Layout | None:
+    """Where a DTensor is, if not what is held of it."""
+    if not is_dtensor(tensor):
+        return None
+    return Layout(tuple(tensor.shape), {}, tensor.device_mesh, tuple(tensor.placements))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # DTensor
 # ------------------------------------------------------------------------------------------------------------
@@ -195,6 +202,11 @@ class Original:
 def is_flat(tensor: Tensor) -> bool:
     """Whether it is a ``FlatParameter``."""
     return getattr(tensor, "_is_flat_param", False)
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether it is ``FullyShardedDataParallel``'s: a ``FlatParameter``, or a view of one."""
+    return getattr(tensor, "_fsdp_flattened", False)
 
 
 def originals_of(name: str, flat: Any, named: bool) -> Sequence[Original]:

@@ -1,5 +1,6 @@
 """Ranks that hold parts without being DTensors: FullyShardedDataParallel, ZeRO, pipelines, experts; and DDP."""
 
+import math
 import warnings
 
 import pytest
@@ -12,7 +13,15 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 
 from collectives import counted
-from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
+from cwclip_kernels import (
+    ComponentClipper,
+    ComponentSpec,
+    clip_in_backward,
+    component_norms,
+    fused_component_clip_,
+    thresholds,
+)
+from cwclip_kernels.distributed import groups
 from cwclip_kernels.sharding import is_dtensor
 from helpers import assert_norms, parameter, random_grad, same_bits
 from ranks import on_ranks
@@ -89,6 +98,8 @@ def test_without_its_group_a_flattened_model_is_refused(use_orig_params):
         ComponentClipper(model, 0.1)
     with pytest.raises(ValueError, match="process_group=model.process_group"):
         component_norms(list(model.parameters()))
+    with pytest.raises(ValueError, match=r"keeps a part of '0' .* clip at the step instead"):
+        clip_in_backward(list(model.parameters()), 0.1)
 
 
 @on_ranks(2)
@@ -99,6 +110,17 @@ def test_a_flattened_model_that_is_whole_here_is_refused(use_orig_params):
         model = wrapped(Model(), use_orig_params=use_orig_params, sharding_strategy=ShardingStrategy.NO_SHARD)
     with pytest.raises(ValueError, match=r"is whole here, .*summon_full_params\(\) first .*DistributedDataParallel"):
         ComponentClipper(model, 0.1, process_group=model.process_group)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_what_a_flattened_model_ignores_is_not_added_up(use_orig_params):
+    model = Model()
+    model = wrapped(model, use_orig_params=use_orig_params, ignored_modules=[model.head])
+    own = [(n, p) for n, p in model.named_parameters() if "head" not in n]
+    with pytest.raises(ValueError, match=r"'head.weight' is none of those .* Clip it apart from the others"):
+        ComponentClipper(model, 0.1, process_group=model.process_group)
+    ComponentClipper(own, 0.1, process_group=model.process_group).clip_()
 
 
 @on_ranks(2)
@@ -158,6 +180,14 @@ def test_data_parallel_issues_no_collective_and_keeps_its_buckets():
         norms = clipper.clip_().norms
         component_norms(parallel)
     assert counts == {}
+    for attempt in (
+        lambda: ComponentClipper(parallel, 0.1, process_group=dist.group.WORLD),
+        lambda: component_norms(parallel, process_group=dist.group.WORLD),
+    ):
+        with pytest.raises(
+            ValueError, match="each rank has all gradients of a DistributedDataParallel.* leave it out"
+        ):
+            attempt()
     assert places == [p.grad.data_ptr() for p in model.parameters()]
     assert_norms(norms, fused_component_clip_(expected, 0.1, backend="reference"), torch.float32)
     assert_same(list(parallel.named_parameters()), expected, torch.float32)
@@ -229,6 +259,36 @@ def test_pipeline_stages(components):
 
 
 @on_ranks(2)
+def test_patterns_may_be_about_another_stage():
+    """One mapping and one spec for all stages; what matches nothing anywhere is an error on all."""
+    name = "head.weight" if dist.get_rank() == 1 else "embedding.weight"
+    parameters = [(name, plain(torch.ones(4, 2)))]
+    spec = ComponentSpec().split("head.*", sizes=2)
+    caps = {"head*": 0.5, "*": 1.0}
+    result = ComponentClipper(parameters, caps, components=spec, pp_mesh=dist.group.WORLD).clip_()
+    assert result.caps.tolist() == ([0.5, 0.5] if dist.get_rank() == 1 else [1.0])
+    with pytest.raises(ValueError, match=r"split\('tail.\*'\) matches none of the 2 parameters"):
+        ComponentClipper(parameters, 1.0, components=spec.split("tail.*", sizes=2), pp_mesh=dist.group.WORLD)
+    with pytest.raises(ValueError, match="the pattern 'tail' matches none of the 3 components"):
+        ComponentClipper(parameters, {"tail": 1.0}, components=spec, pp_mesh=dist.group.WORLD)
+
+
+@on_ranks(4)
+def test_several_dimensions_where_no_group_can_be_made():
+    """As with NCCL bound to a device: one dimension after the other, to the same sums."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = random_grad((8, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_existing", lambda *_: None)
+        patch.setattr(groups, "_may_make_groups", lambda: False)
+        clipper = ComponentClipper([("w", sharded(whole, mesh, [Shard(0), Shard(1)]))], 0.5, error_if_nonfinite=True)
+    with counted() as counts:
+        norms = clipper.clip_().norms
+    assert counts == {"allreduce_": 2}
+    torch.testing.assert_close(norms[0], whole.norm(), rtol=1e-6, atol=0.0)
+
+
+@on_ranks(2)
 def test_stages_that_number_their_parameters_alike():
     """As ``pipelining`` does: each its own where a component is one parameter; refused where it isn't."""
     grad = random_grad((5,)) * (1 + dist.get_rank())
@@ -241,6 +301,20 @@ def test_stages_that_number_their_parameters_alike():
         ValueError, match=r"pp_mesh: ranks 0 and 1 both have a parameter '0.weight' in component 'all'"
     ):
         fused_component_clip_(parameters, 0.1, components="all", pp_mesh=dist.group.WORLD)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.0, math.inf, -math.inf, -1.0])
+def test_a_stage_without_any_parameter_and_totals_of_every_order(norm_type):
+    grads = [random_grad((5,)), random_grad((3,))]
+    parameters = [("a", plain(grads[0])), ("b", plain(grads[1]))] if dist.get_rank() == 0 else []
+    for components in ("parameter", "all"):
+        clipper = ComponentClipper(
+            parameters, math.inf, norm_type, components=components, nonfinite="error", pp_mesh=dist.group.WORLD
+        )
+        total = clipper.total_norm(clipper.clip_().norms)
+        expected = torch.linalg.vector_norm(torch.cat(grads).double(), norm_type)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0.0)
 
 
 @on_ranks(2)
@@ -276,6 +350,21 @@ def test_groups_are_checked():
 
 
 @on_ranks(2)
+def test_a_mesh_looked_up_anew_at_every_call_is_the_same_one():
+    """``mesh["pp"]`` is another object each time; ranks compare their components once all the same."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    parameters = [("w", plain(random_grad((5,))))]
+    fused_component_clip_(parameters, 1.0, pp_mesh=mesh["pp"])
+    with counted() as counts:
+        fused_component_clip_(parameters, 1.0, pp_mesh=mesh["pp"])
+    assert counts == {}
+    component_norms(parameters, process_group=mesh["pp"])
+    with counted() as counts:
+        component_norms(parameters, process_group=mesh["pp"])
+    assert counts == {"allreduce_": 1}
+
+
+@on_ranks(2)
 def test_replicas_of_a_sharded_model_are_not_summed_twice():
     """A process group is for plain tensors: DTensors in the same call know better."""
     mesh = init_device_mesh("cpu", (2,))
@@ -285,3 +374,18 @@ def test_replicas_of_a_sharded_model_are_not_summed_twice():
         p.grad = p.detach().clone()
     expected = component_norms(model)
     torch.testing.assert_close(component_norms(model, process_group=dist.group.WORLD), expected)
+
+
+@on_ranks(4)
+def test_a_dimension_of_a_mesh_is_recognised_each_time_it_is_asked_for():
+    """``mesh["a"]`` is another object each time, and where it was the next one may come to lie."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    part = plain(torch.full((1,), float(10 ** dist.get_rank()), dtype=torch.float64))
+    rank = dist.get_rank()
+    others = {"a": rank ^ 2, "b": rank ^ 1}
+    for step in range(6):
+        for name, other in others.items():
+            with counted() as counts:
+                norm = component_norms([part], norm_type=1.0, process_group=mesh[name])
+            assert norm.item() == 10**rank + 10**other, (step, name)
+            assert not step or counts == {"allreduce_": 1}, counts

@@ -172,6 +172,37 @@ def test_below_the_cap_bits_are_kept_and_nothing_but_the_sums_is_sent():
         assert same_bits(full(a.grad), b.grad)
 
 
+@on_ranks(2, 4)
+def test_several_dimensions_of_a_mesh_at_once_are_one_sum():
+    """On eight ranks over a group of their own, made for it."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", {2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2)}[size])
+    for placements in (
+        [Replicate(), Shard(0), Shard(0)],
+        [Shard(0), Replicate(), Shard(1)],
+        [Shard(1), Shard(0)] * 2,
+    ):
+        ours, theirs = both_ways([random_grad((9, 7))], mesh, [placements[:3]])
+        clipper = ComponentClipper(ours, 0.5)
+        with counted() as counts:
+            norms = clipper.clip_().norms
+        assert counts == {"allreduce_": 1}
+        assert_norms(norms, fused_component_clip_(theirs, 0.5, backend="reference"), torch.float32)
+        assert_same(ours, theirs, torch.float32)
+
+
+@on_ranks(4)
+def test_whether_any_is_infinite_is_asked_only_where_norms_do_not_tell():
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements, asked in (([Shard(0), Shard(0)], 0), ([Replicate(), Shard(0)], 2)):
+        ours, _ = both_ways([random_grad((9, 7))], mesh, [placements])
+        clipper = ComponentClipper(ours, 0.5)
+        found = torch.zeros(())
+        with counted() as counts:
+            clipper.clip_(found_inf=found)
+        assert counts == {"allreduce_": 1 + asked}
+
+
 @on_ranks(2)
 def test_gradients_of_other_placements_are_refused_by_name_on_all_ranks():
     mesh = init_device_mesh("cpu", (2,))

@@ -1,8 +1,9 @@
 """Every piece of Python in the README runs."""
 
 import re
+import sys
+import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class Model(nn.Module):
     def forward(self, x):
         for block in self.h:
             x = x + block(x)
-        return SimpleNamespace(loss=self.head(x).square().sum())
+        return types.SimpleNamespace(loss=self.head(x).square().sum())
 
 
 @pytest.fixture
@@ -67,6 +68,10 @@ def test_block(number, tmp_path, monkeypatch, request):
         pytest.importorskip("matplotlib")
     if "fully_shard" in BLOCKS[number]:
         request.getfixturevalue("only_rank")
+    if "torchtitan" in BLOCKS[number]:  # what the block touches of it
+        utils = types.ModuleType("torchtitan.distributed.utils")
+        monkeypatch.setitem(sys.modules, "torchtitan", types.ModuleType("torchtitan"))
+        monkeypatch.setitem(sys.modules, "torchtitan.distributed", types.SimpleNamespace(utils=utils))
     monkeypatch.chdir(tmp_path)
     model = Model().to(DEVICE)
     x = torch.randn(3, D, device=DEVICE)
@@ -81,6 +86,9 @@ def test_block(number, tmp_path, monkeypatch, request):
         "ComponentClipper": ComponentClipper,
         "device": DEVICE,
         "d": D,
+        "accelerator": types.SimpleNamespace(
+            sync_gradients=True, unscale_gradients=lambda: None, distributed_type=types.SimpleNamespace(value="NO")
+        ),
     }
     before = [p.detach().clone() for p in model.parameters()]
     with torch._inductor.config.patch(compile_threads=1):  # leaves no processes behind

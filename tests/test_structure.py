@@ -29,6 +29,7 @@ RANKS = [
     {"attach"},
     {"clipper"},
     {"api", "grad_scaler", "in_backward"},
+    {"integrations"},
     {"__init__"},
     {"__main__"},
 ]
@@ -71,7 +72,7 @@ def run(code: str) -> str:
 
 
 def test_importing_loads_neither_triton_nor_the_extension_nor_anything_optional():
-    heavy = ("triton", "cwclip_kernels._C", "transformers", "matplotlib", "rich", "pytest")
+    heavy = ("triton", "cwclip_kernels._C", "transformers", "lightning", "matplotlib", "rich", "pytest")
     # What torch itself imports is not ours to answer for.
     code = f"""
 import sys, torch
@@ -118,11 +119,13 @@ def test_report_of_the_machine():
 EXAMPLES = [
     "cwclip_kernels",
     *(f"cwclip_kernels.{name}" for name in ("api", "clipper", "grad_scaler", "in_backward", "spec", "thresholds")),
+    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "lightning", "torchtitan")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
 ]
 
 
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")  # of Lightning
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings(name):
     import torch

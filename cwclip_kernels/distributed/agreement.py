@@ -17,16 +17,36 @@ T = TypeVar("T")
 Statement = Mapping[str, Sequence[tuple[str, str]]]
 
 
-def agree(groups: Sequence[Group], statement: Statement) -> None:
+def agree(
+    groups: Sequence[Group], statement: Statement, problem: ValueError | None = None, settings: str = ""
+) -> None:
     """Compares the components of all ranks that are in a group with this one, or with one that is, and so on.
 
+    Args:
+        groups: in an order that all ranks share.
+        statement: this rank's.
+        problem: what this rank has found wrong already; of which the others hear, rather than wait for it.
+        settings: other arguments, in words.
+
     Raises:
-        ValueError: on all of them, with the same message, naming what differs.
+        ValueError: on all of them. What one rank found wrong; or else, with the same message, what differs.
     """
     own = list(statement.items())  # their order is that of the sums
-    digests = _from_all(groups, sha256(repr(own).encode()).hexdigest())
-    if len(set(digests.values())) > 1:
-        raise ValueError(_difference({rank: dict(items) for rank, items in _from_all(groups, own).items()}))
+    said = _from_all(groups, (sha256(repr(own).encode()).hexdigest(), settings, problem and str(problem)))
+    if problem is not None:
+        raise problem
+    for rank, (_, _, theirs) in said.items():
+        if theirs is not None:
+            raise ValueError(f"on rank {rank}: {theirs}")
+    if not said:
+        return
+    first, (digest, theirs, _) = next(iter(said.items()))
+    for rank, (other_digest, others, _) in said.items():
+        if others != theirs:
+            raise ValueError(f"arguments differ between ranks: {theirs} on rank {first}, but {others} on rank {rank}")
+        if other_digest != digest:  # all ranks find the same two, and hear these alone: there may be thousands
+            statements = _from_all(groups, own if dist.get_rank() in (first, rank) else None)
+            raise ValueError(_difference(first, dict(statements[first] or ()), rank, dict(statements[rank] or ())))
 
 
 def _from_all(groups: Sequence[Group], thing: T) -> dict[int, T]:
@@ -38,9 +58,7 @@ def _from_all(groups: Sequence[Group], thing: T) -> dict[int, T]:
     return dict(sorted(found.items()))
 
 
-def _difference(statements: Mapping[int, Statement]) -> str:
-    (rank, first), *rest = statements.items()
-    other, second = next((r, s) for r, s in rest if list(s.items()) != list(first.items()))
+def _difference(rank: int, first: Statement, other: int, second: Statement) -> str:
     return (
         f"components: ranks {rank} and {other} don't have the same: "
         f"{_what(first, second, f'rank {rank}', f'rank {other}')}. Every rank has to pass the same parameters with "
@@ -76,6 +94,7 @@ class Stages:
     Attributes:
         group: these ranks.
         names: all of their components, each once.
+        parameters: names of all of their parameters.
         spanning: those that several ranks have a part of, in an order that is the same everywhere.
         counted_elsewhere: those of them that an earlier rank has.
         is_wide: whether any parameter anywhere is float64.
@@ -83,12 +102,15 @@ class Stages:
 
     group: Group
     names: tuple[str, ...]
+    parameters: tuple[str, ...]
     spanning: tuple[str, ...]
     counted_elsewhere: frozenset[str]
     is_wide: bool
 
 
-def compare_stages(group: Group, members: Mapping[str, Sequence[str]], is_wide: bool) -> Stages:
+def compare_stages(
+    group: Group, members: Mapping[str, Sequence[str]], parameters: Sequence[str], is_wide: bool
+) -> Stages:
     """Finds out which components several ranks have a part of; the others need no traffic.
 
     A component that is the same single parameter on several ranks is not one of them: either it is tied, and each
@@ -97,14 +119,15 @@ def compare_stages(group: Group, members: Mapping[str, Sequence[str]], is_wide: 
     Args:
         group: stages of a pipeline, or ranks with different experts.
         members: of each component here the names of its parameters.
+        parameters: names of all parameters here.
         is_wide: whether any parameter here is float64.
 
     Raises:
         ValueError: on all ranks, if a component of several parameters has the same one on two ranks.
     """
-    found = group.gather((dict(members), is_wide))
+    found = group.gather((dict(members), tuple(parameters), is_wide))
     holders: dict[str, list[int]] = {}
-    for i, (theirs, _) in enumerate(found):
+    for i, (theirs, _, _) in enumerate(found):
         for name in theirs:
             holders.setdefault(name, []).append(i)
     spanning = []
@@ -119,7 +142,8 @@ def compare_stages(group: Group, members: Mapping[str, Sequence[str]], is_wide: 
                     raise ValueError(
                         f"pp_mesh: ranks {group.ranks[seen[parameter]]} and {group.ranks[i]} both have a parameter "
                         f"{parameter!r} in component {name!r}, which would count twice; pass (name, parameter) pairs "
-                        "with the names of the whole model, a tied parameter on one rank only"
+                        "with the names of the whole model, a tied parameter on one rank only, or clip what all "
+                        "ranks have in a call of its own"
                     )
                 seen[parameter] = i
         spanning.append(name)
@@ -127,7 +151,8 @@ def compare_stages(group: Group, members: Mapping[str, Sequence[str]], is_wide: 
     return Stages(
         group,
         tuple(holders),
+        tuple(dict.fromkeys(name for _, names, _ in found for name in names)),
         tuple(spanning),
         frozenset(name for name in spanning if me in holders[name] and holders[name][0] != me),
-        any(wide for _, wide in found),
+        any(wide for _, _, wide in found),
     )

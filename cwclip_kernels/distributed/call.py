@@ -30,7 +30,7 @@ class Job:
         spread: of the components over ranks.
         planner: of ``spread.local``.
         backend: the user's choice or None.
-        home: device of the results where no gradient exists.
+        home: device of the sums and the results.
     """
 
     spread: Spread
@@ -49,7 +49,6 @@ class _Part:
         failure: why there are NaN instead.
     """
 
-    device: torch.device
     sums: dict[float, Tensor]
     measured: Tensor | None = None
     plan: ClipPlan | None = None
@@ -82,7 +81,7 @@ def clip_(
             sums = spread.whole(part.sums[math.inf], None, math.inf)
         found = spread.any_anywhere(~sums.isfinite().all())
         part.loss_scale.report(torch.where(found > 0, math.inf, 0.0))
-    caps = policy.caps(part.device, norms if policy.needs_norms else None)
+    caps = policy.caps(job.home, norms if policy.needs_norms else None)
     coefs = formula.coefficients(norms, caps, rule)
     if part.failure is not None:
         raise part.failure
@@ -111,11 +110,12 @@ def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled
     """Measures what is here. Whatever goes wrong is in the result, not raised: the others are to be met first."""
 
     def work(plan: ClipPlan, grads: Gradients) -> _Part:
-        sums = {order: execute.power_sums(plan, grads, order) for order in orders}
+        # Not to the first gradient's device: where parameters lie on several, that may be another on each rank.
+        sums = {order: execute.power_sums(plan, grads, order).to(job.home) for order in orders}
         measured = None
         if orders[0] < 0:
-            measured = torch.tensor(execute.has_elements(plan, grads), device="cpu").to(plan.device)
-        return _Part(plan.device, sums, measured, plan, held, scaled.on(plan.device))
+            measured = torch.tensor(execute.has_elements(plan, grads), dtype=torch.bool, device="cpu").to(job.home)
+        return _Part(sums, measured, plan, held, scaled.on(job.home))
 
     try:
         held = read()
@@ -124,7 +124,7 @@ def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled
         count = (len(job.spread.local.names),)
         nan = torch.full(count, math.nan, dtype=wide_dtype(job.home), device=job.home)
         measured = torch.ones(count, dtype=torch.bool, device=job.home) if orders[0] < 0 else None
-        return _Part(job.home, {order: nan.clone() for order in orders}, measured, failure=failure)
+        return _Part({order: nan.clone() for order in orders}, measured, failure=failure)
 
 
 def _norms(job: Job, part: _Part, norm_type: float) -> Tensor:

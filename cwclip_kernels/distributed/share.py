@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,12 +32,6 @@ def local_components(
     slices: list[tuple[int, int, Box]] = []
     for position, component, box in components.members():
         group, layout = groups[position], layouts[position]
-        if box and layout is None and group is not None:
-            raise ValueError(
-                f"components: {components.tensor_names[position]!r} can't be cut, as it is a part (process_group) "
-                "whose place in the whole is unknown; a DTensor can be, and FullyShardedDataParallel's with "
-                "use_orig_params=False"
-            )
         key = component, None if group is None else group.ranks
         if key not in place:
             place[key] = len(owners)
@@ -50,21 +45,35 @@ def local_components(
     return Components(names, tuple(index), components.tensor_names, tuple(slices)), owners
 
 
+def check_cuts(components: Components, layouts: Layouts) -> None:
+    """Raises if a part (process_group) is cut."""
+    for position, _, box in components.members():
+        if box and layouts[position] is None:
+            raise ValueError(
+                f"components: {components.tensor_names[position]!r} can't be cut, as it is a part (process_group) "
+                "whose place in the whole is unknown; a DTensor can be, and FullyShardedDataParallel's with "
+                "use_orig_params=False"
+            )
+
+
 def statement(
     components: Components, layouts: Layouts, chosen: Sequence[bool] | None = None
 ) -> dict[str, list[tuple[str, str]]]:
     """What ranks must agree on: of each component its parameters (or those chosen) and how they are sharded."""
+
+    @cache  # a tensor may be cut into thousands
+    def how(position: int) -> str:
+        layout = layouts[position]
+        if layout is None:
+            return ""
+        return f"{list(layout.shape)} {' '.join(map(str, layout.placements))}".strip()
+
     found: dict[str, list[tuple[str, str]]] = {}
     for position, component, box in components.members():
         if chosen is not None and not chosen[position]:
             continue
-        layout = layouts[position]
-        how = ""
-        if layout is not None:
-            how = f"{list(layout.shape)} {' '.join(map(str, layout.placements))}".strip()
-        if box:
-            how += f" cut {box}"
-        found.setdefault(components.names[component], []).append((components.tensor_names[position], how))
+        members = found.setdefault(components.names[component], [])
+        members.append((components.tensor_names[position], f"{how(position)} cut {box}" if box else how(position)))
     return found
 
 

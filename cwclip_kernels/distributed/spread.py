@@ -12,50 +12,10 @@ from torch import Tensor
 from .. import formula
 from ..backends.memory import upload
 from ..components import Components
-from ..sharding import Layout, layout_of
 from . import share
-from .agreement import Stages, agree, compare_stages
-from .groups import Group, as_group, group_over
+from .agreement import Stages, compare_stages
+from .groups import Group, along, group_over
 from .reduction import Measured, Reduction
-
-
-def spread_of(
-    components: Components, tensors: Sequence[Tensor], process_group: object, pp_mesh: object
-) -> Spread | None:
-    """How components are spread over ranks; None if every tensor is all that there is to it.
-
-    Where something is spread, the ranks that share it make this call together, to compare their components.
-
-    Raises:
-        TypeError, ValueError: an argument that isn't what it should be, or parameters that can't be clipped so; on
-            all ranks alike if these don't have the same components.
-    """
-    group, stages = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
-    layouts = [layout_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
-    for tensor, name, layout in zip(tensors, components.tensor_names, layouts, strict=True):
-        if getattr(tensor, "_fsdp_flattened", False) and dist.get_world_size() > 1:
-            _check_flattened(tensor, name, layout, group)
-    if group is None and stages is None and not any(layouts):
-        return None
-    return Spread(components, tensors, layouts, group, stages)
-
-
-def _check_flattened(tensor: Tensor, name: str, layout: Layout | None, group: Group | None) -> None:
-    """Raises unless this parameter of ``FullyShardedDataParallel`` is a part of it, and it is known whose."""
-    if group is None:
-        raise ValueError(
-            f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank; pass "
-            f"process_group=model.process_group ({_NO_SHARD})"
-        )
-    # A part is a stretch of the flattened parameter: of one dimension, and shorter than all of it.
-    if tensor.ndim > 1 or (layout is not None and layout.local_shape >= layout.shape):
-        raise ValueError(
-            f"parameters: {name!r} of FullyShardedDataParallel is whole here, not the part that gradients have; "
-            f"leave summon_full_params() first ({_NO_SHARD})"
-        )
-
-
-_NO_SHARD = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
 
 
 class Spread:
@@ -67,6 +27,8 @@ class Spread:
         numels: elements of each component, over all ranks that were asked.
         norm_dtype: of norms, the same on all ranks.
         has_stages: whether other ranks have other components.
+        all_names: of components, other ranks' too.
+        all_parameters: names of parameters, other ranks' too.
     """
 
     def __init__(
@@ -86,15 +48,9 @@ class Spread:
         self._owners = [component for component, _ in owners]
         self._is_same = self._owners == list(range(len(self._names)))
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._counted_on: dict[torch.device, Tensor] = {}
 
         used = {g.ranks: g for g in (*groups, group) if g is not None}
-        neighbours = _neighbours(used, layouts)
-        if stages is None:
-            agree(neighbours, share.statement(components, layouts))
-        else:  # whose other components are none of this rank's business
-            for shared in used.values():
-                mine = [g is not None and g.ranks == shared.ranks for g in groups]
-                agree([shared], share.statement(components, layouts, mine))
         self._reductions = []
         for shared in used.values():
             sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == shared.ranks]
@@ -110,9 +66,15 @@ class Spread:
         if stages is not None:
             self._stages, self._over_stages = self._compare_stages(components, stages, is_wide)
             is_wide = self._stages.is_wide
+        self.all_names = self._names if self._stages is None else self._stages.names
+        self.all_parameters = components.tensor_names if self._stages is None else self._stages.parameters
         self.norm_dtype = torch.float64 if is_wide else torch.float32
-        self._asked = neighbours if stages is None else [*neighbours, stages]
-        if self._asked == [r.group for r in self._reductions] and self._reductions[0].is_all and self._is_same:
+        self._asked = _widest([*used.values(), *neighbours_of(group, layouts)])
+        if stages is not None:
+            self._asked.append(stages)
+        elif self._is_same and [(r.group.ranks, r.is_all) for r in self._reductions] == [
+            (asked.ranks, True) for asked in self._asked
+        ]:
             self._asked = []  # all norms are the same everywhere
 
     def _compare_stages(self, components: Components, group: Group, is_wide: bool) -> tuple[Stages, Reduction | None]:
@@ -121,7 +83,7 @@ class Spread:
             own = members.setdefault(components.names[component], [])
             if components.tensor_names[position] not in own:
                 own.append(components.tensor_names[position])
-        stages = compare_stages(group, members, is_wide)
+        stages = compare_stages(group, members, components.tensor_names, is_wide)
         if not stages.spanning:
             return stages, None
         place = {name: i for i, name in enumerate(self._names)}
@@ -193,14 +155,22 @@ class Spread:
         """The norm of all components everywhere together, []; ``stages`` come together for it."""
         if self._stages is None:
             return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
-        elsewhere = self._stages.counted_elsewhere
-        here = [i for i, name in enumerate(self._names) if name not in elsewhere]
-        if len(here) < len(self._names):
-            norms = norms[upload(torch.tensor(here, dtype=torch.int64, device="cpu"), norms.device)]
+        if self._stages.counted_elsewhere:
+            norms = norms[self._counted(norms.device)]
         total = formula.total(norms, norm_type).reshape(1)
         together = Reduction.of(self._stages.group, [0], [0], 1, 1)
-        total, _ = together.finish(together.start(total, None, norm_type), total, None, norm_type)
+        # A negative order's sums are sent with whether there is anything; here they count even where that is nothing.
+        measured = torch.ones_like(total, dtype=torch.bool) if norm_type < 0 else None
+        total, _ = together.finish(together.start(total, measured, norm_type), total, measured, norm_type)
         return formula.root(total[0], norm_type).to(norms.dtype)
+
+    def _counted(self, device: torch.device) -> Tensor:
+        """Which components no earlier stage counts."""
+        if device not in self._counted_on:
+            elsewhere = self._stages.counted_elsewhere if self._stages is not None else ()
+            here = [i for i, name in enumerate(self._names) if name not in elsewhere]
+            self._counted_on[device] = upload(torch.tensor(here, dtype=torch.int64, device="cpu"), device)
+        return self._counted_on[device]
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The sums of each component, [K, most], and the component of each sum."""
@@ -230,12 +200,11 @@ class Spread:
         """Names of the components, here or elsewhere, whose norm is inf or NaN, and the number of all. Syncs."""
         finite = norms.isfinite()
         bad: set[str] = set()
-        everyone = self._names if self._stages is None else self._stages.names
         if bool(self.any_anywhere(~finite.all())):
             bad = {name for name, ok in zip(self._names, finite.tolist(), strict=True) if not ok}
             for group in self._asked:
                 bad.update(*group.gather(bad))
-        return [name for name in everyone if name in bad], len(everyone)
+        return [name for name in self.all_names if name in bad], len(self.all_names)
 
     def explain(self) -> str:
         """What is asked of whom, for people to read."""
@@ -261,19 +230,23 @@ def _groups(layouts: share.Layouts, tensors: Sequence[Tensor], group: Group | No
     return found
 
 
-def _neighbours(used: dict[tuple[int, ...], Group], layouts: share.Layouts) -> list[Group]:
-    """All groups that this rank shares parameters with, replicas too: narrow ones first.
-
-    What is handed on from one of them to the next so reaches all ranks of a mesh.
-    """
-    found = dict(used)
+def neighbours_of(group: Group | None, layouts: share.Layouts) -> list[Group]:
+    """All groups that this rank shares parameters with, replicas too."""
+    found = [] if group is None else [group]
     for mesh in {id(layout.mesh): layout.mesh for layout in layouts if layout is not None}.values():
-        if mesh is not None and mesh.get_coordinate() is not None:
-            for dim in range(mesh.ndim):
-                group = group_over(mesh, [dim])
-                if group is not None:
-                    found.setdefault(group.ranks, group)
-    return sorted(found.values(), key=lambda group: len(group.ranks))
+        if mesh is not None:
+            found += along(mesh).values()
+    # Of those of the same ranks the same one everywhere, in whichever order they come here.
+    by_ranks = {group.ranks: group for group in sorted(found, key=lambda group: str(group.handle.group_name))}
+    return sorted(by_ranks.values(), key=lambda group: group.order)
+
+
+def _widest(groups: Sequence[Group]) -> list[Group]:
+    """Those that don't lie within another one of these."""
+    by_ranks = {group.ranks: group for group in groups}
+    sets = [set(ranks) for ranks in by_ranks]
+    found = [group for ranks, group in by_ranks.items() if not any(set(ranks) < other for other in sets)]
+    return sorted(found, key=lambda group: group.order)
 
 
 def _shown(ranks: Sequence[int]) -> str:

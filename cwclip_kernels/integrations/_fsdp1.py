@@ -1,0 +1,62 @@
+"""Which ranks ``FullyShardedDataParallel`` has spread parameters over: trainers know their models, not that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..components import NamedTensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) -> ProcessGroup | None:
+    """The ranks over which ``FullyShardedDataParallel`` has spread these parameters; None if it hasn't.
+
+    Args:
+        parameters: all that are to be clipped in one call.
+        models: where to look for who shards them.
+        whose: what kind of models these are, for errors: "prepared by this accelerator".
+
+    Raises:
+        ValueError: that isn't the same for all of them, or can't be told.
+    """
+    sharded = {id(t) for t in parameters.tensors if getattr(t, "_fsdp_flattened", False)}
+    if not sharded:
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
+
+    for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
+        if id(tensor) not in sharded:
+            raise ValueError(
+                f"parameters: {name!r} is whole on each rank, and others are sharded by FullyShardedDataParallel; "
+                "wrap what has it, too, or clip what is whole in a call of its own"
+            )
+    owners = []
+    for model in models:
+        roots = FullyShardedDataParallel.fsdp_modules(model, root_only=True)
+        own = [root for root in roots if not sharded.isdisjoint(map(id, root.parameters()))]
+        if own:
+            owners.append(own)
+    if not owners:
+        raise ValueError(f"parameters: no model {whose} has them; pass process_group")
+    if len(owners) > 1:
+        raise ValueError(f"parameters: they belong to {len(owners)} prepared models; clip each in a call of its own")
+    if any(root.sharding_strategy is ShardingStrategy.NO_SHARD for root in owners[0]):
+        return None  # the engine says what to do instead
+    groups = {_ranks(root.process_group): root.process_group for root in owners[0]}
+    if len(groups) > 1:
+        raise ValueError(
+            f"parameters: they are sharded over {len(groups)} different sets of ranks; clip each in a call of "
+            "its own, with its process_group"
+        )
+    return next(iter(groups.values()))
+
+
+def _ranks(group: ProcessGroup | None) -> tuple[int, ...]:
+    import torch.distributed as dist
+
+    return tuple(dist.get_process_group_ranks(group))

@@ -1,0 +1,102 @@
+"""Accelerate's call, by component."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..api import engine_for
+from ..caps import MaxNorm
+from ..components import Grouping, Parameters, as_items, named_tensors
+from ..engine import check_options, settings_in_words
+from ._fsdp1 import group_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def clip_grad_norm_(
+    accelerator: Accelerator,
+    parameters: Parameters,
+    max_norm: MaxNorm,
+    norm_type: float = 2,
+    *,
+    error_if_nonfinite: bool = False,
+    components: Grouping = None,
+    nonfinite: str = "propagate",
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
+
+    In place of ``accelerator.clip_grad_norm_(parameters, max_norm)``, where that is: after ``accelerator.backward``,
+    under ``if accelerator.sync_gradients:``, before the optimizer's step. Gradients of a scaled loss are unscaled
+    first, as there. It serves one process, ``DistributedDataParallel``, FSDP 1 and 2 and tensor parallelism.
+
+    Args:
+        accelerator: what prepared model and optimizer.
+        parameters: as for ``fused_component_clip_``. Pass the prepared model itself, or its ``named_parameters()``,
+            where ``components`` needs names.
+        max_norm: the cap of each component, not of all together.
+        norm_type: order of the norms, and of the total.
+        error_if_nonfinite: as for ``fused_component_clip_``.
+        components: likewise.
+        nonfinite: likewise.
+        process_group: likewise. That of a model prepared with FSDP 1 is found without it.
+        backend: likewise.
+
+    Returns:
+        [] norm of all components before clipping, the same on all ranks: float32 (float64 if any gradient is), on the
+        gradients' device; no host sync. What a callable of ``components`` leaves alone doesn't count.
+
+    Raises:
+        TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
+            several, or some that are sharded beside some that aren't. No gradient is clipped.
+        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; or they belong to
+            DeepSpeed, Megatron-LM or XLA.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from cwclip_kernels.integrations.accelerate import clip_grad_norm_
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model = accelerator.prepare(torch.nn.Linear(2, 1))
+        >>> accelerator.backward(model(torch.tensor([[3.0, 4.0]])).sum())
+        >>> if accelerator.sync_gradients:
+        ...     clip_grad_norm_(accelerator, model.parameters(), 0.05)
+        tensor(5.0990)
+        >>> model.weight.grad, model.bias.grad
+        (tensor([[0.0300, 0.0400]]), tensor([0.0500]))
+
+    References:
+        https://huggingface.co/docs/accelerate, ``Accelerator.clip_grad_norm_``.
+    """
+    options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
+    kind = accelerator.distributed_type.value
+    if kind in _ELSEWHERE:
+        raise RuntimeError(f"accelerator: {_ELSEWHERE[kind]}")
+    if not accelerator.sync_gradients:
+        raise RuntimeError(
+            "accelerator: these gradients are still being accumulated, and clipped parts don't add up to a clipped "
+            "whole; call it under `if accelerator.sync_gradients:`"
+        )
+    is_fsdp1 = kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
+    if is_fsdp1 and process_group is None:
+        parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
+        process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
+    tensors, engine = engine_for(parameters, components, process_group, settings=settings_in_words(options, max_norm))
+    policy = engine.policy(max_norm, tensors, options.rule)
+    accelerator.unscale_gradients()
+    return engine.total(engine.clip_(tensors, policy, options)[0], options.rule.norm_type)
+
+
+_ELSEWHERE = {
+    "DEEPSPEED": "DeepSpeed keeps its gradients to itself and clips them in its own step, all by one norm: set its "
+    "gradient_clipping (DeepSpeedPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
+    "MEGATRON_LM": "Megatron-LM clips in its own step, all by one norm: set its gradient_clipping "
+    "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
+    "XLA": "XLA's gradients are added up over devices in Accelerate's own clip_grad_norm_ alone; use that",
+}
