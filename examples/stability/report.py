@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ def facts(
         "asked": [arm.label for arm in arms],
         "seeds": seeds,
         "calibration_seeds": calibration_seeds,
-        "date": time.strftime("%Y-%m-%d"),
         "machine": f"{_processor()}, {os.cpu_count()} CPUs" + ("" if device == "cpu" else f", {device}"),
         "versions": {
             "python": platform.python_version(),
@@ -66,6 +64,8 @@ def write(
         chosen: what calibration found.
     """
     runs = {label: own for label, own in runs.items() if own}
+    days = sorted(run["made_by"]["date"][:10] for own in runs.values() for run in own)
+    about = {**about, "date": " to ".join(dict.fromkeys((days[0], days[-1])))}
     found = gather(arms, runs)
     baseline = found["baseline"]
     pictures = {
