@@ -62,7 +62,7 @@ $(VENV)/tools: $(VENV)/torch
 # Not an isolated build, which would download a torch of its own to build against.
 $(VENV)/built: $(VENV)/tools $(SOURCES)
 	@echo "Building cwclip_kernels and installing what demo, tests and benchmarks need"
-	@$(BIN)/python -m pip install --verbose --no-build-isolation --editable ".[dev,demo,bench,triton]" \
+	@$(BIN)/python -m pip install --verbose --no-build-isolation --editable ".[dev,demo,stability,bench,triton]" \
 		> $(VENV)/install.log 2>&1 || { tail -40 $(VENV)/install.log; exit 1; }
 	@grep -h "cwclip_kernels: building" $(VENV)/install.log | tail -1
 	@touch $@

@@ -53,7 +53,7 @@ class Example:
     module: str
 
 
-def _sources(module: str, stdlib: Path) -> list[Path]:
+def sources(module: str, stdlib: Path) -> list[Path]:
     """The files of one top-level module or package, in a fixed order, tests left out."""
     single = stdlib / f"{module}.py"
     if single.is_file():
@@ -92,7 +92,7 @@ def collect(stdlib: Path | None = None) -> list[Example]:
     found: dict[str, list[Example]] = defaultdict(list)
     for label, modules in enumerate(FAMILIES.values()):
         for module in modules.split():
-            for path in _sources(module, stdlib):
+            for path in sources(module, stdlib):
                 for text in _docstrings(path):
                     if len(text.split()) >= MIN_WORDS:
                         found[_fingerprint(text)].append(Example(text, label, module))

@@ -1,0 +1,288 @@
+"""The report of an experiment: report.md, report.json, three pictures, and a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import cwclip_kernels
+
+from . import figures
+from .arms import Arm
+from .findings import Findings, gather
+from .runs import Run, write_whole
+from .settings import Settings
+from .tasks import Task
+
+Facts = dict[str, Any]
+
+
+def facts(
+    settings: Settings, task: Task, arms: list[Arm], seeds: list[int], calibration_seeds: list[int], device: str
+) -> Facts:
+    """What the report says of the experiment itself, besides what came out."""
+    return {
+        "task": task.name,
+        "about": task.about,
+        "source": task.source,
+        "data_hash": task.fingerprint,
+        "train": len(task.train),
+        "dev": len(task.dev),
+        "metric": task.metric,
+        "cutoff": task.cutoff,
+        "majority": task.majority,
+        "settings": settings.as_dict(),
+        "asked": [arm.label for arm in arms],
+        "seeds": seeds,
+        "calibration_seeds": calibration_seeds,
+        "machine": f"{_processor()}, {os.cpu_count()} CPUs" + ("" if device == "cpu" else f", {device}"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cwclip_kernels": cwclip_kernels.__version__,
+        },
+    }
+
+
+def write(
+    folder: Path, about: Facts, arms: list[Arm], runs: dict[str, list[Run]], chosen: dict[str, Any], command: str
+) -> Findings:
+    """Writes all files of the report; arms without a finished run are named as missing.
+
+    Args:
+        arms: as given, those of `chosen` not yet settled.
+        chosen: what calibration found.
+    """
+    runs = {label: own for label, own in runs.items() if own}
+    days = sorted(run["made_by"]["date"][:10] for own in runs.values() for run in own)
+    about = {**about, "date": " to ".join(dict.fromkeys((days[0], days[-1])))}
+    found = gather(arms, runs)
+    baseline = found["baseline"]
+    pictures = {
+        "scores.png": figures.scores(runs, about["metric"], about["cutoff"]),
+        "norms.png": figures.norms(runs, _shown(baseline, arms, runs)),
+        "clip_rate.png": figures.clip_rate(runs),
+    }
+    for name, picture in pictures.items():
+        write_whole(folder / name, picture)
+    brief = (
+        "arm",
+        "kind",
+        "cap",
+        "lr",
+        "seed",
+        "score",
+        "failed",
+        "one_answer",
+        "steps_to_target",
+        "scores",
+        "seconds",
+    )
+    document = {
+        **about,
+        "command": command,
+        "calibration": chosen,
+        **found,
+        "runs": [{key: run[key] for key in brief} for own in runs.values() for run in own],
+    }
+    write_whole(folder / "report.json", json.dumps(document, indent=1))
+    write_whole(folder / "report.md", markdown(about, found, arms, chosen, command))
+    return found
+
+
+def _shown(baseline: str, arms: list[Arm], runs: dict[str, list[Run]]) -> list[str]:
+    """The arms whose norms are drawn: the baseline, and the component cap with fewest failed runs."""
+    capped = [arm.label for arm in arms if arm.kind == "component" and arm.label in runs and arm.label != baseline]
+    best = sorted(capped, key=lambda label: sum(run["failed"] for run in runs[label]) / len(runs[label]))[:1]
+    return [baseline, *best]
+
+
+def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, Any], command: str) -> str:
+    """The whole report."""
+    settings = about["settings"]
+    correction = "with" if settings["bias_correction"] else "without"
+    model = settings["model"]
+    data = f"{about['train']} examples to train on, {about['dev']} to judge by"
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    parts = [
+        f"# Fine-tuning stability: {about['task']}, {Path(model).name}",
+        f"{about['date']}, {about['machine']}; {versions}.",
+        f"    {command}",
+        f"- Task: {about['about']} {data}, from {about['source']}, hash of the data `{about['data_hash']}`.",
+        f"- Score: {about['metric']} on the dev set after the last step. The commonest label scores "
+        f"{about['majority']:.3f}; a run that does not beat {about['cutoff']:.3f} has failed.{_lenient(about)}",
+        f"- Training: {model}, {settings['epochs']} epochs of batches of {settings['batch_size']}, at most "
+        f"{settings['max_length']} tokens, AdamW {correction} bias correction (eps {settings['eps']:g}, weight decay "
+        f"{settings['weight_decay']:g}, not on biases and normalisation), learning rate {settings['lr']:g} with "
+        f"linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of the data and dropout "
+        "depend on the seed alone and are the same in each arm.",
+        f"- Judged seeds: {_ranges(about['seeds'])}. {_before(about, chosen)}",
+        _missing(about, arms, found, chosen),
+        "## What comes out",
+        "\n".join(f"- {sentence}" for sentence in found["sentences"]),
+        "## Arms",
+        _arms_table(found, about),
+        "Failed: runs, share, 95 % interval (Wilson). One answer: runs that end up giving every example one label. "
+        f"To {settings['target']:g}: median of the steps after which a look at the dev set (one each {_every(about)} "
+        "steps) first gave that score, and how many runs did. Kept: norm of all gradients after clipping over that "
+        "before, clipped: share of components; both at the median step of all runs.",
+        "![scores](scores.png)",
+        *_differences(found),
+        *_calibration(chosen),
+        "## Figures",
+        "![norms](norms.png)",
+        "![clip rate](clip_rate.png)",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _before(about: Facts, chosen: dict[str, Any]) -> str:
+    fixed = (
+        "Hyper-parameters and caps are those of the command line and its defaults, set before these seeds were run."
+    )
+    if about["task"] == "names":
+        fixed += " (The defaults come from scouting, on an earlier build of this task.)"
+    if not chosen:
+        return f"{fixed} Nothing was calibrated."
+    seeds = _ranges(about["calibration_seeds"])
+    return f"{fixed} What calibration chose ({', '.join(chosen)}) was chosen on seeds {seeds}, which judge nothing."
+
+
+def _lenient(about: Facts) -> str:
+    if about["majority"] <= about["cutoff"]:
+        return ""
+    return (
+        " By this cut-off, which is the paper's, a run that only knows the commonest label counts as good: see the "
+        "column 'one answer'."
+    )
+
+
+def _missing(about: Facts, arms: list[Arm], found: Findings, chosen: dict[str, Any]) -> str:
+    lines = []
+    for arm in arms:
+        runs = found["arms"].get(arm.label, {"runs": 0})["runs"]
+        if arm.kind == "matched" and arm.label in chosen and chosen[arm.label]["cap"] is None:
+            lines.append(
+                f"`{arm.label}` was not run: at the median step component:{arm.cap:g} keeps "
+                f"{chosen[arm.label]['component_kept']:.1%} of the gradient: its control would be no clipping."
+            )
+        elif runs < len(about["seeds"]):
+            lines.append(f"`{arm.label}` has {runs} of {len(about['seeds'])} runs so far.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _arms_table(found: Findings, about: Facts) -> str:
+    heads = ["arm", "cap", "lr", "runs", "mean", "std", "min", "max", "failed", "one answer"]
+    heads += [f"to {about['settings']['target']:g}", "kept", "clipped", "s a run"]
+    rows = []
+    for label, one in found["arms"].items():
+        low, high = one["failed_interval"]
+        reached = f"{one['steps_to_target']:g} ({one['reached']})" if one["reached"] else "never"
+        rows.append(
+            [
+                label,
+                "-" if one["cap"] is None else f"{one['cap']:g}",
+                f"{one['lr']:g}",
+                f"{one['runs']}",
+                f"{one['mean']:.3f}",
+                "-" if one["std"] is None else f"{one['std']:.3f}",
+                f"{one['min']:.3f}",
+                f"{one['max']:.3f}",
+                f"{one['failed']}, {one['failed_share']:.0%} ({low:.0%} to {high:.0%})",
+                f"{one['one_answer']}",
+                reached,
+                f"{one['kept']:.2g}",
+                f"{one['clip_rate']:.0%}",
+                f"{one['seconds']:.0f}",
+            ]
+        )
+    return _table(heads, rows)
+
+
+def _differences(found: Findings) -> list[str]:
+    parts = []
+    heads = ["arm", "against", "seeds", "mean", "std", "share failed"]
+    against = {(label, found["baseline"]): one for label, one in found["against_baseline"].items() if one}
+    controls = {(label, one["control"]): one for label, one in found["against_control"].items() if "mean" in one}
+    for title, pairs in (("baseline", against), ("global control of matched tightness", controls)):
+        if pairs:
+            rows = [
+                [label, other, f"{one['runs']}", *(_interval(one[name]) for name in ("mean", "std", "failed_share"))]
+                for (label, other), one in pairs.items()
+            ]
+            parts += [f"## Difference from the {title}", _table(heads, rows)]
+    if parts:
+        parts.append(
+            "In brackets 95 % bootstrap intervals (10,000 draws of seeds, both arms' runs of a seed together)."
+        )
+    return parts
+
+
+def _calibration(chosen: dict[str, Any]) -> list[str]:
+    if not chosen:
+        return []
+    rows = []
+    for label, one in chosen.items():
+        if "component_kept" in one:
+            tried = ", ".join(f"{t['cap']:g} keeps {t['kept']:.3g}" for t in one["tried"]) or "-"
+            rows.append(
+                [label, f"keep {one['component_kept']:.3g}", tried, "-" if one["cap"] is None else f"{one['cap']:g}"]
+            )
+        else:
+            tried = ", ".join(f"{t['lr']:g}: {t['failed']} failed, mean {t['mean']:.3f}" for t in one["tried"])
+            rows.append([label, "fewest failed, best mean", tried, f"{one['lr']:g}"])
+    return ["## Calibration", _table(["arm", "wanted", "tried", "chosen"], rows)]
+
+
+def _interval(one: dict[str, float]) -> str:
+    return f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+
+
+def _every(about: Facts) -> str:
+    settings = about["settings"]
+    steps = settings["epochs"] * -(-about["train"] // settings["batch_size"])
+    return f"{steps / min(settings['evaluations'], steps):.3g}"
+
+
+def _ranges(seeds: list[int]) -> str:
+    if len(seeds) < 2:
+        return ", ".join(map(str, seeds)) or "none"
+    return f"{seeds[0]} to {seeds[-1]}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def show(console: Console, found: Findings) -> None:
+    """The report's core on the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm", overflow="fold")
+    for head in ("runs", "mean", "std", "min", "max", "failed"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for label, one in found["arms"].items():
+        std = "-" if one["std"] is None else f"{one['std']:.3f}"
+        numbers = (f"{one['mean']:.3f}", std, f"{one['min']:.3f}", f"{one['max']:.3f}", f"{one['failed_share']:.0%}")
+        table.add_row(label, f"{one['runs']}", *numbers)
+    console.print(table)
+    for sentence in found["sentences"]:
+        console.print(f"- {sentence}", markup=False)
