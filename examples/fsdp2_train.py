@@ -9,6 +9,7 @@ It learns to write docstrings of the Python standard library, character by chara
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 
 import torch
@@ -113,8 +114,13 @@ def main() -> None:
         device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
     dist.init_process_group(device_id=None if device.type == "cpu" else device)  # gloo, nccl or what the device has
     train(args, device)
-    dist.barrier()  # a process that ends while gloo's threads still hold tensors of its last collective may abort
+    dist.barrier()
     dist.destroy_process_group()
+    if (
+        device.type == "cpu"
+    ):  # gloo's threads may outlive their group; a process that ends with them aborts (torch 2.13)
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
