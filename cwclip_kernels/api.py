@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +124,8 @@ def fused_component_clip_(
         resolved = resolve(named, components)
         return compiled.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
     scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
-    settings = settings_in_words(options, max_norm, pp_mesh)
-    tensors, engine = engine_for(parameters, components, process_group, pp_mesh, settings)
+    settings = partial(settings_in_words, options, max_norm, pp_mesh)
+    tensors, engine = engine_for(parameters, components, settings, process_group, pp_mesh)
     return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
 
 
@@ -168,7 +169,7 @@ def component_norms(
         compiled.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return compiled.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
-    tensors, engine = engine_for(parameters, components, process_group, pp_mesh, settings_in_words(options))
+    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options), process_group, pp_mesh)
     return engine.norms(tensors, options.rule.norm_type, backend)
 
 
@@ -197,11 +198,14 @@ _lock = threading.Lock()
 def engine_for(
     parameters: Parameters,
     grouping: Grouping,
+    settings: Callable[[], str],
     process_group: object = None,
     pp_mesh: object = None,
-    settings: str = "",
 ) -> tuple[Sequence[Tensor], Engine]:
-    """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters."""
+    """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters.
+
+    ``settings`` says what ranks have to choose alike; it is asked where an engine is made, not at every call.
+    """
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
     if key is not None:
@@ -217,7 +221,7 @@ def engine_for(
         return tensors, entry.engine
     check_parts(source, process_group)
     named = named_tensors(source)
-    engine = Engine.of(named, grouping, process_group, pp_mesh, settings)
+    engine = Engine.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:
         _remember(key, given, named.tensors, engine, source if isinstance(source, nn.Module) else None)
     return named.tensors, engine

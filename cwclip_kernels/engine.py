@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from . import dispatch, execute, formula
 from .caps import CapPolicy, Caps, MaxNorm, as_float
 from .components import Components, Grouping, NamedTensors, type_name
-from .distributed import call
+from .distributed import call, share
 from .distributed.set_up import spread_of
 from .distributed.share import Held
 from .formula import POLICIES, ClipRule
-from .plan import ClipPlan, Gradients, Planner, narrowed
+from .plan import ClipPlan, Gradients, Planner
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .sharding import is_flat
@@ -184,7 +184,10 @@ class Engine:
             here = [t.detach() for t in parameters]
             return execute.norms_of(values.plan(here, home, rule.norm_type, None), here, rule.norm_type)
 
-        numels = numels_of(self.components, tensors) if self.spread is None else self.spread.numels
+        if self.spread is None:
+            numels = tuple(share.numels(self.components, tensors, [None] * len(tensors))[1])
+        else:
+            numels = self.spread.numels
         return Setting(self.components.names, numels, rule.norm_type, rule.eps, _home(tensors), parameter_norms)
 
     @torch.no_grad()
@@ -250,15 +253,6 @@ class Engine:
         plan = Planner(self._local).plan(shown, _home(tensors), norm_type, backend)
         text = dispatch.explain(plan, shown)
         return text if self.spread is None else f"{text}\n{self.spread.explain()}"
-
-
-def numels_of(components: Components, tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Elements of each component."""
-    numels = [0] * len(components.names)
-    for position, component, box in components.members():
-        if not is_lazy(tensors[position]):
-            numels[component] += narrowed(tensors[position].detach(), box).numel()
-    return tuple(numels)
 
 
 def _stand_in(tensor: Tensor, value: Tensor | None) -> Tensor | None:

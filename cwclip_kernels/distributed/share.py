@@ -82,7 +82,9 @@ def numels(components: Components, tensors: Sequence[Tensor], layouts: Layouts) 
     whole, here = [0] * len(components.names), [0] * len(components.names)
     for position, component, box in components.members():
         layout, tensor = layouts[position], tensors[position]
-        shape = layout.shape if layout is not None else () if is_lazy(tensor) else tuple(tensor.shape)
+        if layout is None and is_lazy(tensor):
+            continue
+        shape = tuple(tensor.shape) if layout is None else layout.shape
         sizes = {dim: size for dim, _, size in box}
         numel = prod(sizes.get(dim, length) for dim, length in enumerate(shape))
         (here if layout is None else whole)[component] += numel

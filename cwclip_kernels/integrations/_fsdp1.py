@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..components import NamedTensors
+from ..distributed.groups import Group
+from ..sharding import is_flattened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,7 +26,7 @@ def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) 
     Raises:
         ValueError: that isn't the same for all of them, or can't be told.
     """
-    sharded = {id(t) for t in parameters.tensors if getattr(t, "_fsdp_flattened", False)}
+    sharded = {id(t) for t in parameters.tensors if is_flattened(t)}
     if not sharded:
         return None
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
@@ -47,16 +49,10 @@ def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) 
         raise ValueError(f"parameters: they belong to {len(owners)} prepared models; clip each in a call of its own")
     if any(root.sharding_strategy is ShardingStrategy.NO_SHARD for root in owners[0]):
         return None  # the engine says what to do instead
-    groups = {_ranks(root.process_group): root.process_group for root in owners[0]}
+    groups = {Group.of(root.process_group).ranks: root.process_group for root in owners[0]}
     if len(groups) > 1:
         raise ValueError(
             f"parameters: they are sharded over {len(groups)} different sets of ranks; clip each in a call of "
             "its own, with its process_group"
         )
     return next(iter(groups.values()))
-
-
-def _ranks(group: ProcessGroup | None) -> tuple[int, ...]:
-    import torch.distributed as dist
-
-    return tuple(dist.get_process_group_ranks(group))

@@ -17,6 +17,7 @@ from ..backends.memory import upload
 from ..caps import MaxNorm
 from ..clipper import ClipResult, ComponentClipper
 from ..components import named_tensors, type_name
+from ..sharding import is_flattened
 from ..thresholds import Threshold
 from ._fsdp1 import group_of
 
@@ -38,9 +39,9 @@ class Clipping:
         self._arguments = arguments
         named = named_tensors(module)
         pairs = list(zip(named.names, named.tensors, strict=True))
-        if any(getattr(p, "_fsdp_flattened", False) for _, p in pairs):
+        if any(is_flattened(p) for _, p in pairs):
             # FSDP wrapped around some modules alone leaves the others whole: these may be frozen, but not learn.
-            pairs = [(n, p) for n, p in pairs if p.requires_grad or getattr(p, "_fsdp_flattened", False)]
+            pairs = [(n, p) for n, p in pairs if p.requires_grad or is_flattened(p)]
         group = arguments["process_group"]
         if group is None:
             group = group_of(named_tensors(pairs), [trainer.strategy.model], "of this trainer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def clip_grad_norm_(
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
         process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
-    tensors, engine = engine_for(parameters, components, process_group, settings=settings_in_words(options, max_norm))
+    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
     policy = engine.policy(max_norm, tensors, options.rule)
     accelerator.unscale_gradients()
     return engine.total(engine.clip_(tensors, policy, options)[0], options.rule.norm_type)

@@ -11,6 +11,7 @@ In ``train.py``, this import in place of ``utils.dispatch_clip_grad``; or, with 
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,13 +77,13 @@ def dispatch_clip_grad(
     if mode == "agc":
         if components is not None:
             raise ValueError("components: 'agc' has its own, output units; leave it out")
-        tensors, engine = engine_for(parameters, _UNITS, settings=settings_in_words(options))
+        tensors, engine = engine_for(parameters, _UNITS, settings=partial(settings_in_words, options))
         known = _factors.get(engine)
         if known is None or known[0] != value:
             known = _factors[engine] = value, ParamRelative(value)  # type: ignore[arg-type]
         value = known[1]
     else:
-        tensors, engine = engine_for(parameters, components, settings=settings_in_words(options, value))
+        tensors, engine = engine_for(parameters, components, settings=partial(settings_in_words, options, value))
     engine.clip_(tensors, engine.policy(value, tensors, options.rule), options)
 
 

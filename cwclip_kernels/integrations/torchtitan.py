@@ -10,6 +10,7 @@ training starts:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -82,6 +83,8 @@ def clip_grad_norm_(
     if not isinstance(ep_enabled, bool):
         raise TypeError(f"ep_enabled: expected a bool, not {type_name(ep_enabled)}")
     options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
-    tensors, engine = engine_for(parameters, components, None, pp_mesh, settings_in_words(options, max_norm, pp_mesh))
+    tensors, engine = engine_for(
+        parameters, components, partial(settings_in_words, options, max_norm, pp_mesh), pp_mesh=pp_mesh
+    )
     norms = engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options)[0]
     return engine.total(norms, options.rule.norm_type)
