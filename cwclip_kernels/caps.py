@@ -28,6 +28,10 @@ class CapPolicy(Protocol):
     def needs_norms(self) -> bool:
         """Whether caps depend on the norms of the step that they are for."""
 
+    @property
+    def adds_eps(self) -> bool:
+        """Whether the coefficient is cap / (norm + eps), as torch's, rather than cap / norm."""
+
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         """Caps [] or [K], contiguous, in ``wide_dtype`` on ``device``.
 
@@ -68,6 +72,7 @@ class Caps:
             self._fixed = checked_cap(max_norm, "max_norm")
 
     needs_norms = False
+    adds_eps = True
 
     def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
         """The caps as [] or [K] of ``wide_dtype`` on ``device``; no host sync, unless that is the host."""

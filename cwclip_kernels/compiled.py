@@ -21,7 +21,8 @@ from .caps import Caps, MaxNorm, checked_cap
 from .components import CUT, LEFT_ALONE, Components, type_name
 from .engine import Options
 from .formula import ClipRule, wide_dtype
-from .plan import Planner, check_gradient
+from .gradients import WIDE_DTYPES, check_gradient
+from .plan import Planner
 from .scaled_loss import ScaledLoss
 from .thresholds import Threshold
 
@@ -51,6 +52,7 @@ def clip_(
     grads, text = _present(tensors, components)
     device = grads[0].device if grads else tensors[0].device if tensors else torch.device("cpu")
     threshold = max_norm if isinstance(max_norm, Threshold) else None
+    eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
     with torch.no_grad():
         if threshold is not None:
             norms = None
@@ -63,7 +65,7 @@ def clip_(
             policy = "error" if options.raise_nonfinite else rule.nonfinite
             inverse = _as_tensor(inv_scale, device)
             norms, coefs, caps_used = torch.ops.cwclip_kernels.component_clip_(
-                grads, text, caps, patterns, values, inverse, found_inf, rule.norm_type, rule.eps, policy, backend
+                grads, text, caps, patterns, values, inverse, found_inf, rule.norm_type, eps, policy, backend
             )
         else:
             norms = _no_norms(tensors, components)
@@ -216,7 +218,7 @@ def _fake_component_clip_(
 
 
 def _fake_component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
-    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
+    wide = any(g.dtype in WIDE_DTYPES for g in grads)
     return grads[0].new_empty(len(_read(components).names), dtype=torch.float64 if wide else torch.float32)
 
 

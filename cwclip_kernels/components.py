@@ -48,12 +48,14 @@ class Components:
         index: component of each tensor, ``LEFT_ALONE`` for none, ``CUT`` where ``slices`` say more.
         tensor_names: name of each tensor, for error messages.
         slices: position among the tensors, component and place of every slice of those that are cut, in order.
+        problems: position of a frozen tensor, and why it could not be clipped; an error as soon as it has a gradient.
     """
 
     names: tuple[str, ...]
     index: tuple[int, ...]
     tensor_names: tuple[str, ...]
     slices: tuple[tuple[int, int, Box], ...] = ()
+    problems: tuple[tuple[int, str], ...] = ()
 
     def only(self, positions: Sequence[int]) -> Components:
         """The same components, and of the tensors these alone."""
@@ -63,6 +65,7 @@ class Components:
             tuple(self.index[i] for i in positions),
             tuple(self.tensor_names[i] for i in positions),
             tuple((place[i], component, box) for i, component, box in self.slices if i in place),
+            tuple((place[i], problem) for i, problem in self.problems if i in place),
         )
 
     def members(self) -> Iterator[tuple[int, int, Box]]:
