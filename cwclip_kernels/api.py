@@ -71,9 +71,9 @@ def fused_component_clip_(
             is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
             Parameters that the root module itself owns have "" for module and layer. Or a ``ComponentSpec``, which
             composes these and cuts single tensors into several components.
-        eps: added to the norm before dividing, as ``clip_grad_norm_`` does. It isn't where ``max_norm`` is a threshold
-            that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own): beside a small
-            cap it would clip what is below the cap.
+        eps: added to the norm before dividing, as ``clip_grad_norm_`` does. It isn't where ``max_norm`` is a
+            threshold that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own):
+            beside a small cap it would clip what is below the cap.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
             0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.
             "error": RuntimeError that names the components, no gradient changed; syncs with the host. A

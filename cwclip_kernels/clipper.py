@@ -314,7 +314,7 @@ class ComponentClipper:
             )
         if self._whole is not None:
             raise TypeError(
-                "what part() returned can't be pickled or copied: copy the clipper, and call part() on it"
+                "what part() returned can't be pickled or copied; copy its clipper, and call part() on that"
             )
         return {
             "tensors": self._parameters(),
@@ -333,7 +333,7 @@ class ComponentClipper:
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComponentClipper:
-        # Not copies that nobody trains: the parameters that are copied along, which may happen after this, or the same.
+        # Not copies that nobody trains: parameters that are copied along, perhaps after this, or else the same ones.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__({**self.__getstate__(), "max_norm": deepcopy(self.max_norm, memo)})

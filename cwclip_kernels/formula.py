@@ -36,7 +36,7 @@ class ClipRule:
 
     @cached_property
     def without_eps(self) -> ClipRule:
-        """The same with ``eps`` 0: coef = cap / norm, which doesn't depend on the loss's scale if the cap follows it."""
+        """The same with ``eps`` 0: coef = cap / norm, the same at any scale of the loss that the cap follows."""
         return self if self.eps == 0.0 else replace(self, eps=0.0)
 
 

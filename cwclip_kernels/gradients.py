@@ -49,7 +49,7 @@ def check_gradient(grad: Tensor, name: str, *, cut: bool = False, writes: bool =
 
     Raises:
         TypeError: dtype, layout or tensor subclass that isn't served.
-        ValueError: a parameter set as gradient (if it ``writes``), several elements on one memory place, a meta tensor.
+        ValueError: a parameter set as gradient, if it ``writes``; elements on one memory place; a meta tensor.
     """
     where = f"the gradient of {name!r}"
     if writes and (isinstance(grad, torch.nn.Parameter) or (grad.is_leaf and grad.requires_grad)):
@@ -61,11 +61,11 @@ def check_gradient(grad: Tensor, name: str, *, cut: bool = False, writes: bool =
 
 
 def check_tensor(grad: Tensor, where: str, *, cut: bool = False) -> None:
-    """Raises unless ``grad`` is something that backends can read; ``where`` says what it is. See ``check_gradient``."""
+    """Raises unless backends can read ``grad``; ``where`` says what it is. Errors as for ``check_gradient``."""
     if type(grad) is not Tensor:
         raise TypeError(
-            f"{where} is a {type_name(grad)}: of tensor subclasses only DTensor is served, where the parameter is one, "
-            "outside of torch.compile; set p.grad to a plain tensor"
+            f"{where} is a {type_name(grad)}: of tensor subclasses only DTensor is served, where the parameter is "
+            "one, outside of torch.compile; set p.grad to a plain tensor"
         )
     if grad.is_nested:
         raise TypeError(

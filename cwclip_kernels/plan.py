@@ -282,7 +282,7 @@ def _build(
         name = components.tensor_names[position]
         if position in problems:
             raise ValueError(
-                f"the gradient of {name!r}, which was frozen when its components were looked up: {problems[position]}. "
+                f"the gradient of {name!r}, which was frozen when components were looked up: {problems[position]}. "
                 "Make the clipper after parameters have been unfrozen"
             )
         if kind == "gradient":

@@ -109,7 +109,7 @@ class Spread:
         return [share.local_value(t).detach() if t.requires_grad else None for t in tensors]
 
     def norm_dtype(self, tensors: Sequence[Tensor]) -> torch.dtype:
-        """The dtype of norms, the same on all ranks: by all trained parameters, since some ranks may lack a gradient."""
+        """Of norms, the same on all ranks: by all trained parameters, since a rank may lack a gradient."""
         is_wide = _is_wide(tensors) if self._stages is None else self._stages.is_wide
         return torch.float64 if is_wide else torch.float32
 

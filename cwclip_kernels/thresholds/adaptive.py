@@ -18,8 +18,8 @@ class ParamRelative(Threshold):
         cap_c = factor * max(||w_c||, eps)
 
     Unit-wise, as in the paper, with ``components=ComponentSpec().unitwise("*")``; per tensor without. It reads the
-    trained parameters at every step, as many bytes as the gradients have; frozen ones are left alone. The paper leaves
-    the last layer out.
+    trained parameters at every step, as many bytes as the gradients have, and no frozen ones. The paper leaves the
+    last layer out.
 
     Args:
         factor: 0.01 in the authors' code.
@@ -35,7 +35,7 @@ class ParamRelative(Threshold):
 
     References:
         Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171,
-        equation 3. The defaults are those of the authors' code (google-deepmind/deepmind-research, nfnets) and timm's.
+        equation 3. The defaults are those of the authors' code, google-deepmind/deepmind-research, and of timm.
     """
 
     def __init__(self, factor: float = 0.01, eps: float = 1e-3) -> None:
@@ -65,8 +65,8 @@ class EMA(Threshold):
     are calls: where several optimizers clip what they own, each of them counts.
 
     A norm is clipped if it is above its cap, to the cap, and what is learnt is min(||g_c||, cap_c): the clipper's
-    ``eps`` has no part in it. So decisions don't depend on the loss's scale, but for ``warmup_norm``, which is a norm;
-    with ``warmup_norm=math.inf`` they don't at all.
+    ``eps`` has no part in it. So nothing depends on the loss's scale but the warm-up's clipping, as ``warmup_norm`` is
+    a norm; with ``warmup_norm=math.inf`` nothing does.
 
     Args:
         ratio: lambda_rel. 1.05 as in ports of the algorithm; the authors' Megatron patch has 1.04.
@@ -166,9 +166,9 @@ class ZScore(Threshold):
         z = (||g_c|| - mu_c) / (sigma_c + 1e-6 mu_c);  if z > threshold: cap_c = mu_c + threshold^2 / z * sigma_c
         mu_c = decay * mu_c + (1 - decay) * n;  sigma_c^2 = decay * sigma_c^2 + (1 - decay) * (n - mu_c)^2
 
-    with n = min(||g_c||, cap_c) and, in the second line, the new mu_c. In its first ``warmup_steps`` steps a component
-    isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped in two
-    passes. Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it: the 1e-6 is relative to
+    with n = min(||g_c||, cap_c) and, in the second line, the new mu_c. In its first ``warmup_steps`` steps a
+    component isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped in
+    two passes. Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it: the 1e-6 is relative to
     the mean, where the authors' code adds 1e-6 as it is.
 
     Args:

@@ -50,9 +50,9 @@ class Threshold(ABC):
     One object serves one set of components. A policy of your own defines ``caps``; if it learns, ``update_``; if it
     looks at the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
 
-    The clipper's ``eps`` is not added to these norms, unless ``adds_eps`` says so: beside caps that follow the norms
-    it would clip small gradients that are below their cap, and a policy that learns the clipped norm would then shrink
-    it from step to step. Without it nothing depends on the loss's scale. There is no division by zero to avoid: a norm
+    The clipper's ``eps`` is not added to these norms, unless ``adds_eps`` says so. Beside caps that follow the norms
+    it would clip small gradients that are below their cap, and a policy that learns the clipped norm would shrink it
+    from step to step. Without it nothing depends on the loss's scale. There is no division by zero to avoid: a norm
     of 0 has coefficient 1.
 
     A policy can be copied and pickled, with its state. The copy is bound by the clipper that uses it.
@@ -114,9 +114,9 @@ class Threshold(ABC):
                 for name in missing:
                     del self._state[name]
                 raise ValueError(
-                    f"max_norm: this {type_name(self)} has loaded a state without {', '.join(map(repr, missing))}, as "
-                    "torch.distributed.checkpoint leaves it that fills the state_dict() of a policy which no clipper "
-                    "has bound yet: make the clipper first, and load then"
+                    f"max_norm: this {type_name(self)} has loaded a state without {', '.join(map(repr, missing))}: "
+                    "torch.distributed.checkpoint fills the tensors that it finds in state_dict(), and there are none "
+                    "before a clipper has bound the policy; make the clipper first, and load then"
                 )
         except ValueError:
             self._setting = before
