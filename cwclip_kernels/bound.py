@@ -13,6 +13,7 @@ from . import execute
 from .components import Components, type_name
 from .distributed import call, share
 from .formula import ClipRule
+from .gradients import has_no_data
 from .plan import Planner
 from .thresholds import Setting, Threshold
 
@@ -86,9 +87,11 @@ class BoundThreshold:
         for (position, component, _), count in zip(self._components.members(), counts, strict=True):
             if not self._trained or self._trained[position]:
                 numels[component] += count
-        rule = self._rule
+        rule, device = self._rule, home_of(tensors)
+        if any(map(has_no_data, tensors)):
+            device = torch.device("meta")  # so that no state is made yet, which would be without data, too
         return Setting(
-            self._components.names, tuple(numels), rule.norm_type, rule.eps, home_of(tensors), self._parameter_norms
+            self._components.names, tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms
         )
 
 

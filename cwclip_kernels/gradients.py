@@ -95,12 +95,13 @@ def check_tensor(grad: Tensor, where: str, *, cut: bool = False) -> None:
 def check_data(components: Components, grads: Gradients) -> None:
     """Raises WithoutData if no gradient has data; where only some have none, ``check_gradient`` names the first."""
     own = [g for g, c in zip(grads, components.index, strict=True) if g is not None and c != LEFT_ALONE]
-    if own and all(map(_has_no_data, own)):
+    if own and all(map(has_no_data, own)):
         wide = any(g.dtype in WIDE_DTYPES for g in own)
         raise WithoutData(own[0].device, torch.float64 if wide else torch.float32)
 
 
-def _has_no_data(tensor: Tensor) -> bool:
+def has_no_data(tensor: Tensor) -> bool:
+    """Whether it is a fake tensor, or on the meta device."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
     return tensor.is_meta or (fake is not None and isinstance(tensor, fake))
 
