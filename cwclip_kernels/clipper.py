@@ -199,8 +199,8 @@ class ComponentClipper:
                 here, there = components.tensor_names[owner[component]], components.tensor_names[position]
                 name = components.names[component]
                 raise ValueError(
-                    f"component {name!r} spans parameters inside and outside this subset, {here!r} and {there!r}; "
-                    "choose components that lie wholly on one side"
+                    f"component {name!r} is only partly here, with {here!r} but not {there!r}; "
+                    "choose components that lie wholly in one part"
                 )
         inside = [i for i, yes in enumerate(is_inside) if yes]
         part = copy(self)

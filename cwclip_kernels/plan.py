@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -206,14 +206,18 @@ class Planner:
         norm_type: float,
         backend: str | None,
     ) -> Result:
-        """As ``carry_out``, for work that writes nothing: an expanded tensor is measured as a copy."""
-        try:
-            return self.carry_out(work, grads, home, norm_type, backend, exact=False, writes=False)
-        except (TypeError, ValueError):
-            readable = [None if g is None else _readable(g) for g in grads]
-            if all(map(is_, readable, grads)):
-                raise
-            return self.carry_out(work, readable, home, norm_type, backend, exact=False, writes=False)
+        """As ``carry_out``, for work that writes nothing, with the plan that writes if that serves.
+
+        It doesn't serve gradients that share memory, or that are parameters or leaves; an expanded one is measured as
+        a copy.
+        """
+        if _kind_of_call(norm_type, backend, writes=False) not in self._plans:
+            try:
+                return self.carry_out(work, grads, home, norm_type, backend, exact=False)
+            except (TypeError, ValueError):
+                pass
+        readable = [None if g is None else _readable(g) for g in grads]
+        return self.carry_out(work, readable, home, norm_type, backend, exact=False, writes=False)
 
     def remake(
         self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, writes: bool = True
