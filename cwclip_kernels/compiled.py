@@ -120,10 +120,13 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
     index: list[int] = []
     names: list[str] = []
     moved: dict[int, int] = {}
+    problems = dict(components.problems)
     for position, tensor in enumerate(tensors):
         grad, component, name = tensor.grad, components.index[position], components.tensor_names[position]
         if grad is None or component == LEFT_ALONE:
             continue
+        if position in problems:
+            raise ValueError(problems[position])
         # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
         check_gradient(grad, name, cut=component == CUT)
         moved[position] = len(grads)
