@@ -66,9 +66,9 @@ def fused_component_clip_(
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
         components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
-            module owns, what ``parametrize`` made of its parameters included. "layer": all under the name up to its last number (``encoder.layer.3``). "type": the
-            same place in every layer (``encoder.layer.*.output.dense.weight``). "all": everything, as
-            ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
+            module owns, with what ``torch.nn.utils.parametrize`` made of it. "layer": all under the name up to its
+            last number (``encoder.layer.3``). "type": the same place in every layer
+            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
             is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
             Parameters that the root module itself owns have "" for module and layer. Or a ``ComponentSpec``, which
             composes these and cuts single tensors into several components.

@@ -22,8 +22,8 @@ class ComponentSpec:
     A slice along dim 0 costs nothing extra; along other dims it is right, and slower. A slice's component is named
     after what it is cut from: ``h.0.attn.c_attn.weight[q]``.
 
-    Parameters that are never trained don't get in the way: tensors of integers (packed 4-bit weights) stay whole, and so
-    do frozen ones that a split doesn't fit. Those that it fits are cut, so that freezing them changes no name.
+    Frozen parameters are not in the way: tensors of integers, such as packed 4-bit weights, are never cut, and other
+    frozen ones that a split doesn't fit stay whole. Those that it fits are cut, so that freezing changes no name.
 
     Args:
         base: how parameters that no ``group`` matches are grouped: None or "parameter", "module", "layer", "type",
