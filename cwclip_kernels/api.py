@@ -68,10 +68,11 @@ def fused_component_clip_(
         components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
             module owns, with what ``torch.nn.utils.parametrize`` made of it. "layer": all under the name up to its
             last number (``encoder.layer.3``). "type": the same place in every layer
-            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
-            is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
-            Parameters that the root module itself owns have "" for module and layer. Or a ``ComponentSpec``, which
-            composes these and cuts single tensors into several components.
+            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable
+            (name, tensor) -> hashable key, None to leave the tensor alone; it is asked for every tensor at every
+            call (once by ``ComponentClipper``, the faster way then). Parameters that the root module itself owns
+            have "" for module and layer. Or a ``ComponentSpec``, which composes these and cuts single tensors into
+            several components.
         eps: added to the norm before dividing.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
             0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.

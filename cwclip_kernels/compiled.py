@@ -134,7 +134,7 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
         index.append(component)
         names.append(name)
     slices = tuple((moved[position], *rest) for position, *rest in components.slices if position in moved)
-    return grads, repr((components.names, tuple(index), tuple(names), slices))
+    return grads, repr((components.names, tuple(index), tuple(names), slices, (), components.aliases))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
@@ -191,8 +191,9 @@ def _planner(components: str, device: torch.device, dtype: torch.dtype, shape: t
 
 @lru_cache(maxsize=64)
 def _fixed_caps(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> Caps:
-    names = _read(components).names
-    return Caps(dict(zip(patterns, values, strict=True)) if patterns or not values else values[0], names)
+    known = _read(components)
+    max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
+    return Caps(max_norm, known.names, aliases=known.aliases)
 
 
 @lru_cache(maxsize=64)

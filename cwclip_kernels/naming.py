@@ -43,19 +43,20 @@ def module_paths(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
     """
     found: list[tuple[str, str, nn.Module]] = []
 
-    def visit(module: nn.Module, path: str, own: str, seen: set[nn.Module], above: tuple[nn.Module, ...]) -> None:
+    def visit(module: nn.Module, path: str, own: str, seen: set[nn.Module]) -> None:
         seen.add(module)
+        above.add(module)
         found.append((path, own, module))
         for name, child in module._modules.items():
-            if child is None or any(child is one for one in above):
-                continue
-            if child in seen and seen is not first_paths:
+            if child is None or child in above or (child in seen and seen is not first_paths):
                 continue
             inner = own if _is_held_by_wrapper(module, name) else f"{own}{name}."
-            visit(child, f"{path}{name}.", inner, set() if child in seen else seen, (*above, child))
+            visit(child, f"{path}{name}.", inner, set() if child in seen else seen)
+        above.remove(module)
 
+    above: set[nn.Module] = set()
     first_paths: set[nn.Module] = set()
-    visit(model, "", "", first_paths, (model,))
+    visit(model, "", "", first_paths)
     return found
 
 

@@ -368,4 +368,10 @@ def test_patterns_of_a_spec_in_a_compiled_function():
         lambda: fused_component_clip_(wrapped, 0.1, components=spec), backend="aot_eager", fullgraph=True
     )
     assert torch.equal(step(), fused_component_clip_(twin, 0.1, components=spec))
+    tied = Tied()
+    tied.body.bias.grad = torch.ones(3)
+    torch._dynamo.reset()
+    step = torch.compile(lambda: fused_component_clip_(tied, {"lm_head.weight": 0.1}), backend="aot_eager")
+    with pytest.raises(ValueError, match=TIED):
+        step()
     assert all(torch.equal(p.grad, t.grad) for p, t in zip(model.parameters(), twin.parameters(), strict=True))
