@@ -57,7 +57,10 @@ def fused_component_clip_(
     Args:
         parameters: a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs, whose ``.grad`` is
             clipped: float32, bfloat16, float16, float64 or complex, dense or sparse COO, on any mix of
-            devices. A tensor that comes twice, tied weights included, counts once.
+            devices. A tensor that comes twice, tied weights included, counts once, under its first name. Names are
+            the model's own, whatever wraps it or its modules: ``torch.compile``, ``DistributedDataParallel``,
+            ``FullyShardedDataParallel``, activation checkpointing. Of pairs, a leading ``module.`` is left out if all
+            names begin with it. Where two names would become equal, all stay as they are.
         max_norm: the cap. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a
             sync; a mapping of ``fnmatch`` patterns on component names to numbers: the first that matches
             counts, a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``, which
@@ -65,12 +68,13 @@ def fused_component_clip_(
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
         components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
-            module owns. "layer": all under the name up to its last number (``encoder.layer.3``). "type": the
-            same place in every layer (``encoder.layer.*.output.dense.weight``). "all": everything, as
-            ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
-            is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
-            Parameters that the root module itself owns have "" for module and layer. Or a ``ComponentSpec``, which
-            composes these and cuts single tensors into several components.
+            module owns, with what ``torch.nn.utils.parametrize`` made of it. "layer": all under the name up to its
+            last number (``encoder.layer.3``). "type": the same place in every layer
+            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable
+            (name, tensor) -> hashable key, None to leave the tensor alone; it is asked for every tensor at every
+            call (once by ``ComponentClipper``, the faster way then). Parameters that the root module itself owns
+            have "" for module and layer. Or a ``ComponentSpec``, which composes these and cuts single tensors into
+            several components.
         eps: added to the norm before dividing, as ``clip_grad_norm_`` does. It isn't where ``max_norm`` is a
             threshold that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own):
             beside a small cap it would clip what is below the cap.

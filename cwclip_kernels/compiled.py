@@ -122,10 +122,13 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
     index: list[int] = []
     names: list[str] = []
     moved: dict[int, int] = {}
+    problems = dict(components.problems)
     for position, tensor in enumerate(tensors):
         grad, component, name = tensor.grad, components.index[position], components.tensor_names[position]
         if grad is None or component == LEFT_ALONE:
             continue
+        if position in problems:
+            raise ValueError(problems[position])
         # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
         check_gradient(grad, name, cut=component == CUT)
         moved[position] = len(grads)
@@ -133,7 +136,7 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
         index.append(component)
         names.append(name)
     slices = tuple((moved[position], *rest) for position, *rest in components.slices if position in moved)
-    return grads, repr((components.names, tuple(index), tuple(names), slices))
+    return grads, repr((components.names, tuple(index), tuple(names), slices, (), components.aliases))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
@@ -190,8 +193,9 @@ def _planner(components: str, device: torch.device, dtype: torch.dtype, shape: t
 
 @lru_cache(maxsize=64)
 def _fixed_caps(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> Caps:
-    names = _read(components).names
-    return Caps(dict(zip(patterns, values, strict=True)) if patterns or not values else values[0], names)
+    known = _read(components)
+    max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
+    return Caps(max_norm, known.names, aliases=known.aliases)
 
 
 @lru_cache(maxsize=64)

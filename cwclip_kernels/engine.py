@@ -142,7 +142,8 @@ class Engine:
             resolve(parameters, grouping, is_all=is_all), parameters.tensors, process_group, pp_mesh, settings
         )
         if not is_all and isinstance(grouping, ComponentSpec):
-            grouping.check_patterns(parameters.names if engine.spread is None else engine.spread.all_parameters)
+            names = parameters.names if engine.spread is None else engine.spread.all_parameters
+            grouping.check_patterns(names, parameters.aliases)
         return engine
 
     @property
@@ -162,7 +163,7 @@ class Engine:
         named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
         items = [(pattern, type(value), value) for pattern, value in named]
         if self._last_caps is None or self._last_caps[0] != items:
-            self._last_caps = items, Caps(max_norm, names, everywhere)
+            self._last_caps = items, Caps(max_norm, names, everywhere, self.components.aliases)
         return self._last_caps[1]
 
     @outside_autograd

@@ -42,7 +42,8 @@ def local_components(
         else:
             index[position] = place[key]
     names = tuple(components.names[component] for component, _ in owners)
-    return Components(names, tuple(index), components.tensor_names, tuple(slices), components.problems), owners
+    local = Components(names, tuple(index), components.tensor_names, tuple(slices), components.problems)
+    return local, owners
 
 
 def cut_parts(components: Components, layouts: Layouts) -> list[tuple[int, ValueError]]:

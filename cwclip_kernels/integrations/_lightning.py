@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..backends.memory import upload
 from ..caps import MaxNorm
 from ..clipper import ClipResult, ComponentClipper
-from ..components import named_tensors, type_name
+from ..components import Parameters, named_tensors, type_name
 from ..sharding import is_flattened
 from ..thresholds import Threshold
 from ._fsdp1 import group_of
@@ -38,14 +38,15 @@ class Clipping:
         self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._arguments = arguments
         named = named_tensors(module)
-        pairs = list(zip(named.names, named.tensors, strict=True))
-        if any(is_flattened(p) for _, p in pairs):
+        source: Parameters = module
+        if any(map(is_flattened, named.tensors)):
             # FSDP wrapped around some modules alone leaves the others whole: these may be frozen, but not learn.
-            pairs = [(n, p) for n, p in pairs if p.requires_grad or is_flattened(p)]
+            pairs = zip(named.names, named.tensors, strict=True)
+            source = [(n, p) for n, p in pairs if p.requires_grad or is_flattened(p)]
         group = arguments["process_group"]
         if group is None:
-            group = group_of(named_tensors(pairs), [trainer.strategy.model], "of this trainer")
-        self.clipper = ComponentClipper(pairs, max_norm, **{**arguments, "process_group": group})
+            group = group_of(named_tensors(source), [trainer.strategy.model], "of this trainer")
+        self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
         if self.clipper.raises_nonfinite and _scaler_of(trainer) is not None:
             raise ValueError(
                 "error_if_nonfinite: a scaled loss makes norms inf now and then, when the step is skipped; use "

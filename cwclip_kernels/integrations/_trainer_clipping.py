@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..caps import Caps, MaxNorm
 from ..clipper import ClipResult, ComponentClipper
 from ..components import Grouping, named_tensors, type_name
 from ..engine import check_options
+from ..naming import Aliases, matches, no_match
 from ..resolve import resolve
 from ..thresholds import Threshold
 from ._fsdp1 import group_of
@@ -95,11 +94,11 @@ class TrainerClipping:
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for what would be wrong with the arguments at the first step."""
-        names = resolve(named_tensors(own_names(model)), self._options["components"]).names
+        components = resolve(named_tensors(model), self._options["components"])
         cap = self._cap(trainers_cap)
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
-            Caps(cap, names)
-        self._logged(names)
+            Caps(cap, components.names, aliases=components.aliases)
+        self._logged(components.names, components.aliases)
 
     def clipper_for(self, model: nn.Module, trainers_cap: float | None, *, scaled: bool = False) -> ComponentClipper:
         """The clipper of this model; changes no gradient.
@@ -111,9 +110,8 @@ class TrainerClipping:
         """
         made_for = model, self._cap(trainers_cap)
         if self._clipper is None or self._made_for is None or not all(map(_same, made_for, self._made_for)):
-            pairs = list(own_names(model))
-            group = group_of(named_tensors(pairs), [model], "that is trained")
-            clipper = ComponentClipper(pairs, made_for[1], process_group=group, **self._options)
+            group = group_of(named_tensors(model), [model], "that is trained")
+            clipper = ComponentClipper(model, made_for[1], process_group=group, **self._options)
             if scaled and clipper.raises_nonfinite:
                 raise ValueError(
                     "nonfinite: 'error' can't be used with fp16, where a scaled loss has inf now and then and the "
@@ -174,12 +172,14 @@ class TrainerClipping:
             return self._max_norm
         return trainers_cap if trainers_cap is not None and trainers_cap > 0 else math.inf
 
-    def _logged(self, names: tuple[str, ...]) -> list[int]:
+    def _logged(self, names: tuple[str, ...], aliases: Aliases = ()) -> list[int]:
         if self._log_norms is None:
             return []
-        found = [i for i, name in enumerate(names) if fnmatchcase(name, self._log_norms)]
+        found = [i for i, name in enumerate(names) if matches(name, self._log_norms)]
         if not found:
-            raise ValueError(f"log_norms: {self._log_norms!r} matches none of the {len(names)} components")
+            raise ValueError(
+                f"log_norms: {self._log_norms!r} {no_match(self._log_norms, names, 'components', aliases)}"
+            )
         return found
 
 
@@ -225,21 +225,6 @@ class ClipNumbers:
             "component_norm_max": norm,
             "component_norm_nonfinite": nonfinite,
         }
-
-
-def own_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under the names that they have in the model itself, without what wraps it or its modules."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    for name, parameter in model.named_parameters():
-        for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-            name = name.replace(wrapper, "")
-        yield name, parameter
 
 
 def _same(one: object, other: object) -> bool:

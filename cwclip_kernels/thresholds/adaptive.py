@@ -65,8 +65,8 @@ class EMA(Threshold):
     are calls: where several optimizers clip what they own, each of them counts.
 
     A norm is clipped if it is above its cap, to the cap, and what is learnt is min(||g_c||, cap_c): the clipper's
-    ``eps`` has no part in it. So nothing depends on the loss's scale but the warm-up's clipping, as ``warmup_norm`` is
-    a norm; with ``warmup_norm=math.inf`` nothing does.
+    ``eps`` has no part in it. So nothing depends on the loss's scale but the warm-up's clipping, as ``warmup_norm``
+    is a norm; with ``warmup_norm=math.inf`` nothing does.
 
     Args:
         ratio: lambda_rel. 1.05 as in ports of the algorithm; the authors' Megatron patch has 1.04.
@@ -167,9 +167,9 @@ class ZScore(Threshold):
         mu_c = decay * mu_c + (1 - decay) * n;  sigma_c^2 = decay * sigma_c^2 + (1 - decay) * (n - mu_c)^2
 
     with n = min(||g_c||, cap_c) and, in the second line, the new mu_c. In its first ``warmup_steps`` steps a
-    component isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped in
-    two passes. Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it: the 1e-6 is relative to
-    the mean, where the authors' code adds 1e-6 as it is.
+    component isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped
+    in two passes. Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it: the 1e-6 is
+    relative to the mean, where the authors' code adds 1e-6 as it is.
 
     Args:
         decay: alpha, 0.97 in the paper and in the authors' code.

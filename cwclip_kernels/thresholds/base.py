@@ -114,9 +114,9 @@ class Threshold(ABC):
                 for name in missing:
                     del self._state[name]
                 raise ValueError(
-                    f"max_norm: this {type_name(self)} has loaded a state without {', '.join(map(repr, missing))}: "
-                    "torch.distributed.checkpoint fills the tensors that it finds in state_dict(), and there are none "
-                    "before a clipper has bound the policy; make the clipper first, and load then"
+                    f"max_norm: this {type_name(self)} has loaded a state without {', '.join(map(repr, missing))}. "
+                    "torch.distributed.checkpoint fills the tensors that are in a state_dict(), and there are none "
+                    "before a clipper has bound the policy: make the clipper first, and load then"
                 )
         except ValueError:
             self._setting = before

@@ -127,9 +127,10 @@ class FromGlobal(Threshold):
         "uniform"   cap_c = C / K^(1/p)             each component alike
         "numel"     cap_c = C * (n_c / n)^(1/p)     by its number of elements
 
-    with K, n_c and n counted over trained parameters: what is frozen gets no share, and shares follow when parameters
-    are frozen or unfrozen. The p-th powers of the caps add up to C^p (for p = inf each cap is C), so clipped gradients
-    have a global norm of at most C, as ``clip_grad_norm_`` would leave them, without one component's outlier shrinking the others.
+    with K, n_c and n counted over trained parameters: what is frozen gets no share, and shares follow when
+    parameters are frozen or unfrozen. The p-th powers of the caps add up to C^p (for p = inf each cap is C), so
+    clipped gradients have a global norm of at most C, as ``clip_grad_norm_`` would leave them, without one
+    component's outlier shrinking the others.
 
     Args:
         total: C, the budget, a number >= 0.
