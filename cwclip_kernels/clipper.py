@@ -133,6 +133,8 @@ class ComponentClipper:
         self._options = options
         self._whole: ComponentClipper | None = None  # that this is a part of, with its caps
         self._copied: dict[int, Any] | None = None  # until it is known which parameters have been copied along
+        # Comes between a clip and its policy, such as a scaler that may skip the step.
+        self._policy_of_clip: Callable[[CapPolicy], CapPolicy] | None = None
         self._fixed: CapPolicy | None = None
         policy = self._policy()  # checks max_norm, and gives a threshold the state that it needs
         if not isinstance(max_norm, Threshold):
@@ -175,7 +177,8 @@ class ComponentClipper:
         else:
             untouched = inv_scale is None and found_inf is None
             scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
-            outcome = self._engine.clip_(self._parameters(), self._policy(), self._options, scaled)
+            policy = self._policy() if self._policy_of_clip is None else self._policy_of_clip(self._policy())
+            outcome = self._engine.clip_(self._parameters(), policy, self._options, scaled)
         return ClipResult(self.names, *outcome)
 
     def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
@@ -209,24 +212,41 @@ class ComponentClipper:
         part._whole = self if self._whole is None else self._whole
         return part
 
-    def attach(self, optimizer: Optimizer, *, on_clip: Callable[[ClipResult], object] | None = None) -> Attachment:
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        on_clip: Callable[[ClipResult], object] | None = None,
+        replace: bool = False,
+    ) -> Attachment:
         """Clips at every ``optimizer.step()``, right before the step: what this optimizer owns of the parameters.
 
         With several optimizers attach to each. Gradients that were accumulated over several backward passes are
-        clipped once, whole. A closure's gradients are clipped each time it has been called.
+        clipped once, whole. A closure's gradients are clipped each time it has been called. A parameter that two
+        optimizers own is clipped at the steps of both.
+
+        Only ``step()`` clips. With SAM, whose ``first_step()`` and ``second_step()`` are called instead of it, attach
+        to its ``base_optimizer``. A copied or unpickled optimizer has lost its hooks, this one among them: attach to
+        it again. Where a fused optimizer under a ``GradScaler`` skips its step on the device, thresholds have counted
+        it.
 
         Args:
-            optimizer: a torch optimizer that owns at least one of the parameters.
+            optimizer: a torch optimizer that owns at least one of the parameters. Of one that wraps another without
+                running torch's step hooks, such as Accelerate's, the one inside.
             on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
+            replace: whether to end earlier attachments that clip some of the same parameters at this optimizer's
+                steps, as when a notebook's cell runs again; otherwise they are an error.
 
         Returns:
-            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``.
+            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``, and it has the clipper's
+            ``state_dict()`` and ``load_state_dict()``.
 
         Raises:
-            TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: it owns none of the parameters, or shares a component with another.
-            RuntimeError: at a step, if gradients still carry the loss's scale, as a fused optimizer's do under a
-                ``GradScaler``. Nothing is changed.
+            TypeError: not a ``torch.optim.Optimizer``, or one whose steps aren't certain to run its hooks.
+            ValueError: it owns none of the parameters, shares a component with another, steps in the backward pass,
+                or has a clipper attached for some of the parameters already.
+            RuntimeError: gradients are clipped in the backward pass as well. At a step: likewise, or they still carry
+                the loss's scale, as a fused optimizer's do under a ``GradScaler``. Nothing is changed.
 
         Example:
             >>> import torch
@@ -239,7 +259,7 @@ class ComponentClipper:
             >>> handle.last.norms
             tensor([1.4142, 1.0000])
         """
-        return Attachment(self, optimizer, on_clip)
+        return Attachment(self, optimizer, on_clip, replace)
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:

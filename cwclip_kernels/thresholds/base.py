@@ -235,11 +235,13 @@ def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
     """Loads what ``ComponentClipper.state_dict()`` returned into its ``max_norm``.
 
     Raises:
-        TypeError: ``state`` isn't such a dict.
+        TypeError: ``state`` isn't a dict.
         ValueError: of another kind of ``max_norm``, of another threshold, or of other components.
     """
-    if not isinstance(state, Mapping) or not set(state) <= {"max_norm"}:
-        raise TypeError("state_dict: expected what state_dict() of a clipper returned")
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict: expected what state_dict() of a clipper returned, not {type_name(state)}")
+    if not set(state) <= {"max_norm"}:
+        raise ValueError(f"state_dict: expected what state_dict() of a clipper returned, not keys {sorted(state)}")
     if isinstance(max_norm, Threshold) != ("max_norm" in state):
         learnt = state["max_norm"].get("policy", "threshold") if "max_norm" in state else None
         raise ValueError(
