@@ -662,3 +662,40 @@ def test_nested_tensors_are_refused_by_name():
     for call in (component_norms, lambda p: fused_component_clip_(p, 1.0)):
         with pytest.raises(TypeError, match="the gradient of 'w' is a nested tensor"):
             call([("w", nested)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Replaced
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign", "one"])
+def test_parameters_that_have_been_replaced(how):
+    model = nn.Sequential(nn.Linear(3, 2, device="meta" if how == "to_empty" else DEVICE), nn.ReLU())
+    clipper = ComponentClipper(model, CAP)
+    if how == "to_empty":
+        model.to_empty(device=DEVICE)
+    elif how == "assign":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model[0].bias = nn.Parameter(torch.zeros(2, device=DEVICE))
+    backward(model, gradients_of(model))
+    with pytest.warns(
+        UserWarning, match="'0.(weight|bias)' is no longer the model's.* Make the clipper anew"
+    ) as seen:
+        clipper.clip_()
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    clipper.clip_()  # said once
+    ComponentClipper(model, CAP).clip_()
+
+
+def test_parameters_without_a_gradient_are_not_taken_for_replaced():
+    model = Model()
+    clipper = ComponentClipper(model, CAP)
+    for _ in range(3):
+        model.zero_grad()
+        (model.first.weight.sum() * 2).backward()
+        clipper.clip_()
+        model.double()
+        model.float()
