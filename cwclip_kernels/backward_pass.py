@@ -1,0 +1,144 @@
+"""One backward pass, which may consist of several graph tasks, one within another."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .backward_hooks import Own
+from .caps import CapPolicy
+
+_autograd: Any = torch.autograd.Variable._execution_engine
+
+
+class Pass:
+    """One graph task: caps as they were at its first gradient, and what has been found; in the end, the whole pass.
+
+    Attributes:
+        task: autograd's number of the graph task; an outer one's is lower.
+        found: where components are among all K, their norms and their coefficients.
+        is_watched: whether another rank may yet write to clipped gradients.
+        watched: then name, parameter and outline of its clipped gradient (None where it was freed).
+        is_over: whether the backward pass has ended, or is about to fail.
+        is_deferred: whether its end has been put after all other callbacks.
+    """
+
+    def __init__(self, task: int, policy: CapPolicy, is_watched: bool) -> None:
+        self.task = task
+        self.found: list[tuple[Own, Tensor, Tensor]] = []
+        self.is_watched = is_watched
+        self.watched: list[tuple[str, Tensor, tuple[int, int] | None]] = []
+        self.is_over = False
+        self.is_deferred = False
+        self._policy = policy
+        self._caps: dict[torch.device, Tensor] = {}
+        self._inner: list[Pass] = []
+
+    @torch.no_grad()
+    def caps_on(self, device: torch.device) -> Tensor:
+        """The caps of this pass, [] or [K]."""
+        if device not in self._caps:
+            first = next(iter(self._caps.values()), None)
+            self._caps[device] = self._policy.caps(device, None) if first is None else first.to(device)
+        return self._caps[device]
+
+    def take(self, inner: Pass) -> None:
+        """Adds what a graph task within this one has found."""
+        self._inner.append(inner)
+        if not self._caps:
+            self._caps = dict(inner._caps)
+
+    def all(self) -> Iterator[Pass]:
+        """This graph task and those within it."""
+        yield self
+        for inner in self._inner:
+            yield from inner.all()
+
+    @torch.no_grad()
+    def together(self, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Norms [K], coefficients [K] and caps of the whole pass; None if nothing was found."""
+        found = [one for part in self.all() for one in part.found]
+        if not found:
+            return None
+        home = found[-1][1].device
+        dtype = max((norms.dtype for _, norms, _ in found), key=lambda kind: kind.itemsize)
+        norms = torch.zeros(count, dtype=dtype, device=home)
+        coefs = torch.ones_like(norms)
+        for own, some_norms, some_coefs in found:
+            norms[own], coefs[own] = some_norms.to(home, dtype), some_coefs.to(home, dtype)
+        caps = self.caps_on(home)
+        others = [part for part in self.all() if part is not self and part.found]
+        if others and caps.ndim:
+            caps = caps.clone()
+            for part in others:
+                for own, _, _ in part.found:
+                    caps[own] = part.caps_on(home)[own]
+        return norms, coefs, caps
+
+
+class Passes:
+    """The backward passes that are under way.
+
+    Reentrant checkpointing runs a graph task inside a node of another one. What the inner one found goes to the outer
+    one, by a hook that runs in the outer task right after that node; the outermost task's end is the pass's.
+
+    Args:
+        begin: called at a graph task's first gradient, before anything is done; returns whether the gradients must be
+            watched, because another rank may yet write to them.
+        policy: the caps.
+        finish: called with the whole pass at its end.
+    """
+
+    def __init__(self, begin: Callable[[], bool], policy: CapPolicy, finish: Callable[[Pass], None]) -> None:
+        self._begin = begin
+        self._policy = policy
+        self._finish = finish
+        self._lock = threading.Lock()  # gradients of several devices arrive on several threads
+        # The callback keeps a pass alive: that of a backward pass that fails is dropped with it.
+        self._open: WeakValueDictionary[int, Pass] = WeakValueDictionary()
+
+    def current(self) -> Pass:
+        """That of the graph task in which we are."""
+        task = torch._C._current_graph_task_id()
+        found = self._open.get(task)
+        if found is not None:
+            return found
+        with self._lock:
+            found = self._open.get(task)
+            if found is None:
+                found = Pass(task, self._policy, self._begin())
+                _autograd.queue_callback(partial(self._end, found))
+                self._open[task] = found
+        return found
+
+    def _end(self, ended: Pass) -> None:
+        node: Any = torch._C._current_autograd_node()
+        if node is not None:
+            hook: Any = node.register_hook(lambda *_: self._join(ended, hook))
+        elif sys._getframe().f_back is None:
+            # A graph task 60 deep has a thread of its own, where nobody has called backward() and no node is known.
+            raise RuntimeError(
+                "clip_in_backward: backward passes lie 60 deep within each other, so that it can't be told where the "
+                "outermost ends; use checkpoint(..., use_reentrant=False), or clip at the step: "
+                "ComponentClipper.attach(optimizer)"
+            )
+        else:
+            self._finish(ended)
+
+    def _join(self, ended: Pass, hook: Any) -> None:
+        hook.remove()
+        # Not if the outer pass failed before it came here, and this is another one through the same graph.
+        if torch._C._current_graph_task_id() < ended.task:
+            self.current().take(ended)
+
+
+def after_others(call: Callable[[], None]) -> None:
+    """Has something called, from a callback at a backward pass's end, after those that are queued now."""
+    _autograd.queue_callback(call)
