@@ -80,6 +80,7 @@ class ParameterHook:
         self._engine: Engine | None = None
         self._clipped: _Mark | None = None
         self._seen: weakref.ref[Pass] | None = None
+        self._references: int | None = None
 
     def __call__(self, parameter: Tensor) -> None:
         """What autograd calls."""
@@ -126,6 +127,11 @@ class ParameterHook:
                 "the step: ComponentClipper.attach(optimizer)"
             )
         self._seen = weakref.ref(current)
+
+    def has_more_references(self, parameter: Tensor) -> bool:
+        """Whether somebody has got hold of the parameter since the last time, as a wrapper would; False at first."""
+        before, self._references = self._references, sys.getrefcount(parameter)
+        return before is not None and self._references > before
 
     def remember(self, grad: Tensor | None) -> None:
         """Keeps in mind the gradient as it was clipped; None where it has been freed."""

@@ -28,6 +28,7 @@ class Pass:
         watched: then name, parameter and outline of its clipped gradient (None where it was freed).
         is_over: whether the backward pass has ended, or is about to fail.
         is_deferred: whether its end has been put after all other callbacks.
+        was_looked_for: whether who averages gradients was looked for in it.
     """
 
     def __init__(self, task: int, policy: CapPolicy, is_watched: bool) -> None:
@@ -37,6 +38,7 @@ class Pass:
         self.watched: list[tuple[str, Tensor, tuple[int, int] | None]] = []
         self.is_over = False
         self.is_deferred = False
+        self.was_looked_for = False
         self._policy = policy
         self._caps: dict[torch.device, Tensor] = {}
         self._inner: list[Pass] = []

@@ -241,6 +241,9 @@ class BackwardClipping:
                 "clipped already; clip at the step instead: ComponentClipper.attach(optimizer)"
             )
         hook.check(current, grad)
+        if current.is_watched and hook.has_more_references(parameter) and not current.was_looked_for:
+            current.was_looked_for = True
+            self._refuse_averaging()
         if hook.clips:
             check_whole(hook.name, parameter)
             share = _Share(current.caps_on(grad.device), hook.own)
