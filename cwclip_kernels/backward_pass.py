@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -124,11 +125,12 @@ class Passes:
         node: Any = torch._C._current_autograd_node()
         if node is not None:
             hook: Any = node.register_hook(lambda *_: self._join(ended, hook))
-        elif sys._getframe().f_back is None:
-            # A graph task 60 deep has a thread of its own, where nobody has called backward() and no node is known.
+        elif sys._getframe().f_back is None and _is_within_another():
+            # One of autograd's own threads, such as a device's. An inner graph task ends on another than its
+            # node's if it lies 60 deep, or if its last gradient is on another device; then no node is known.
             raise RuntimeError(
-                "clip_in_backward: backward passes lie 60 deep within each other, so that it can't be told where the "
-                "outermost ends; use checkpoint(..., use_reentrant=False), or clip at the step: "
+                "clip_in_backward: a backward pass within another ended on a thread of its own, so that it can't be "
+                "told where the outermost ends; use checkpoint(..., use_reentrant=False), or clip at the step: "
                 "ComponentClipper.attach(optimizer)"
             )
         else:
@@ -139,6 +141,21 @@ class Passes:
         # Not if the outer pass failed before it came here, and this is another one through the same graph.
         if torch._C._current_graph_task_id() < ended.task:
             self.current().take(ended)
+
+
+def _is_within_another() -> bool:
+    """Whether any thread is in a backward pass that was called by a node of another one."""
+    inner = torch.autograd.graph._engine_run_backward.__code__
+    node = torch.autograd.function.BackwardCFunction.apply.__code__
+    for innermost in sys._current_frames().values():
+        frame: FrameType | None = innermost
+        has_called = False
+        while frame is not None:
+            if has_called and frame.f_code is node:
+                return True
+            has_called = has_called or frame.f_code is inner
+            frame = frame.f_back
+    return False
 
 
 def after_others(call: Callable[[], None]) -> None:
