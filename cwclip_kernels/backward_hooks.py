@@ -69,6 +69,8 @@ class ParameterHook:
         own: where its components are among all K.
     """
 
+    clips_by_component = True  # by which others recognise it that would clip as well
+
     def __init__(
         self, clipping: Clips, name: str, components: Components | None, own: Own, *, whole: bool = True
     ) -> None:
