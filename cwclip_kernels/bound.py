@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,8 @@ class BoundThreshold:
         self._components = components
         self._spread = spread
         self._rule = rule
-        self._parameter_norms = ParameterNorms(components, spread, rule.norm_type)
+        self._parameter_norms = ParameterNorms()
+        self._planner = Planner(components if spread is None else spread.local, kind="parameter")
         self._trained: tuple[bool, ...] = ()
         self._setting: Setting | None = None
 
@@ -77,7 +79,14 @@ class BoundThreshold:
             self._setting = self._make_setting(tensors)
         if not self._threshold.is_bound_to(self._setting):
             self._threshold.bind(self._setting)
-        return ThresholdAtWork(self._threshold, self._parameter_norms, tensors)
+        return ThresholdAtWork(self._threshold, self._parameter_norms, partial(self._measure, tensors))
+
+    @torch.no_grad()
+    def _measure(self, tensors: Sequence[Tensor]) -> Tensor:
+        if self._spread is None:
+            return norms_of_trained(self._planner, tensors, self._rule.norm_type)
+        job = call.Job(self._spread, self._planner, None, home_of(tensors))
+        return call.norms_of_values(job, tensors, self._rule.norm_type)
 
     def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:
         counts = (
@@ -94,13 +103,23 @@ class BoundThreshold:
 
 
 class ThresholdAtWork:
-    """A threshold for one call, as ``CapPolicy``."""
+    """A threshold for one call, as ``CapPolicy``.
 
-    def __init__(self, threshold: Threshold, parameter_norms: ParameterNorms, tensors: Sequence[Tensor]) -> None:
+    Args:
+        threshold: what computes caps.
+        parameter_norms: what it was bound with.
+        measure: measures the parameters of this call; None if there are none at hand.
+    """
+
+    def __init__(
+        self, threshold: Threshold, parameter_norms: ParameterNorms, measure: Callable[[], Tensor] | None
+    ) -> None:
         self._threshold = threshold
         self._parameter_norms = parameter_norms
-        self._tensors = tensors
+        self._measure = measure
         self.adds_eps = threshold.adds_eps
+        self.reads_parameters = threshold.reads_parameters
+        self.needs_all_components = threshold.needs_all_components
 
     @property
     def needs_norms(self) -> bool:
@@ -109,11 +128,19 @@ class ThresholdAtWork:
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         """See ``Threshold``."""
-        self._parameter_norms.tensors = self._tensors
+        return self.caps_by(self._measure, device, norms)
+
+    def caps_by(self, measure: Callable[[], Tensor] | None, device: torch.device, norms: Tensor | None) -> Tensor:
+        """Caps, with parameters measured as the caller says."""
+        self._parameter_norms.measure = measure
         try:
             return self._threshold.caps(device, norms)
         finally:
-            self._parameter_norms.tensors = None
+            self._parameter_norms.measure = None
+
+    def without_parameters(self) -> ThresholdAtWork:
+        """The same for who keeps it from call to call, and no parameter alive."""
+        return ThresholdAtWork(self._threshold, self._parameter_norms, None)
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
         """See ``Threshold``."""
@@ -121,29 +148,33 @@ class ThresholdAtWork:
 
 
 class ParameterNorms:
-    """Measures the parameters that a call is about, each component's trained ones together; [K], no host sync.
+    """What a threshold calls for the norms of the parameters that a call is about: [K], no host sync.
 
     Attributes:
-        tensors: these parameters, while the call asks for caps; None in between, so that nobody keeps them alive.
+        measure: measures them, while the call asks for caps; None in between, so that nobody keeps parameters alive.
     """
 
-    def __init__(self, components: Components, spread: Spread | None, norm_type: float) -> None:
-        self.tensors: Sequence[Tensor] | None = None
-        self._spread = spread
-        self._norm_type = norm_type
-        self._planner = Planner(components if spread is None else spread.local, kind="parameter")
+    def __init__(self) -> None:
+        self.measure: Callable[[], Tensor] | None = None
 
-    @torch.no_grad()
     def __call__(self) -> Tensor:
         """The norms as the parameters are now.
 
         Raises:
-            RuntimeError: no call is going on.
+            RuntimeError: no call is going on, or in the backward pass of a threshold that doesn't say
+                ``reads_parameters``.
         """
-        if self.tensors is None:
-            raise RuntimeError("parameter_norms: call it in caps(), while a clipper is at work")
-        home, order = home_of(self.tensors), self._norm_type
-        if self._spread is not None:
-            return call.norms_of_values(call.Job(self._spread, self._planner, None, home), self.tensors, order)
-        here = [t.detach() if is_trained(t) else None for t in self.tensors]
-        return self._planner.measure(lambda plan, own: execute.norms_of(plan, own, order), here, home, order, None)
+        if self.measure is None:
+            raise RuntimeError(
+                "parameter_norms: call it in caps(), while a clipper is at work; a threshold for clip_in_backward "
+                "says reads_parameters = True if it does"
+            )
+        return self.measure()
+
+
+def norms_of_trained(planner: Planner, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norms of the parameters themselves, [K]; frozen ones aren't read."""
+    here = [t.detach() if is_trained(t) else None for t in tensors]
+    return planner.measure(
+        lambda plan, own: execute.norms_of(plan, own, norm_type), here, home_of(tensors), norm_type, None
+    )

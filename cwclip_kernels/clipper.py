@@ -21,7 +21,7 @@ from .engine import Engine, Options, check_options, settings_in_words
 from .messages import warn_caller
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Threshold
-from .thresholds.base import load_learnt
+from .thresholds.base import learnt, load_learnt
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -329,7 +329,7 @@ class ComponentClipper:
         """What a checkpoint needs to go on as if nothing had happened: what ``max_norm`` has learnt.
 
         Returns:
-            {"max_norm": ``Threshold.state_dict()``}; {} where ``max_norm`` is a number, tensor or mapping.
+            {"max_norm": ``Threshold.state_dict()``}; {} where nothing is learnt, as by a number.
 
         Example:
             >>> import torch
@@ -338,7 +338,7 @@ class ComponentClipper:
             >>> saved = ComponentClipper(model, thresholds.EMA()).state_dict()
             >>> ComponentClipper(model, thresholds.EMA()).load_state_dict(saved)
         """
-        return {"max_norm": self.max_norm.state_dict()} if isinstance(self.max_norm, Threshold) else {}
+        return learnt(self.max_norm)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict()``, of a clipper with the same components and kind of ``max_norm``.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import dispatch, execute, formula
-from .bound import BoundThreshold, home_of
+from .bound import BoundThreshold, home_of, norms_of_trained
 from .caps import CapPolicy, Caps, MaxNorm, as_float
 from .components import Components, Grouping, NamedTensors, type_name
 from .distributed import call, share
@@ -125,6 +125,7 @@ class Engine:
         self.ranks = process_group, pp_mesh
         self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
         self._planner = Planner(self._local)
+        self._values: Planner | None = None
         self._last_caps: tuple[object, Caps] | None = None
         self._last_threshold: BoundThreshold | None = None
 
@@ -207,6 +208,13 @@ class Engine:
         return self._planner.carry_out(
             work, held.local, home_of(tensors), rule.norm_type, options.backend, exact=raise_nonfinite
         )
+
+    @outside_autograd
+    def parameter_norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """Norms [K] of the tensors themselves, of which no other rank has a part."""
+        if self._values is None:
+            self._values = Planner(self.components, kind="parameter")
+        return norms_of_trained(self._values, tensors, norm_type)
 
     @outside_autograd
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
-from torch.utils.weak import TensorWeakRef
+from torch import Tensor
 
-from .caps import CapPolicy, MaxNorm
+from .backward_checks import (
+    averaged_by,
+    averaging,
+    check_parameters,
+    check_separate,
+    check_whole,
+    runs_on_several_ranks,
+)
+from .backward_hooks import (
+    ParameterHook,
+    can_be_watched,
+    clipped_in_backward,
+    hooks_of,
+    parameter_hook,
+    watch,
+)
+from .backward_pass import Pass, Passes, after_others
+from .backward_steps import Optimizers, Steps, steps_of
+from .bound import ThresholdAtWork
+from .caps import MaxNorm
 from .clipper import ClipResult
-from .components import CUT, Box, Components, Grouping, NamedTensors, Parameters, named_tensors, type_name
+from .components import Box, Components, Grouping, Parameters, named_tensors, type_name
 from .engine import Engine, Options, check_options
 from .resolve import resolve
-from .sharding import is_dtensor, is_flattened
+from .thresholds.base import learnt, load_learnt
+
+__all__ = ["BackwardClipping", "ParameterHook", "clip_in_backward", "clipped_in_backward"]
 
 
 def clip_in_backward(
@@ -30,7 +48,7 @@ def clip_in_backward(
     eps: float = 1e-6,
     nonfinite: str = "propagate",
     backend: str | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     on_clip: Callable[[ClipResult], object] | None = None,
 ) -> BackwardClipping:
     """Clips each parameter's gradient in the backward pass, as soon as it is final, to the same bits as afterwards.
@@ -40,17 +58,23 @@ def clip_in_backward(
     more than a few gradients exist, and the peak of memory falls by nearly the size of them all. The training loop
     is then ``loss.backward()`` and nothing else; ``optimizer.step()`` and ``zero_grad()`` find nothing to do.
 
-    Not for gradients of a scaled loss (float16 under a ``GradScaler``), and not for gradient accumulation.
+    Not for gradients of a scaled loss (float16 under a ``GradScaler``), and not for gradient accumulation. Hooks sit
+    on the parameters as they are now: when others take their place (``load_state_dict(assign=True)``,
+    ``fully_shard``, a conversion that swaps tensors), remove the handle and set it up again. A parameter that is
+    frozen now is clipped as soon as it is trained.
 
     Args:
-        parameters: as for :func:`fused_component_clip_`; those that require grad now.
+        parameters: as for :func:`fused_component_clip_`; some must require grad.
         max_norm: likewise. Of ``cwclip_kernels.thresholds`` those that don't depend on the step's own norms.
         norm_type: likewise.
         components: likewise; each component must lie within one parameter.
         eps: likewise.
         nonfinite: likewise, but "error", which would come when other parameters have been clipped or stepped.
         backend: likewise.
-        optimizer: steps each of its parameters right after it is clipped, and frees the gradient.
+        optimizer: steps each of its parameters right after it is clipped, and frees the gradient. Any of
+            ``torch.optim`` but LBFGS, which treat each parameter by itself; of any other class one for each
+            parameter, ``{p: Optimizer([p], ...) for p in model.parameters()}``. What it owns beyond ``parameters`` is
+            left for ``optimizer.step()``.
         on_clip: called with a ``ClipResult`` at the end of each backward pass, such as ``ClipRecorder.record``.
 
     Returns:
@@ -58,8 +82,11 @@ def clip_in_backward(
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be; parameters of ``DistributedDataParallel`` or
-            sharded ones, whose hooks see local gradients; a component of several parameters.
-        RuntimeError: in the backward pass, where a gradient is accumulated onto one that has been clipped already.
+            sharded ones, whose hooks see local gradients; a component of several parameters; parameters that another
+            ``clip_in_backward`` clips.
+        RuntimeError: in the backward pass, where a gradient is accumulated onto one that has been clipped already,
+            ``create_graph=True``, compiled autograd, or ``DistributedDataParallel`` around the parameters; the latter
+            three before anything is clipped.
 
     Example:
         >>> import torch
@@ -77,21 +104,28 @@ def clip_in_backward(
             "nonfinite: 'error' would come when other parameters have been clipped already; use 'zero', 'skip' or "
             "'propagate', or clip after backward (ComponentClipper)"
         )
-    _check_not_distributed(parameters)
     named = named_tensors(parameters)
-    _check_not_sharded(named)
-    trained = [i for i, tensor in enumerate(named.tensors) if tensor.requires_grad]
+    check_parameters(parameters, named)
+    trained = {i for i, tensor in enumerate(named.tensors) if tensor.requires_grad}
     if not trained:
         raise ValueError("parameters: none requires grad")
+    for name, tensor in zip(named.names, named.tensors, strict=True):
+        if hooks_of(tensor):
+            raise ValueError(
+                f"parameters: {name!r} is clipped or stepped in the backward pass already; call remove() on the "
+                "handle that the earlier clip_in_backward returned"
+            )
     resolved = resolve(named, components)
-    _check_separate(resolved, set(trained))
-    if optimizer is not None:
-        _check_optimizer(optimizer)
-    return BackwardClipping(named.tensors, trained, resolved, max_norm, options, optimizer, on_clip)
+    check_separate(resolved, trained)
+    steps = None if optimizer is None else steps_of(optimizer, named)
+    return BackwardClipping(named.tensors, resolved, max_norm, options, steps, on_clip)
 
 
 class BackwardClipping:
     """What ``clip_in_backward`` set up. As a context manager it ends itself.
+
+    It can't be copied or pickled, since its hooks are on these parameters: set it up again for a copy, and hand over
+    what was learnt by ``state_dict()``.
 
     Attributes:
         names: the K component names.
@@ -102,43 +136,54 @@ class BackwardClipping:
     def __init__(
         self,
         tensors: tuple[Tensor, ...],
-        trained: list[int],
         components: Components,
         max_norm: MaxNorm,
         options: Options,
-        optimizer: Optimizer | None,
+        steps: Steps | None,
         on_clip: Callable[[ClipResult], object] | None,
     ) -> None:
         self.names = components.names
         self.last: ClipResult | None = None
-        self._policy = Engine(components, tensors).policy(max_norm, tensors, options.rule)
-        if self._policy.needs_norms:
-            raise ValueError(
-                f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward "
-                "pass; clip at the step instead (ComponentClipper.attach)"
-            )
+        self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
+        policy = Engine(components, tensors).policy(self._max_norm, tensors, options.rule)
+        if policy.needs_norms:
+            raise ValueError(_needs_norms(max_norm))
+        # No parameter is kept here: a cycle of parameter, hook and this would never be collected.
+        self._policy = policy.without_parameters() if isinstance(policy, ThresholdAtWork) else policy
         self._options = options
-        self._optimizer = optimizer
+        self._steps = steps
         self._on_clip = on_clip
         self._lock = threading.Lock()  # gradients of several devices arrive on several threads
-        self._pass: _Pass | None = None
-        stepped = set() if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
+        self._passes = Passes(self._begin, self._policy, self._finish)
+        self._looked_for_averaging = False
+        self._handles: list[Any] = []
+        try:
+            self._put_hooks(tensors, components)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _put_hooks(self, tensors: tuple[Tensor, ...], components: Components) -> None:
         members: dict[int, list[tuple[int, Box]]] = {}
+        sharers: dict[int, set[int]] = {}
         for position, component, box in components.members():
             members.setdefault(position, []).append((component, box))
-        self._hooks = []
-        for position in trained:
-            if position in members:
-                tensor = tensors[position]
-                single = _single(components, tensor, position, members[position], id(tensor) in stepped)
-                register: Any = tensor.register_post_accumulate_grad_hook
-                self._hooks.append(register(self._hook_for(single)))
+            sharers.setdefault(component, set()).add(position)
+        for position, tensor in enumerate(tensors):
+            own = members.get(position, [])
+            # What is left alone is only stepped. What is frozen may be trained later.
+            if can_be_watched(tensor) and (own or self._steps is not None):
+                whole = tensor.requires_grad or all(len(sharers[component]) == 1 for component, _ in own)
+                hook = parameter_hook(
+                    self, components, position, own, whole=whole, was_frozen=not tensor.requires_grad
+                )
+                self._handles.append(watch(tensor, hook))
 
     def remove(self) -> None:
         """Ends clipping in the backward pass."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def __enter__(self) -> BackwardClipping:
         return self
@@ -146,109 +191,150 @@ class BackwardClipping:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _hook_for(self, single: _Single) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                self._clip(single, parameter, parameter.grad)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a handle of clip_in_backward can't be copied or pickled, since its hooks are on these parameters: call "
+            "clip_in_backward on the copy's; state_dict() and load_state_dict() carry over what was learnt"
+        )
 
-        return hook
+    def state_dict(self) -> dict[str, Any]:
+        """What caps have learnt: {"max_norm": ``Threshold.state_dict()``}, or {} where they learn nothing."""
+        return learnt(self._max_norm)
 
-    def _clip(self, single: _Single, parameter: Tensor, grad: Tensor) -> None:
-        single.check_not_accumulated(grad)
-        current = self._current_pass()
-        caps = _Share(current.caps_on(grad.device), single.own, self._policy.adds_eps)
-        norms, coefs, _ = single.engine.clip_((parameter,), caps, self._options)
-        with self._lock:
-            current.found.append((single.own, norms, coefs))
-            if single.is_stepped and self._optimizer is not None:
-                with _alone(self._optimizer, parameter):
-                    self._optimizer.step()
-                parameter.grad = None
-                return
-        single.clipped = TensorWeakRef(grad), grad._version
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict()``.
 
-    def _current_pass(self) -> _Pass:
-        graph_task = torch._C._current_graph_task_id()
-        with self._lock:
-            if self._pass is None or self._pass.graph_task != graph_task:  # what an error left behind is forgotten
-                self._pass = _Pass(graph_task, self._policy)
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-            return self._pass
+        Raises:
+            TypeError, ValueError: not that of such caps, or of other components. Nothing is changed.
+        """
+        load_learnt(self._max_norm, state_dict)
+
+    # --------------------------------------------------------------------------------------------------------
+    # In the backward pass
+    # --------------------------------------------------------------------------------------------------------
+
+    def on_gradient(self, hook: ParameterHook, parameter: Tensor) -> None:
+        """Called by a parameter's hook, when its gradient is final."""
+        grad = parameter.grad
+        if grad is None:
+            raise RuntimeError(
+                f"the gradient of {hook.name!r} was taken away before it could be clipped, by a hook that was put on "
+                "the parameter earlier; put that one on after clip_in_backward"
+            )
+        current = self._passes.current()
+        try:
+            self._clip(current, hook, parameter, grad)
+        except BaseException:
+            current.is_over = True  # the pass fails with it
+            raise
+
+    def _clip(self, current: Pass, hook: ParameterHook, parameter: Tensor, grad: Tensor) -> None:
+        step = None if self._steps is None else self._steps.step_of(parameter)
+        if step is None and not hook.clips:
+            return
+        if step is None and torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) adds gradients to new tensors, so that it can't be told what has been "
+                "clipped already; clip at the step instead: ComponentClipper.attach(optimizer)"
+            )
+        hook.check(current, grad)
+        if current.is_watched and hook.has_more_references(parameter) and not current.was_looked_for:
+            current.was_looked_for = True
+            self._refuse_averaging()
+        if hook.clips:
+            check_whole(hook.name, parameter)
+            engine = hook.engine(parameter)
+            caps = self._caps_of(current, hook, engine, parameter, grad.device)
+            norms, coefs, _ = engine.clip_((parameter,), _Share(caps, self._policy.adds_eps), self._options)
+            with self._lock:
+                current.found.append((hook.own, norms, coefs, caps))
+        if step is not None:
+            with self._lock:
+                step()
+            parameter.grad = None
+        hook.remember(parameter.grad)
+        if current.is_watched:
+            current.watched.append((hook.name, parameter, None if parameter.grad is None else _outline(grad)))
+
+    def _caps_of(
+        self, current: Pass, hook: ParameterHook, engine: Engine, parameter: Tensor, device: torch.device
+    ) -> Tensor:
+        """The caps of one parameter's components, [] or as many."""
+        policy = self._policy
+        if not isinstance(policy, ThresholdAtWork):
+            caps = current.caps_on(device)
+        elif policy.needs_all_components and hook.was_frozen:
+            raise RuntimeError(
+                f"max_norm: {type_name(self._max_norm)} was told about the parameters when {hook.name!r} was frozen; "
+                "remove() the handle and set it up again"
+            )
+        elif policy.reads_parameters:
+            norms = engine.parameter_norms((parameter,), self._options.rule.norm_type)
+            everywhere = torch.zeros(len(self.names), dtype=norms.dtype, device=norms.device)
+            everywhere[hook.own] = norms
+            with torch.no_grad():
+                caps = policy.caps_by(lambda: everywhere, device, None)
+        else:
+            caps = current.caps_on(device)
+        return caps[hook.own] if caps.ndim else caps
+
+    def _begin(self) -> bool:
+        """Raises before a graph task's first gradient is touched; returns whether other ranks are to be watched."""
+        if self._policy.needs_norms:  # again: an earlier state was loaded
+            raise RuntimeError(_needs_norms(self._max_norm))
+        if self._steps is not None:
+            self._steps.begin()
+        is_watched = runs_on_several_ranks()
+        if is_watched and not self._looked_for_averaging:
+            self._refuse_averaging()
+            self._looked_for_averaging = True
+        return is_watched
+
+    def _refuse_averaging(self) -> None:
+        wrapper = averaging(lambda tensor: any(hook.clipping is self for hook in hooks_of(tensor)))
+        if wrapper is not None:
+            raise RuntimeError(f"parameters: {averaged_by(wrapper)}")
 
     @torch.no_grad()
-    def _finish(self) -> None:
+    def _finish(self, whole: Pass) -> None:
         """Puts the backward pass's results together, at its end."""
-        current, self._pass = self._pass, None
-        if current is None or not current.found:
+        if whole.is_watched and not whole.is_deferred:
+            whole.is_deferred = True
+            after_others(partial(self._finish, whole))  # who averages gradients does it in such a callback, too
             return
-        home = current.found[-1][1].device
-        dtype = max((norms.dtype for _, norms, _ in current.found), key=lambda kind: kind.itemsize)
-        norms = torch.zeros(len(self.names), dtype=dtype, device=home)
-        coefs = torch.ones_like(norms)
-        for own, some_norms, some_coefs in current.found:
-            norms[own], coefs[own] = some_norms.to(home, dtype), some_coefs.to(home, dtype)
+        for part in whole.all():
+            part.is_over = True
+        self._check_untouched(whole)
+        outcome = whole.together(len(self.names))
+        if outcome is None:
+            return
+        norms, coefs, caps = outcome
         self._policy.update_(norms, coefs)
-        self.last = ClipResult(self.names, norms, coefs, current.caps_on(home))
+        self.last = ClipResult(self.names, norms, coefs, caps)
         if self._on_clip is not None:
             self._on_clip(self.last)
 
-
-@dataclass
-class _Single:
-    """One parameter, clipped by itself.
-
-    Attributes:
-        name: of the parameter.
-        own: where its components are among all K.
-        engine: clips these.
-        is_stepped: whether the optimizer has it.
-        clipped: its gradient when it was last clipped, and the version it had then.
-    """
-
-    name: str
-    own: slice
-    engine: Engine
-    is_stepped: bool
-    clipped: tuple[TensorWeakRef, int] | None = None
-
-    def check_not_accumulated(self, grad: Tensor) -> None:
-        """A gradient written just once since it was clipped has been added to; zeroing it, too, would make two."""
-        if self.clipped is None or self.clipped[0]() is not grad or grad._version != self.clipped[1] + 1:
-            return
-        raise RuntimeError(
-            f"the gradient of {self.name!r} was added to one that is clipped already: gradient accumulation (or a "
-            "tied parameter under reentrant checkpointing) can't be clipped in the backward pass. Call zero_grad() "
-            "between backward passes, or clip once at the step: ComponentClipper.attach(optimizer)"
-        )
+    def _check_untouched(self, whole: Pass) -> None:
+        """Raises where gradients were averaged after they were clipped, by whom the first look didn't find."""
+        for part in whole.all():
+            for name, parameter, outline in part.watched:
+                if outline != (None if parameter.grad is None else _outline(parameter.grad)):
+                    self._refuse_averaging()
+                    raise RuntimeError(
+                        f"the gradient of {name!r} was written to in the backward pass after it had been clipped, as "
+                        "by who averages it over ranks; clip at the step instead: ComponentClipper.attach(optimizer)"
+                    )
 
 
-def _single(
-    components: Components, tensor: Tensor, position: int, members: list[tuple[int, Box]], is_stepped: bool
-) -> _Single:
-    # Its components have consecutive numbers: no other parameter has a part in them.
-    own = slice(members[0][0], members[-1][0] + 1)
-    cut = any(box for _, box in members)
-    slices = tuple((0, component - own.start, box) for component, box in members) if cut else ()
-    name = components.tensor_names[position]
-    mine = Components(components.names[own], (CUT if cut else 0,), (name,), slices)
-    return _Single(name, own, Engine(mine, (tensor,)), is_stepped)
+def _outline(grad: Tensor) -> tuple[int, int]:
+    return id(grad), grad._version
 
 
-class _Pass:
-    """One backward pass: caps as they were at its first gradient, and what has been found so far."""
-
-    def __init__(self, graph_task: int, policy: CapPolicy) -> None:
-        self.graph_task = graph_task
-        self.found: list[tuple[slice, Tensor, Tensor]] = []
-        self._policy = policy
-        self._caps: dict[torch.device, Tensor] = {}
-
-    @torch.no_grad()
-    def caps_on(self, device: torch.device) -> Tensor:
-        if device not in self._caps:
-            first = next(iter(self._caps.values()), None)
-            self._caps[device] = self._policy.caps(device, None) if first is None else first.to(device)
-        return self._caps[device]
+def _needs_norms(max_norm: object) -> str:
+    return (
+        f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward "
+        "pass; clip at the step instead (ComponentClipper.attach)"
+    )
 
 
 class _Share:
@@ -256,81 +342,12 @@ class _Share:
 
     needs_norms = False
 
-    def __init__(self, caps: Tensor, own: slice, adds_eps: bool) -> None:
+    def __init__(self, caps: Tensor, adds_eps: bool) -> None:
         self.adds_eps = adds_eps
-        self._caps = caps[own] if caps.ndim else caps
+        self._caps = caps
 
     def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
         return self._caps
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
         """Done for all components together, at the end of the backward pass."""
-
-
-@contextmanager
-def _alone(optimizer: Optimizer, parameter: Tensor) -> Iterator[None]:
-    """Leaves an optimizer nothing but one parameter, for a while."""
-    kept = [group["params"] for group in optimizer.param_groups]
-    try:
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p is parameter]
-        yield
-    finally:
-        for group, parameters in zip(optimizer.param_groups, kept, strict=True):
-            group["params"] = parameters
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _check_not_distributed(parameters: Parameters) -> None:
-    if not (isinstance(parameters, nn.Module) and torch.distributed.is_available()):
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
-    for module in parameters.modules():
-        if isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
-            raise ValueError(
-                f"parameters: in a {type_name(module)} the backward pass sees local gradients, not yet averaged over "
-                "ranks; clip at the step instead: ComponentClipper.attach(optimizer)"
-            )
-
-
-def _check_not_sharded(named: NamedTensors) -> None:
-    for name, tensor in zip(named.names, named.tensors, strict=True):
-        if is_flattened(tensor):
-            raise ValueError(
-                f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank, whose norm takes all "
-                "of them; clip at the step instead: ComponentClipper.attach(optimizer)"
-            )
-        if is_dtensor(tensor):
-            raise ValueError(
-                f"parameters: {name!r} is a DTensor, whose norm takes all its ranks. In the backward pass each "
-                "gradient comes by itself, and perhaps not on every rank: they would wait for each other in vain. "
-                "Clip at the step instead, with one all-reduce for all: ComponentClipper.attach(optimizer)"
-            )
-
-
-def _check_separate(components: Components, trained: set[int]) -> None:
-    owner: dict[int, int] = {}
-    for position, component, _ in components.members():
-        if position not in trained:
-            continue
-        first = owner.setdefault(component, position)
-        if first != position:
-            names = components.tensor_names
-            raise ValueError(
-                f"components: {components.names[component]!r} consists of several parameters ({names[first]!r}, "
-                f"{names[position]!r}, ...), whose gradients are not final together; use components='parameter' or "
-                "slices of parameters, or clip at the step: ComponentClipper.attach(optimizer)"
-            )
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, not {type_name(optimizer)}")
-    if isinstance(optimizer, LBFGS):
-        raise ValueError("optimizer: LBFGS needs all gradients at once; use ComponentClipper.attach(optimizer)")

@@ -28,8 +28,8 @@ RANKS = [
     {"distributed"},
     {"bound"},
     {"engine"},
-    {"compiled"},
-    {"attach"},
+    {"compiled", "backward_hooks"},
+    {"attach", "backward_checks", "backward_pass", "backward_steps"},
     {"clipper"},
     {"api", "grad_scaler", "in_backward"},
     {"integrations"},
@@ -121,7 +121,8 @@ def test_report_of_the_machine():
 
 EXAMPLES = [
     "cwclip_kernels",
-    *(f"cwclip_kernels.{name}" for name in ("api", "clipper", "grad_scaler", "in_backward", "spec", "thresholds")),
+    *(f"cwclip_kernels.{name}" for name in ("api", "backward_hooks", "clipper", "grad_scaler", "in_backward")),
+    *(f"cwclip_kernels.{name}" for name in ("spec", "thresholds")),
     *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "lightning", "timm", "torchtitan")),
     *(f"cwclip_kernels.integrations.{name}" for name in ("_already", "_trainer_callback", "transformers")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),

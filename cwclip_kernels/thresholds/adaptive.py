@@ -38,6 +38,8 @@ class ParamRelative(Threshold):
         equation 3. The defaults are those of the authors' code, google-deepmind/deepmind-research, and of timm.
     """
 
+    reads_parameters = True
+
     def __init__(self, factor: float = 0.01, eps: float = 1e-3) -> None:
         super().__init__()
         self._factor = checked_number(factor, "factor")

@@ -61,6 +61,9 @@ class Threshold(ABC):
     adds_eps = False
     """Whether coefficients are caps / (norms + eps), as for a number: for caps that don't follow the norms."""
 
+    reads_parameters = False
+    """Whether ``caps`` calls ``setting.parameter_norms()``: in the backward pass caps are computed for each then."""
+
     needs_all_components = False
     """Whether the cap of one component depends on what the others are: not on a rank of a pipeline then."""
 
@@ -231,8 +234,14 @@ class Threshold(ABC):
         """Takes over what ``host_state()`` returned."""
 
 
+def learnt(max_norm: object) -> dict[str, Any]:
+    """What a clipper's ``state_dict()`` is: {"max_norm": ``Threshold.state_dict()``}, {} where nothing is learnt."""
+    state = max_norm.state_dict() if isinstance(max_norm, Threshold) else {}
+    return {"max_norm": state} if state.get("tensors") or state.get("host") else {}
+
+
 def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
-    """Loads what ``ComponentClipper.state_dict()`` returned into its ``max_norm``.
+    """Loads what ``learnt`` returned into the ``max_norm`` of another clipper.
 
     Raises:
         TypeError: ``state`` isn't a dict.
@@ -242,15 +251,17 @@ def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
         raise TypeError(f"state_dict: expected what state_dict() of a clipper returned, not {type_name(state)}")
     if not set(state) <= {"max_norm"}:
         raise ValueError(f"state_dict: expected what state_dict() of a clipper returned, not keys {sorted(state)}")
-    if isinstance(max_norm, Threshold) != ("max_norm" in state):
-        learnt = state["max_norm"].get("policy", "threshold") if "max_norm" in state else None
-        raise ValueError(
-            "state_dict: is empty, of a clipper whose caps don't learn"
-            if learnt is None
-            else f"state_dict: of a clipper whose max_norm is {learnt}, but this one's is {type_name(max_norm)}"
-        )
-    if isinstance(max_norm, Threshold):
+    if not state:
+        if learnt(max_norm):
+            raise ValueError(
+                f"state_dict: is empty, of a clipper whose caps don't learn as {type_name(max_norm)} does"
+            )
+    elif isinstance(max_norm, Threshold):
         max_norm.load_state_dict(state["max_norm"])
+    else:
+        raise ValueError(
+            f"state_dict: of a clipper with a threshold as max_norm, but this one's is a {type_name(max_norm)}"
+        )
 
 
 def observed(norms: Tensor) -> Tensor:
