@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..components import NamedTensors
 from ..distributed.groups import Group
@@ -13,6 +13,24 @@ from ..sharding import is_flattened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+Pairs = list[tuple[str, Tensor]]
+
+
+def without_whole_frozen(pairs: Iterable[tuple[str, Tensor]]) -> tuple[Pairs, list[Tensor]]:
+    """Splits off what is frozen and whole beside what is sharded: none of it is clipped while that is so.
+
+    ``FullyShardedDataParallel`` around some modules alone leaves the others whole.
+
+    Returns:
+        The other parameters; and those split off, which can't be clipped with them should they learn later.
+    """
+    pairs = list(pairs)
+    if not any(is_flattened(p) for _, p in pairs):
+        return pairs, []
+    kept = [(name, p) for name, p in pairs if p.requires_grad or is_flattened(p)]
+    return kept, [p for _, p in pairs if not (p.requires_grad or is_flattened(p))]
 
 
 def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) -> ProcessGroup | None:
@@ -32,7 +50,7 @@ def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) 
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
 
     for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
-        if id(tensor) not in sharded:
+        if id(tensor) not in sharded and tensor.requires_grad:  # a frozen one is never clipped
             raise ValueError(
                 f"parameters: {name!r} is whole on each rank, and others are sharded by FullyShardedDataParallel; "
                 "wrap what has it, too, or clip what is whole in a call of its own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 from ..caps import Caps, MaxNorm
 from ..clipper import ClipResult, ComponentClipper
@@ -19,7 +20,8 @@ from ..components import Grouping, named_tensors, type_name
 from ..engine import check_options
 from ..resolve import resolve
 from ..thresholds import Threshold
-from ._fsdp1 import group_of
+from ._fsdp1 import group_of, without_whole_frozen
+from ._learning import learning_unless_skipped, learns
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
@@ -74,7 +76,13 @@ class TrainerClipping:
         self._log_norms = log_norms
         self._on_clip = on_clip
         self._untrained: dict[str, Any] | None = None
+        self._at_start: dict[str, Any] | None = None
         self.start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks the parameters up in the model that it is called with; the one that is trained may be wrapped
+        # in what can't be copied.
+        return {**self.__dict__, "_clipper": None, "_made_for": None, "_left_out": []}
 
     def start(self, *, anew: bool = False) -> None:
         """Begins a training run: parameters are looked up again.
@@ -82,16 +90,27 @@ class TrainerClipping:
         Args:
             anew: whether caps that learn forget what an earlier run taught them.
         """
+        if isinstance(self._max_norm, Threshold):
+            if anew and self._untrained is None:
+                self._untrained = self._max_norm.state_dict()
+            elif anew and self._untrained is not None:
+                self._max_norm.load_state_dict(self._untrained)
+            self._at_start = self._max_norm.state_dict()
+        self._forget()
+
+    def start_again(self) -> None:
+        """Begins the same run again, after a step failed: caps that learn are as they were when it began."""
+        if isinstance(self._max_norm, Threshold) and self._at_start is not None:
+            self._max_norm.load_state_dict(self._at_start)
+        self._forget()
+
+    def _forget(self) -> None:
         self.last: ClipResult | None = None
         self.steps = 0
         self._clipper: ComponentClipper | None = None
         self._made_for: tuple[nn.Module, object] | None = None
+        self._left_out: list[Tensor] = []
         self._numbers = ClipNumbers()
-        if anew and isinstance(self._max_norm, Threshold):
-            if self._untrained is None:
-                self._untrained = self._max_norm.state_dict()
-            else:
-                self._max_norm.load_state_dict(self._untrained)
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for what would be wrong with the arguments at the first step."""
@@ -110,8 +129,9 @@ class TrainerClipping:
             scaled: whether the loss is.
         """
         made_for = model, self._cap(trainers_cap)
-        if self._clipper is None or self._made_for is None or not all(map(_same, made_for, self._made_for)):
-            pairs = list(own_names(model))
+        is_made = self._made_for is not None and all(map(_same, made_for, self._made_for))
+        if self._clipper is None or not is_made or any(p.requires_grad for p in self._left_out):
+            pairs, self._left_out = without_whole_frozen(own_names(model))
             group = group_of(named_tensors(pairs), [model], "that is trained")
             clipper = ComponentClipper(pairs, made_for[1], process_group=group, **self._options)
             if scaled and clipper.raises_nonfinite:
@@ -127,9 +147,18 @@ class TrainerClipping:
             self._clipper, self._made_for = clipper, made_for
         return self._clipper
 
-    def clip_(self, clipper: ComponentClipper) -> Tensor:
-        """Clips, takes notes, and returns the norm of all components before: [], no host sync."""
-        self.last = clipper.clip_()
+    def clip_(self, clipper: ComponentClipper, scaler: object = None, optimizers: Iterable[Optimizer] = ()) -> Tensor:
+        """Clips, takes notes, and returns the norm of all components before: [].
+
+        No host sync, but for caps that learn under a loss scale: these have to know whether the step is taken.
+
+        Args:
+            clipper: what ``clipper_for`` returned.
+            scaler: the ``GradScaler`` that has unscaled the gradients, or None.
+            optimizers: that are about to be stepped.
+        """
+        with learning_unless_skipped(clipper.max_norm, scaler, optimizers):
+            self.last = clipper.clip_()
         self.steps += 1
         self._numbers.add(self.last)
         if self._on_clip is not None:
@@ -148,12 +177,12 @@ class TrainerClipping:
 
     def save(self, folder: str | Path, **more: Any) -> None:
         """Writes what caps have learnt into a checkpoint's folder; nothing where they don't learn."""
-        if isinstance(self._max_norm, Threshold):
+        if isinstance(self._max_norm, Threshold) and learns(self._max_norm):
             torch.save({"max_norm": self._max_norm.state_dict(), **more}, Path(folder) / FILE)
 
     def load(self, *folders: str | Path, **more: Any) -> None:
         """Goes on from the first of these checkpoints that has been saved with ``more``; warns if none was."""
-        if not isinstance(self._max_norm, Threshold):
+        if not isinstance(self._max_norm, Threshold) or not learns(self._max_norm):
             return
         for path in (Path(folder) / FILE for folder in folders):
             if path.is_file():
