@@ -50,7 +50,7 @@ def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) 
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
 
     for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
-        if id(tensor) not in sharded and tensor.requires_grad:  # a frozen one is never clipped
+        if id(tensor) not in sharded:
             raise ValueError(
                 f"parameters: {name!r} is whole on each rank, and others are sharded by FullyShardedDataParallel; "
                 "wrap what has it, too, or clip what is whole in a call of its own"

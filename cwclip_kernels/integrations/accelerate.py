@@ -12,7 +12,7 @@ from ..caps import MaxNorm
 from ..components import Grouping, Parameters, as_items, named_tensors
 from ..engine import check_options, settings_in_words
 from ._already import refuse_double_clipping
-from ._fsdp1 import group_of
+from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped
 from ._optimizers import owning
 
@@ -89,7 +89,12 @@ def clip_grad_norm_(
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-        process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
+        named = named_tensors(parameters)
+        pairs, left_out = without_whole_frozen(zip(named.names, named.tensors, strict=True))
+        if left_out:
+            parameters = pairs if named.named else [p for _, p in pairs]
+            named = named_tensors(parameters)
+        process_group = group_of(named, accelerator._models, "prepared by this accelerator")
     tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
     policy = engine.policy(max_norm, tensors, options.rule)
     optimizers, scaler = accelerator._optimizers, getattr(accelerator, "scaler", None)
