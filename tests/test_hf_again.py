@@ -269,6 +269,23 @@ def test_a_callback_can_be_copied_and_pickled(tmp_path, copied, when):
     assert same_bits(other.last_clip.norms, callback.last_clip.norms)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_callback_has_a_threshold_of_its_own(tmp_path, copied):
+    caps, own = POLICIES["EMA"](), POLICIES["EMA"]()
+    callback = ComponentClipCallback(caps)
+    args = arguments(tmp_path, max_grad_norm=0.0)
+    Trainer(encoder(), args, train_dataset=examples(), callbacks=[callback]).train()
+    own.load_state_dict(caps.state_dict())
+    other = copied(callback)
+    expected = plain_loop(encoder(), lambda model: fused_component_clip_(model, own))
+    learnt = copy.deepcopy(caps.state_dict())
+    trainer = Trainer(encoder(), args, train_dataset=examples(), callbacks=[other])
+    trainer.train()
+    torch.testing.assert_close(list(trainer.model.parameters()), list(expected.parameters()))
+    assert caps.state_dict()["host"] == learnt["host"]
+    assert all(same_bits(caps.state_dict()["tensors"][name], t) for name, t in learnt["tensors"].items())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Clipped by two
 # ------------------------------------------------------------------------------------------------------------

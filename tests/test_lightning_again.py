@@ -100,6 +100,40 @@ def test_a_module_that_clips_in_its_hook_is_copied(copied):
     assert len(other.clipped) == len(data)
 
 
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("policy", ["Schedule", "EMA", "ZScore", "Percentile", "ParamRelative"])
+def test_a_copied_callback_has_a_threshold_of_its_own(copied, when, policy):
+    """That begins with what the original had learnt."""
+    data, caps = batches(), POLICIES[policy]()
+    clip = ComponentClip(caps)
+    states = []
+
+    class Copier(Callback):
+        def on_train_batch_end(self, fit, module, outputs, batch, batch_idx):
+            if batch_idx == 1 and when == "during":
+                states.append((copied(clip), caps.state_dict()))
+
+    if when == "before":
+        states.append((copied(clip), caps.state_dict()))
+    trainer(clip, Copier()).fit(Lit(), data)
+    if when == "after":
+        states.append((copied(clip), caps.state_dict()))
+    ((other, state),) = states
+    assert other.max_norm is not caps
+    learnt = caps.state_dict()
+    lit, own = Lit(), POLICIES[policy]()
+    plain = deepcopy(lit.model)
+    if when != "before":
+        own.load_state_dict({**state, "components": None})
+    trainer(other).fit(lit, data)
+    plain_steps(plain, data, lambda m: fused_component_clip_(m, own))
+    assert same_parameters(lit.model, plain)
+    now = caps.state_dict()
+    assert now["host"] == learnt["host"]
+    assert all(same_bits(now["tensors"][name], learnt["tensors"][name]) for name in learnt["tensors"])
+
+
 class Failing(Lit):
     def training_step(self, batch, batch_idx):
         if batch_idx == 2:
@@ -175,7 +209,9 @@ POLICIES = {
     "EMA": lambda: thresholds.EMA(warmup_steps=2),
     "ZScore": lambda: thresholds.ZScore(warmup_steps=2, threshold=0.5),
     "Percentile": lambda: thresholds.Percentile(50.0),
+    "ParamRelative": lambda: thresholds.ParamRelative(0.01),
 }
+LEARNING = [name for name in POLICIES if name != "ParamRelative"]
 
 
 def same_state(one, other):
@@ -202,7 +238,7 @@ def overflowing(model):
 
 @pytest.mark.parametrize("way", ["callback", "hook"])
 @pytest.mark.parametrize("optimizer", [adamw, fused])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", LEARNING)
 def test_a_skipped_step_teaches_nothing(way, optimizer, policy):
     """As for a clipper that isn't called where no step is taken."""
     data, caps = batches(8), POLICIES[policy]()
@@ -247,7 +283,7 @@ def test_caps_that_learn_nothing_have_no_state(caps):
     clip.load_state_dict({"max_norm": thresholds.EMA().state_dict()})  # of a run that had others
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", LEARNING)
 def test_state_goes_through_a_file(policy, tmp_path):
     clip, other = ComponentClip(POLICIES[policy]()), ComponentClip(POLICIES[policy]())
     trainer(clip).fit(Lit(), batches())
