@@ -277,7 +277,6 @@ def with_fsdp1(*models):
         sync_gradients=True,
         unscale_gradients=lambda: None,
         _models=list(models),
-        _optimizers=[],
     )
 
 

@@ -97,7 +97,7 @@ def clip_grad_norm_(
         process_group = group_of(named, accelerator._models, "prepared by this accelerator")
     tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
     policy = engine.policy(max_norm, tensors, options.rule)
-    optimizers, scaler = accelerator._optimizers, getattr(accelerator, "scaler", None)
+    optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
     refuse_double_clipping(optimizers, scaler, "clip_grad_norm_", tensors)
     accelerator.unscale_gradients()
     with learning_unless_skipped(max_norm, scaler, owning(optimizers, tensors)):
