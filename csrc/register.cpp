@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY_IMPL(cwclip_kernels, CPU, m) {
 static PyMethodDef methods[] = {
     {"layout_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_layout_of)), METH_FASTCALL,
      nullptr},
+    {"form_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_form_of)), METH_FASTCALL, nullptr},
     {"addresses_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_addresses_of)),
      METH_FASTCALL, nullptr},
 #if defined(CWCLIP_WITH_CUDA)

@@ -10,7 +10,7 @@
 namespace cwclip {
 namespace {
 
-PyObject* tensor_type = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 const dlpack::ExchangeApi* api = nullptr;
 
 // A layout is, for each gradient, one Head and then its sizes and its strides.
@@ -81,6 +81,14 @@ bool describe(PyObject* grad, dlpack::Tensor* tensor) {
          api->from_python(grad, tensor) == 0;
 }
 
+void append(std::string& layout, const dlpack::Tensor& tensor) {
+  const Head head = head_of(tensor);
+  layout.append(reinterpret_cast<const char*>(&head), sizeof head);
+  if (tensor.dims == 0) return;
+  layout.append(reinterpret_cast<const char*>(tensor.sizes), tensor.dims * sizeof(int64_t));
+  layout.append(reinterpret_cast<const char*>(tensor.strides), tensor.dims * sizeof(int64_t));
+}
+
 PyObject* refuse(const char* expected) {
   PyErr_SetString(PyExc_TypeError, expected);
   return nullptr;
@@ -92,8 +100,11 @@ bool find_torch() {
   PyObject* const torch = PyImport_ImportModule("torch");
   if (torch == nullptr) return false;
   tensor_type = PyObject_GetAttrString(torch, "Tensor");
+  PyObject* const nn = PyObject_GetAttrString(torch, "nn");
   Py_DECREF(torch);
-  if (tensor_type == nullptr) return false;
+  if (nn != nullptr) parameter_type = PyObject_GetAttrString(nn, "Parameter");
+  Py_XDECREF(nn);
+  if (tensor_type == nullptr || parameter_type == nullptr) return false;
   PyObject* const capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
   if (capsule == nullptr) return false;
   api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
@@ -113,19 +124,32 @@ PyObject* py_layout_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     if (!describe(PyList_GetItem(arguments[0], i), &tensor)) {
       return PyErr_Occurred() ? nullptr : refuse("grads: expected torch.Tensor, not a subclass of it");
     }
-    const Head head = head_of(tensor);
-    layout.append(reinterpret_cast<const char*>(&head), sizeof head);
-    if (tensor.dims == 0) continue;
-    layout.append(reinterpret_cast<const char*>(tensor.sizes), tensor.dims * sizeof(int64_t));
-    layout.append(reinterpret_cast<const char*>(tensor.strides), tensor.dims * sizeof(int64_t));
+    append(layout, tensor);
   }
   return PyBytes_FromStringAndSize(layout.data(), static_cast<Py_ssize_t>(layout.size()));
 }
 
+PyObject* py_form_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 1 || !PyList_Check(arguments[0])) return refuse("form_of(parameters: list)");
+  std::string form;
+  const Py_ssize_t length = PyList_Size(arguments[0]);
+  for (Py_ssize_t i = 0; i < length; ++i) {
+    PyObject* const parameter = PyList_GetItem(arguments[0], i);
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(parameter));
+    dlpack::Tensor tensor;
+    if ((type != tensor_type && type != parameter_type) || api->from_python(parameter, &tensor) != 0) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    append(form, tensor);
+  }
+  return PyBytes_FromStringAndSize(form.data(), static_cast<Py_ssize_t>(form.size()));
+}
+
 PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || !PyList_Check(arguments[0]) || !PyBytes_Check(arguments[1]) ||
-      !(arguments[2] == Py_None || PyBytes_Check(arguments[2]))) {
-    return refuse("addresses_of(grads: list, layout: bytes, last: bytes | None)");
+  if (count < 3 || count > 4 || !PyList_Check(arguments[0]) || !PyBytes_Check(arguments[1]) ||
+      !(arguments[2] == Py_None || PyBytes_Check(arguments[2])) || (count == 4 && !PyBool_Check(arguments[3]))) {
+    return refuse("addresses_of(grads: list, layout: bytes, last: bytes | None, writes: bool = True)");
   }
   PyObject* const grads = arguments[0];
   const char* const layout = PyBytes_AsString(arguments[1]);
@@ -152,6 +176,7 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     Py_INCREF(last);
     return last;
   }
+  if (count == 4 && arguments[3] == Py_False) return result;
   try {
     std::vector<Segment> segments = gradients_of(layout, layout_bytes).segments;
     for (Py_ssize_t i = 0; i < length; ++i) segments[i].data = addresses[i];

@@ -18,8 +18,13 @@ bool find_torch();
 // layout_of(grads: list) -> bytes. All that is static about strided tensors: dtypes, devices, shapes, strides.
 PyObject* py_layout_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
-// addresses_of(grads: list, layout: bytes, last: bytes | None) -> bytes | None. Their addresses, int64 each; `last` itself
-// if they haven't moved. None if these tensors don't have that layout, aren't exactly torch.Tensor, or share memory.
+// form_of(parameters: list) -> bytes | None. The same of parameters, to see whether they have been converted, moved or
+// replaced. None if one isn't exactly a torch.Tensor or a Parameter, or isn't strided.
+PyObject* py_form_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+
+// addresses_of(grads: list, layout: bytes, last: bytes | None, writes: bool = True) -> bytes | None. Their addresses, int64
+// each; `last` itself if they haven't moved. None if these tensors don't have that layout, aren't exactly torch.Tensor, or share
+// memory although they are to be written to; `last` must be of a call with the same `writes`.
 PyObject* py_addresses_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 // The gradients that a layout describes, without data and components. Their shapes lie in the layout, which has to be

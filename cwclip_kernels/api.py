@@ -8,13 +8,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import compiled
+from .backends.extension import form_of
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
 from .distributed.groups import as_group, check_parts
@@ -55,7 +57,10 @@ def fused_component_clip_(
     Args:
         parameters: a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs, whose ``.grad`` is
             clipped: float32, bfloat16, float16, float64 or complex, dense or sparse COO, on any mix of
-            devices. A tensor that comes twice, tied weights included, counts once.
+            devices. A tensor that comes twice, tied weights included, counts once, under its first name. Names are
+            the model's own, whatever wraps it or its modules: ``torch.compile``, ``DistributedDataParallel``,
+            ``FullyShardedDataParallel``, activation checkpointing. Of pairs, a leading ``module.`` is left out if all
+            names begin with it. Where two names would become equal, all stay as they are.
         max_norm: the cap. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a
             sync; a mapping of ``fnmatch`` patterns on component names to numbers: the first that matches
             counts, a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``, which
@@ -63,13 +68,16 @@ def fused_component_clip_(
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
         components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
-            module owns. "layer": all under the name up to its last number (``encoder.layer.3``). "type": the
-            same place in every layer (``encoder.layer.*.output.dense.weight``). "all": everything, as
-            ``clip_grad_norm_``. Or a callable (name, tensor) -> hashable key, None to leave the tensor alone; it
-            is asked for every tensor at every call (once by ``ComponentClipper``, the faster way then).
-            Parameters that the root module itself owns have "" for module and layer. Or a ``ComponentSpec``, which
-            composes these and cuts single tensors into several components.
-        eps: added to the norm before dividing.
+            module owns, with what ``torch.nn.utils.parametrize`` made of it. "layer": all under the name up to its
+            last number (``encoder.layer.3``). "type": the same place in every layer
+            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable
+            (name, tensor) -> hashable key, None to leave the tensor alone; it is asked for every tensor at every
+            call (once by ``ComponentClipper``, the faster way then). Parameters that the root module itself owns
+            have "" for module and layer. Or a ``ComponentSpec``, which composes these and cuts single tensors into
+            several components.
+        eps: added to the norm before dividing, as ``clip_grad_norm_`` does. It isn't where ``max_norm`` is a
+            threshold that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own):
+            beside a small cap it would clip what is below the cap.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
             0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.
             "error": RuntimeError that names the components, no gradient changed; syncs with the host. A
@@ -175,19 +183,30 @@ def component_norms(
 
 @dataclass(frozen=True)
 class _Entry:
-    """An engine for parameters seen before; weak, so that the cache keeps no model alive.
+    """An engine for parameters seen before. It keeps none of them alive.
 
     Attributes:
         engine: components and plan.
-        tensors: the parameters, each once.
-        as_given: whether the caller's own list is just these.
-        module: where the tensors came from, if from a module.
+        form: what the parameters looked like.
+        positions: of each parameter's first occurrence in the caller's list; None if each occurs once.
+        module: where the tensors came from, if from a module; with it the entry goes.
+        storage: where the first tensor's data lies, if not from a module; see ``is_over``.
     """
 
     engine: Engine
-    tensors: tuple[weakref.ref[Tensor], ...]
-    as_given: bool
+    form: object
+    positions: tuple[int, ...] | None
     module: weakref.ref[nn.Module] | None
+    storage: StorageWeakRef | None
+
+    def is_over(self) -> bool:
+        """Whether the parameters' memory is gone, so that the entry is hardly of use any more.
+
+        Not where ranks make their engines together: one of them can't make it anew alone.
+        """
+        if self.storage is None or self.engine.spread is not None:
+            return False
+        return bool(self.storage.expired())  # type: ignore[no-untyped-call]
 
 
 _KEPT = 1024  # enough for who calls once for each parameter
@@ -204,6 +223,10 @@ def engine_for(
 ) -> tuple[Sequence[Tensor], Engine]:
     """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters.
 
+    The keys are made of ids, which another tensor may have when the first is gone. But an engine depends on names and
+    on what the parameters look like, not on which they are: so that is compared at every call, and no weak reference
+    has to tell that a tensor is gone. (A tensor that has one can't be swapped, which moving a model may take.)
+
     ``settings`` says what ranks have to choose alike; it is asked where an engine is made, not at every call.
     """
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
@@ -215,35 +238,52 @@ def engine_for(
         entry = _entries.get(key)
         if entry is not None:
             _entries.move_to_end(key)
-    if entry is not None:
-        # Looking through weak references takes longer than all else here, so it's left out where it can be.
-        tensors = given if entry.as_given else [t for ref in entry.tensors if (t := ref()) is not None]
-        return tensors, entry.engine
+    form = None if key is None else form_of(given)
+    if entry is not None and entry.form == form:
+        tensors = given if entry.positions is None else [given[i] for i in entry.positions]
+        if not any(tensors[position].requires_grad for position, _ in entry.engine.components.problems):
+            return tensors, entry.engine
     check_parts(source, process_group)
     named = named_tensors(source)
     engine = Engine.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:
-        _remember(key, given, named.tensors, engine, source if isinstance(source, nn.Module) else None)
+        _remember(key, _Entry(engine, form, _positions(given), *_watched(source, key, named.tensors)))
     return named.tensors, engine
 
 
-def _remember(
-    key: Hashable, given: Sequence[Tensor], tensors: Sequence[Tensor], engine: Engine, module: nn.Module | None
-) -> None:
-    # Keys are made of ids, good only while what they stand for lives: the first to go takes the entry along.
+def _watched(
+    source: object, key: Hashable, tensors: Sequence[Tensor]
+) -> tuple[weakref.ref[nn.Module] | None, StorageWeakRef | None]:
+    """What tells that parameters are gone, without a reference to one of them."""
+
     def forget(_: weakref.ref[Any]) -> None:
         _entries.pop(key, None)
 
-    as_given = len(given) == len(tensors) and all(map(is_, given, tensors))
-    refs = tuple(weakref.ref(t, forget) for t in tensors)
-    entry = _Entry(engine, refs, as_given, None if module is None else weakref.ref(module, forget))
+    if isinstance(source, nn.Module):
+        return weakref.ref(source, forget), None
+    has_storage = bool(tensors) and type(tensors[0]) in (Tensor, nn.Parameter) and tensors[0].layout == torch.strided
+    if not has_storage:
+        return None, None
+    return None, StorageWeakRef(tensors[0].untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _positions(given: Sequence[Tensor]) -> tuple[int, ...] | None:
+    first: dict[int, int] = {}
+    for position, tensor in enumerate(given):
+        first.setdefault(id(tensor), position)
+    return None if len(first) == len(given) else tuple(first.values())
+
+
+def _remember(key: Hashable, entry: _Entry) -> None:
     with _lock:
+        for over in [known for known, other in _entries.items() if other.is_over()]:
+            del _entries[over]
         _entries[key] = entry
         while len(_entries) > _KEPT:
             _entries.popitem(last=False)
 
 
-def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashable, Sequence[Tensor]]:
+def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashable, list[Tensor]]:
     """A key that no other living set of parameters has, and its tensors, repetitions included.
 
     The key is None for what must be resolved at every call: a grouping function, which may answer differently, and
@@ -252,7 +292,7 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
     if not (
         grouping is None or isinstance(grouping, str) or (isinstance(grouping, ComponentSpec) and grouping.is_static)
     ):
-        return None, ()
+        return None, []
     if isinstance(source, nn.Module):
         names: list[str] = []
         given: list[Tensor] = []
@@ -265,8 +305,8 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
         key = grouping, item_names, tuple(map(id, tensors))
         hash(key)
     except (TypeError, ValueError):
-        return None, ()
-    return key, tensors
+        return None, []
+    return key, list(tensors)
 
 
 def _walk(module: nn.Module, names: list[str], tensors: list[Tensor], seen: set[int]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from .components import type_name
@@ -12,28 +15,46 @@ from .components import type_name
 if TYPE_CHECKING:
     from .clipper import ClipResult, ComponentClipper
 
+# Of the function that torch puts around every `step` and that runs the hooks.
+_RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__
+
 
 class Attachment:
     """A clipper at work in an optimizer; made by ``ComponentClipper.attach``. As a context manager it ends itself.
+
+    It can't be copied or pickled, and neither are the hooks of an optimizer that is: attach to the copy.
 
     Attributes:
         last: what the last step's clipping found and did; None before the first.
     """
 
     def __init__(
-        self, clipper: ComponentClipper, optimizer: Optimizer, on_clip: Callable[[ClipResult], object] | None
+        self,
+        clipper: ComponentClipper,
+        optimizer: Optimizer,
+        on_clip: Callable[[ClipResult], object] | None,
+        replace: bool = False,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer, not {type_name(optimizer)}; of a wrapper pass the "
-                "optimizer inside"
-            )
+        if not isinstance(replace, bool):
+            raise TypeError(f"replace: expected a bool, not {type_name(replace)}")
+        _check_optimizer(optimizer)
         self.last: ClipResult | None = None
         self._owner = clipper
         self._on_clip = on_clip
         self._owned: tuple[int, ...] = ()
         self._part = clipper
+        self._clipped: tuple[Tensor, ...] = ()
+        self._turn = 0
         self._look_up_owned(optimizer)
+        check_not_in_backward(clipper, self._clipped)
+        earlier = clipping_too(optimizer, self._clipped)
+        if earlier and not replace:
+            raise ValueError(
+                f"optimizer: a clipper that was attached to it before clips {earlier[0][1]!r} as well; end that with "
+                "its handle's remove(), or with attach(..., replace=True)"
+            )
+        for attachment, _ in earlier:
+            attachment.remove()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -46,19 +67,41 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _look_up_owned(self, optimizer: Optimizer) -> None:
-        """Finds the parameters that are the optimizer's, anew when it was given others."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def state_dict(self) -> dict[str, Any]:
+        """What the clipper's caps have learnt: {"max_norm": ...}, or {} where they learn nothing."""
+        return self._owner.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict()``.
+
+        Raises:
+            TypeError, ValueError: not a ``state_dict()`` of a clipper with such caps. Nothing is changed.
+        """
+        self._owner.load_state_dict(state_dict)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "an Attachment belongs to one optimizer and can't be copied or pickled: attach a clipper to the other "
+            "optimizer; state_dict() and load_state_dict() carry over what its caps have learnt"
+        )
+
+    def _look_up_owned(self, optimizer: Optimizer) -> bool:
+        """Finds the parameters that are the optimizer's; False if they are the same as before."""
+        parameters = parameters_of(optimizer)
         owned = tuple(map(id, parameters))
-        if owned != self._owned:
-            part = self._owner.part(parameters)
-            if not part.parameters:
-                raise ValueError("optimizer: owns none of the parameters that this clipper clips")
-            self._owned, self._part = owned, part
+        if owned == self._owned:
+            return False
+        part = self._owner.part(parameters)
+        if not part.parameters:
+            raise ValueError("optimizer: owns none of the parameters that this clipper clips")
+        self._owned, self._part, self._clipped = owned, part, part.parameters
+        return True
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not is_dynamo_compiling() and self._is_inside(optimizer):
+            return None
         # What an optimizer that unscales by itself is handed by torch.amp.GradScaler.step.
         if getattr(optimizer, "grad_scale", None) is not None or kwargs.get("grad_scaler") is not None:
             raise RuntimeError(
@@ -81,8 +124,156 @@ class Attachment:
             return args, {**kwargs, "closure": clipped}
         return (args[0], clipped, *args[2:]), kwargs
 
+    def _is_inside(self, optimizer: Optimizer) -> bool:
+        """Whether this is a step within a step, at which these gradients are clipped already.
+
+        Where a step calls super().step(), torch runs the hooks twice if the base class has been used in this process,
+        and once if not.
+
+        Raises:
+            RuntimeError: the outer step is another optimizer's, with a clipper of its own.
+        """
+        for outer in _steps_around():
+            if outer is optimizer:
+                return True
+            shared = clipping_too(outer, self._clipped, but=self)
+            if shared:
+                raise RuntimeError(
+                    f"optimizer: this {type_name(optimizer)} steps inside of a {type_name(outer)}, and the clippers "
+                    f"attached to both clip {shared[0][1]!r}; remove() one of their handles"
+                )
+        return False
+
     def _clip(self, optimizer: Optimizer) -> None:
-        self._look_up_owned(optimizer)
+        if self._look_up_owned(optimizer):
+            self._check_alone(optimizer)
+        if not is_dynamo_compiling():
+            # Another one each time: looking at all would cost more than the rest of the host's work.
+            self._turn = (self._turn + 1) % len(self._clipped)
+            check_not_in_backward(self._owner, (self._clipped[self._turn],))
         self.last = self._part.clip_()
         if self._on_clip is not None:
             self._on_clip(self.last)
+
+    def _check_alone(self, optimizer: Optimizer) -> None:
+        """After parameters came or went: others that are attached mustn't have come to clip the same."""
+        shared = clipping_too(optimizer, self._clipped, but=self)
+        if shared:
+            self._owned = ()  # so that the next step looks again
+            raise RuntimeError(
+                f"optimizer: two clippers that are attached to it clip {shared[0][1]!r}, which came into its "
+                "param_groups later; remove() one of their handles"
+            )
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """What an optimizer owns, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def clipping_too(
+    optimizer: Optimizer, parameters: Sequence[Tensor], *, but: Attachment | None = None
+) -> list[tuple[Attachment, str]]:
+    """The attachments in an optimizer, or in one inside it, that clip one of these parameters, each with its name."""
+    found = []
+    for owner in (optimizer, *(inner for _, inner in _inside(optimizer))):
+        for attachment in _attached(owner):
+            if attachment is not but:
+                clipped = set(map(id, attachment._owner.parameters)) & set(map(id, parameters_of(owner)))
+                shared = next((p for p in parameters if id(p) in clipped), None)
+                if shared is not None:
+                    found.append((attachment, _name(attachment._owner, shared)))
+    return found
+
+
+def check_not_in_backward(clipper: ComponentClipper, parameters: Iterable[Tensor]) -> None:
+    """Raises RuntimeError if a parameter's gradient is clipped by ``clip_in_backward`` as well."""
+    for p in parameters:
+        hooks = getattr(p, "_post_accumulate_grad_hooks", None)
+        if hooks and any(getattr(type(hook), "clips_by_component", False) for hook in hooks.values()):
+            raise RuntimeError(
+                f"the gradient of {_name(clipper, p)!r} is clipped in the backward pass already (clip_in_backward), "
+                "and would be again at the step; remove() one of the two"
+            )
+
+
+def _attached(optimizer: Optimizer) -> list[Attachment]:
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None) or {}
+    owners = [getattr(hook, "__self__", None) for hook in hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Attachment)]
+
+
+def _inside(outer: object, seen: tuple[object, ...] = ()) -> Iterator[tuple[str, Optimizer]]:
+    """The optimizers that an object holds in attributes, and that these hold, each with the way to it."""
+    seen = (*seen, outer)
+    for name, value in getattr(outer, "__dict__", {}).items():
+        public = name.lstrip("_")
+        path = f".{public if getattr(outer, public, None) is value else name}"
+        held = [(path, value)]
+        if isinstance(value, list | tuple):
+            held = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+        for way, inner in held:
+            if isinstance(inner, Optimizer) and all(inner is not known for known in seen):
+                yield way, inner
+                yield from ((way + further, innermost) for further, innermost in _inside(inner, seen))
+
+
+def _steps_around() -> Iterator[Optimizer]:
+    """The optimizers whose steps have called the one whose hook runs now.
+
+    Read off the stack, because a step that raised an error tells nobody that it is over.
+    """
+    frame = sys._getframe()
+    is_own = True
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is _RUNS_HOOKS:
+            if not is_own:
+                yield frame.f_locals["self"]
+            is_own = False
+
+
+def _name(clipper: ComponentClipper, parameter: Tensor) -> str:
+    names = clipper._engine.components.tensor_names
+    return next(name for name, tensor in zip(names, clipper._parameters(), strict=True) if tensor is parameter)
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether every ``optimizer.step()`` runs this optimizer's hooks.
+
+    torch puts the function that does so around the class's ``step``, in ``Optimizer.__init__``, and marks it as
+    hooked. An instance's own ``step``, such as a learning rate scheduler puts there, has the mark if it was made with
+    functools.wraps.
+    """
+    step = optimizer.step
+    is_own = getattr(step, "__self__", optimizer) is optimizer
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and is_own and getattr(step, "hooked", False) is True
+
+
+def _check_optimizer(optimizer: object) -> None:
+    """Raises TypeError or ValueError unless each of its steps is certain to run its hooks."""
+    inner = next((f": its {path} ({type_name(o)})" for path, o in _inside(optimizer) if _runs_hooks(o)), "")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, not {type_name(optimizer)}; of a wrapper pass the "
+            f"optimizer inside{inner}"
+        )
+    kind = type_name(optimizer)
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            f"optimizer: {kind} with overlap_with_ddp=True steps in the backward pass, before anything could be "
+            "clipped; make it without"
+        )
+    if _runs_hooks(optimizer):
+        return
+    if "step" in vars(optimizer) and not inner:
+        raise TypeError(
+            f"optimizer: the step() of this {kind} has been replaced by a function that may not run torch's step "
+            "hooks, and then nothing would be clipped; if it calls the original, make it with "
+            "functools.wraps(optimizer.step), or clip by hand: clip_() before step()"
+        )
+    way_out = inner or ", or call Optimizer.__init__ in its own, or clip by hand: clip_() before step()"
+    raise TypeError(
+        f"optimizer: the step() of {kind} doesn't run torch's step hooks, so that nothing would be clipped; of a "
+        f"wrapper pass the optimizer inside{way_out}"
+    )

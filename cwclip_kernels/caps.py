@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from .components import match_patterns, type_name
+from .components import type_name
 from .formula import wide_dtype
+from .naming import Aliases, match_patterns
 
 if TYPE_CHECKING:
     from .thresholds import Threshold
@@ -27,6 +28,10 @@ class CapPolicy(Protocol):
     @property
     def needs_norms(self) -> bool:
         """Whether caps depend on the norms of the step that they are for."""
+
+    @property
+    def adds_eps(self) -> bool:
+        """Whether the coefficient is cap / (norm + eps), as torch's, rather than cap / norm."""
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         """Caps [] or [K], contiguous, in ``wide_dtype`` on ``device``.
@@ -49,13 +54,20 @@ class Caps:
             names to numbers, where a component that no pattern matches is not clipped.
         names: the K component names.
         everywhere: those that a pattern may match, if ranks have different ones.
+        aliases: other names of tied components, for the error where a pattern matches nothing.
 
     Raises:
         TypeError: none of these (bool and str included).
         ValueError: negative or NaN, a shape other than [] or [K], a pattern that matches nothing.
     """
 
-    def __init__(self, max_norm: MaxNorm, names: tuple[str, ...], everywhere: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        max_norm: MaxNorm,
+        names: tuple[str, ...],
+        everywhere: tuple[str, ...] | None = None,
+        aliases: Aliases = (),
+    ) -> None:
         self._live: Tensor | None = None
         self._fixed: float | list[float] = math.inf
         self._on: dict[torch.device, Tensor] = {}
@@ -63,11 +75,12 @@ class Caps:
             self._live = _checked_tensor(max_norm, len(names))
         elif isinstance(max_norm, Mapping):
             values = {_checked_pattern(p): checked_cap(v, f"max_norm[{p!r}]") for p, v in max_norm.items()}
-            self._fixed = match_patterns(names, values, math.inf, everywhere)
+            self._fixed = match_patterns(names, values, math.inf, everywhere, aliases)
         else:
             self._fixed = checked_cap(max_norm, "max_norm")
 
     needs_norms = False
+    adds_eps = True
 
     def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
         """The caps as [] or [K] of ``wide_dtype`` on ``device``; no host sync, unless that is the host."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from . import compiled
 from .attach import Attachment
-from .caps import MaxNorm
+from .caps import CapPolicy, MaxNorm
 from .components import Grouping, Parameters, named_tensors
 from .distributed.groups import check_parts
-from .engine import Engine, check_options, settings_in_words
+from .engine import Engine, Options, check_options, settings_in_words
 from .scaled_loss import NOT_SCALED, ScaledLoss
+from .thresholds import Threshold
+from .thresholds.base import load_learnt
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -115,16 +117,43 @@ class ComponentClipper:
         pp_mesh: ProcessGroup | DeviceMesh | None = None,
         backend: str | None = None,
     ) -> None:
-        self._options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+        options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
         check_parts(parameters, process_group)
         named = named_tensors(parameters)
-        self._tensors = named.tensors
-        settings = settings_in_words(self._options, max_norm, pp_mesh)
-        self._engine = Engine.of(named, components, process_group, pp_mesh, settings)
-        self.names: tuple[str, ...] = self._engine.components.names
-        self._policy = self._engine.policy(max_norm, self._tensors, self._options.rule)
+        settings = settings_in_words(options, max_norm, pp_mesh)
+        engine = Engine.of(named, components, process_group, pp_mesh, settings)
         # As given; a mapping as it is now, like the caps.
-        self.max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
+        self._set_up(named.tensors, engine, dict(max_norm) if isinstance(max_norm, Mapping) else max_norm, options)
+
+    def _set_up(self, tensors: tuple[Tensor, ...], engine: Engine, max_norm: MaxNorm, options: Options) -> None:
+        self.names: tuple[str, ...] = engine.components.names
+        self.max_norm = max_norm
+        self._tensors = tensors
+        self._engine = engine
+        self._options = options
+        self._whole: ComponentClipper | None = None  # that this is a part of, with its caps
+        self._copied: dict[int, Any] | None = None  # until it is known which parameters have been copied along
+        # Comes between a clip and its policy, such as a scaler that may skip the step.
+        self._policy_of_clip: Callable[[CapPolicy], CapPolicy] | None = None
+        self._fixed: CapPolicy | None = None
+        policy = self._policy()  # checks max_norm, and gives a threshold the state that it needs
+        if not isinstance(max_norm, Threshold):
+            self._fixed = policy
+
+    def _policy(self) -> CapPolicy:
+        """Where this call's caps come from."""
+        if self._whole is not None:
+            return self._whole._policy()
+        if self._fixed is not None:
+            return self._fixed
+        return self._engine.policy(self.max_norm, self._parameters(), self._options.rule)
+
+    def _parameters(self) -> tuple[Tensor, ...]:
+        """All parameters, clipped or not; of a deep copy those that have been copied along with it, if they have."""
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            self._tensors = tuple(copied.get(id(tensor), tensor) for tensor in self._tensors)
+        return self._tensors
 
     def clip_(self, *, inv_scale: float | Tensor | None = None, found_inf: Tensor | None = None) -> ClipResult:
         """Clips the gradients that are there now, in place.
@@ -144,11 +173,12 @@ class ComponentClipper:
         if is_dynamo_compiling():
             compiled.refuse_ranks(self.is_spread)
             components, options = self._engine.components, self._options
-            outcome = compiled.clip_(self._tensors, components, self.max_norm, options, inv_scale, found_inf)
+            outcome = compiled.clip_(self._parameters(), components, self.max_norm, options, inv_scale, found_inf)
         else:
             untouched = inv_scale is None and found_inf is None
             scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
-            outcome = self._engine.clip_(self._tensors, self._policy, self._options, scaled)
+            policy = self._policy() if self._policy_of_clip is None else self._policy_of_clip(self._policy())
+            outcome = self._engine.clip_(self._parameters(), policy, self._options, scaled)
         return ClipResult(self.names, *outcome)
 
     def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
@@ -164,11 +194,11 @@ class ComponentClipper:
             ValueError: a component has trainable parameters inside and outside, so that its norm would not be whole.
         """
         wanted = {id(p) for p in parameters}
-        is_inside = [id(tensor) in wanted for tensor in self._tensors]
-        components = self._engine.components
+        tensors, components = self._parameters(), self._engine.components
+        is_inside = [id(tensor) in wanted for tensor in tensors]
         owner = {component: position for position, component, _ in components.members() if is_inside[position]}
         for position, component, _ in components.members():
-            if component in owner and not is_inside[position] and self._tensors[position].requires_grad:
+            if component in owner and not is_inside[position] and tensors[position].requires_grad:
                 here, there = components.tensor_names[owner[component]], components.tensor_names[position]
                 name = components.names[component]
                 raise ValueError(
@@ -177,28 +207,46 @@ class ComponentClipper:
                 )
         inside = [i for i, yes in enumerate(is_inside) if yes]
         part = copy(self)
-        part._tensors = tuple(self._tensors[i] for i in inside)
+        part._tensors = tuple(tensors[i] for i in inside)
         part._engine = Engine(components.only(inside), part._tensors, *self._engine.ranks)
+        part._whole = self if self._whole is None else self._whole
         return part
 
-    def attach(self, optimizer: Optimizer, *, on_clip: Callable[[ClipResult], object] | None = None) -> Attachment:
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        on_clip: Callable[[ClipResult], object] | None = None,
+        replace: bool = False,
+    ) -> Attachment:
         """Clips at every ``optimizer.step()``, right before the step: what this optimizer owns of the parameters.
 
         With several optimizers attach to each. Gradients that were accumulated over several backward passes are
-        clipped once, whole. A closure's gradients are clipped each time it has been called.
+        clipped once, whole. A closure's gradients are clipped each time it has been called. A parameter that two
+        optimizers own is clipped at the steps of both.
+
+        Only ``step()`` clips. With SAM, whose ``first_step()`` and ``second_step()`` are called instead of it, attach
+        to its ``base_optimizer``. A copied or unpickled optimizer has lost its hooks, this one among them: attach to
+        it again. Where a fused optimizer under a ``GradScaler`` skips its step on the device, thresholds have counted
+        it.
 
         Args:
-            optimizer: a torch optimizer that owns at least one of the parameters.
+            optimizer: a torch optimizer that owns at least one of the parameters. Of one that wraps another without
+                running torch's step hooks, such as Accelerate's, the one inside.
             on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
+            replace: whether to end earlier attachments that clip some of the same parameters at this optimizer's
+                steps, as when a notebook's cell runs again; otherwise they are an error.
 
         Returns:
-            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``.
+            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``, and it has the clipper's
+            ``state_dict()`` and ``load_state_dict()``.
 
         Raises:
-            TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: it owns none of the parameters, or shares a component with another.
-            RuntimeError: at a step, if gradients still carry the loss's scale, as a fused optimizer's do under a
-                ``GradScaler``. Nothing is changed.
+            TypeError: not a ``torch.optim.Optimizer``, or one whose steps aren't certain to run its hooks.
+            ValueError: it owns none of the parameters, shares a component with another, steps in the backward pass,
+                or has a clipper attached for some of the parameters already.
+            RuntimeError: gradients are clipped in the backward pass as well. At a step: likewise, or they still carry
+                the loss's scale, as a fused optimizer's do under a ``GradScaler``. Nothing is changed.
 
         Example:
             >>> import torch
@@ -211,13 +259,13 @@ class ComponentClipper:
             >>> handle.last.norms
             tensor([1.4142, 1.0000])
         """
-        return Attachment(self, optimizer, on_clip)
+        return Attachment(self, optimizer, on_clip, replace)
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """The parameters that are clipped, whole or in slices."""
         clipped = {position for position, _, _ in self._engine.components.members()}
-        return tuple(tensor for i, tensor in enumerate(self._tensors) if i in clipped)
+        return tuple(tensor for i, tensor in enumerate(self._parameters()) if i in clipped)
 
     @property
     def is_spread(self) -> bool:
@@ -234,8 +282,8 @@ class ComponentClipper:
         norm_type, backend = self._options.rule.norm_type, self._options.backend
         if is_dynamo_compiling():
             compiled.refuse_ranks(self.is_spread)
-            return compiled.norms_of(self._tensors, self._engine.components, norm_type, backend)
-        return self._engine.norms(self._tensors, norm_type, backend)
+            return compiled.norms_of(self._parameters(), self._engine.components, norm_type, backend)
+        return self._engine.norms(self._parameters(), norm_type, backend)
 
     def total_norm(self, norms: Tensor) -> Tensor:
         """The norm of all components together, [], from those of each, as ``clip_grad_norm_`` returns it.
@@ -249,4 +297,65 @@ class ComponentClipper:
 
     def explain(self) -> str:
         """Which backend serves which gradients, and why, for people to read."""
-        return self._engine.explain(self._tensors, self._options.rule.norm_type, self._options.backend)
+        return self._engine.explain(self._parameters(), self._options.rule.norm_type, self._options.backend)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on as if nothing had happened: what ``max_norm`` has learnt.
+
+        Returns:
+            {"max_norm": ``Threshold.state_dict()``}; {} where ``max_norm`` is a number, tensor or mapping.
+
+        Example:
+            >>> import torch
+            >>> from cwclip_kernels import ComponentClipper, thresholds
+            >>> model = torch.nn.Linear(2, 1)
+            >>> saved = ComponentClipper(model, thresholds.EMA()).state_dict()
+            >>> ComponentClipper(model, thresholds.EMA()).load_state_dict(saved)
+        """
+        return {"max_norm": self.max_norm.state_dict()} if isinstance(self.max_norm, Threshold) else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict()``, of a clipper with the same components and kind of ``max_norm``.
+
+        Raises:
+            TypeError, ValueError: that of another threshold, or for other components. Nothing is changed.
+        """
+        load_learnt(self.max_norm, state_dict)
+
+    # -------------------------------------------------------------------------------------------------------
+    # Copies
+    # -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._engine.spread is not None:
+            raise TypeError(
+                "a ComponentClipper of sharded parameters can't be pickled or copied, since process groups can't be: "
+                "make one on each rank, and hand on what it has learnt with state_dict()"
+            )
+        if self._whole is not None:
+            raise TypeError(
+                "what part() returned can't be pickled or copied; copy its clipper, and call part() on that"
+            )
+        return {
+            "tensors": self._parameters(),
+            "components": self._engine.components,
+            "max_norm": self.max_norm,
+            "options": self._options,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        engine = Engine(state["components"], state["tensors"])
+        self._set_up(state["tensors"], engine, state["max_norm"], state["options"])
+
+    def __copy__(self) -> ComponentClipper:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComponentClipper:
+        # Not copies that nobody trains: parameters that are copied along, perhaps after this, or else the same ones.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__({**self.__getstate__(), "max_norm": deepcopy(self.max_norm, memo)})
+        twin._copied = memo
+        return twin

@@ -21,7 +21,8 @@ from .caps import Caps, MaxNorm, checked_cap
 from .components import CUT, LEFT_ALONE, Components, type_name
 from .engine import Options
 from .formula import ClipRule, wide_dtype
-from .plan import Planner, check_gradient
+from .gradients import WIDE_DTYPES, check_gradient
+from .plan import Planner
 from .scaled_loss import ScaledLoss
 from .thresholds import Threshold
 
@@ -51,6 +52,7 @@ def clip_(
     grads, text = _present(tensors, components)
     device = grads[0].device if grads else tensors[0].device if tensors else torch.device("cpu")
     threshold = max_norm if isinstance(max_norm, Threshold) else None
+    eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
     with torch.no_grad():
         if threshold is not None:
             norms = None
@@ -63,7 +65,7 @@ def clip_(
             policy = "error" if options.raise_nonfinite else rule.nonfinite
             inverse = _as_tensor(inv_scale, device)
             norms, coefs, caps_used = torch.ops.cwclip_kernels.component_clip_(
-                grads, text, caps, patterns, values, inverse, found_inf, rule.norm_type, rule.eps, policy, backend
+                grads, text, caps, patterns, values, inverse, found_inf, rule.norm_type, eps, policy, backend
             )
         else:
             norms = _no_norms(tensors, components)
@@ -120,10 +122,13 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
     index: list[int] = []
     names: list[str] = []
     moved: dict[int, int] = {}
+    problems = dict(components.problems)
     for position, tensor in enumerate(tensors):
         grad, component, name = tensor.grad, components.index[position], components.tensor_names[position]
         if grad is None or component == LEFT_ALONE:
             continue
+        if position in problems:
+            raise ValueError(problems[position])
         # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
         check_gradient(grad, name, cut=component == CUT)
         moved[position] = len(grads)
@@ -131,7 +136,7 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
         index.append(component)
         names.append(name)
     slices = tuple((moved[position], *rest) for position, *rest in components.slices if position in moved)
-    return grads, repr((components.names, tuple(index), tuple(names), slices))
+    return grads, repr((components.names, tuple(index), tuple(names), slices, (), components.aliases))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
@@ -188,8 +193,9 @@ def _planner(components: str, device: torch.device, dtype: torch.dtype, shape: t
 
 @lru_cache(maxsize=64)
 def _fixed_caps(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> Caps:
-    names = _read(components).names
-    return Caps(dict(zip(patterns, values, strict=True)) if patterns or not values else values[0], names)
+    known = _read(components)
+    max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
+    return Caps(max_norm, known.names, aliases=known.aliases)
 
 
 @lru_cache(maxsize=64)
@@ -216,7 +222,7 @@ def _fake_component_clip_(
 
 
 def _fake_component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
-    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
+    wide = any(g.dtype in WIDE_DTYPES for g in grads)
     return grads[0].new_empty(len(_read(components).names), dtype=torch.float64 if wide else torch.float32)
 
 

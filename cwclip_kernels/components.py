@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
+
+from .messages import warn_caller
+from .naming import WORD_KEYS, Aliases, module_paths, without_wrappers, without_wrappers_of_all
 
 if TYPE_CHECKING:
     from .spec import ComponentSpec
@@ -29,14 +30,16 @@ class NamedTensors:
     """The parameters of a call: each tensor once, under its first name.
 
     Attributes:
-        names: unique names; positions "0", "1", ... where the caller gave none.
+        names: unique names, without the parts that wrappers add; positions "0", "1", ... where the caller gave none.
         tensors: the parameters, in order.
         named: False where the names are only positions.
+        aliases: other names of tied parameters, each with the one that counts.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     named: bool
+    aliases: Aliases = ()
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,17 @@ class Components:
         index: component of each tensor, ``LEFT_ALONE`` for none, ``CUT`` where ``slices`` say more.
         tensor_names: name of each tensor, for error messages.
         slices: position among the tensors, component and place of every slice of those that are cut, in order.
+        problems: position of a frozen parameter that can't be clipped as it is, or cut by a ``ComponentSpec``, and
+            the reason: the error that is raised as soon as it has a gradient.
+        aliases: names that components would have by other names of tied parameters, each with the one that counts.
     """
 
     names: tuple[str, ...]
     index: tuple[int, ...]
     tensor_names: tuple[str, ...]
     slices: tuple[tuple[int, int, Box], ...] = ()
+    problems: tuple[tuple[int, str], ...] = ()
+    aliases: Aliases = ()
 
     def only(self, positions: Sequence[int]) -> Components:
         """The same components, and of the tensors these alone."""
@@ -63,6 +71,8 @@ class Components:
             tuple(self.index[i] for i in positions),
             tuple(self.tensor_names[i] for i in positions),
             tuple((place[i], component, box) for i, component, box in self.slices if i in place),
+            tuple((place[i], problem) for i, problem in self.problems if i in place),
+            self.aliases,
         )
 
     def members(self) -> Iterator[tuple[int, int, Box]]:
@@ -80,6 +90,10 @@ class Components:
 def named_tensors(parameters: Parameters) -> NamedTensors:
     """Reads every accepted form of ``parameters``.
 
+    Names don't depend on what wraps a model or its modules (``torch.compile``, ``DistributedDataParallel``,
+    ``FullyShardedDataParallel``, activation checkpointing): a Module's are told by the wrappers themselves, those of
+    pairs by the names. Where two would become equal that way, all stay as they are.
+
     Raises:
         TypeError: not a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs.
         ValueError: two tensors under one name, only plain tensors that can't have gradients, or a model whose sharded
@@ -87,9 +101,7 @@ def named_tensors(parameters: Parameters) -> NamedTensors:
     """
     if isinstance(parameters, nn.Module):
         _check_resharded(parameters)
-        pairs = list(parameters.named_parameters())  # a tied parameter comes once, under its first name
-        names = tuple(without_wrappers(n) for n, _ in pairs)
-        return NamedTensors(names, tuple(p for _, p in pairs), named=True)
+        return _of_module(parameters)
     return _from_items(as_items(parameters))
 
 
@@ -99,7 +111,7 @@ def _check_resharded(model: nn.Module) -> None:
     if kind is None:
         return
     for name, module in model.named_modules():
-        if isinstance(module, kind):
+        if isinstance(module, kind) and any(p.requires_grad for p in module.parameters()):
             state: Any = module._get_fsdp_state()
             for group in getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]):
                 if not getattr(group, "is_sharded", True):
@@ -110,9 +122,30 @@ def _check_resharded(model: nn.Module) -> None:
                     )
 
 
-def without_wrappers(name: str) -> str:
-    """A parameter's name in the model that ``FullyShardedDataParallel`` wraps, as a whole or module by module."""
-    return name.replace("_fsdp_wrapped_module.", "")
+def _of_module(model: nn.Module) -> NamedTensors:
+    pairs = list(model.named_parameters())  # a tied parameter comes once, under its first name
+    paths = module_paths(model)
+    own_path = {path: own for path, own, _ in paths}
+    names = [_own_name(name, own_path) for name, _ in pairs]
+    is_plain = len(set(names)) == len(names)
+    if not is_plain:
+        names = [name for name, _ in pairs]
+    first = {id(tensor): name for name, (_, tensor) in zip(names, pairs, strict=True)}
+    aliases: dict[str, str] = {}
+    for path, own, module in paths:
+        for leaf, parameter in module._parameters.items():
+            other = f"{own if is_plain else path}{leaf}"
+            name = first.get(id(parameter), other)
+            if name != other:
+                aliases.setdefault(other, name)
+    return NamedTensors(tuple(names), tuple(p for _, p in pairs), True, tuple(aliases.items()))
+
+
+def _own_name(name: str, own_path: Mapping[str, str]) -> str:
+    module, dot, leaf = name.rpartition(".")
+    own = own_path.get(module + dot)
+    # A model may list its parameters under names of its own making, as FullyShardedDataParallel does now and then.
+    return without_wrappers(name) if own is None else own + leaf
 
 
 _FORMS = "expected an nn.Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs"
@@ -133,18 +166,15 @@ def as_items(parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]
         raise TypeError(f"parameters: {_FORMS}, not {type_name(parameters)}{hint}")
     items = list(parameters)
     if not items and isinstance(parameters, Iterator):
-        warnings.warn(
-            "parameters is an empty or already consumed generator: nothing will be clipped",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn_caller("parameters is an empty or already consumed generator: nothing will be clipped")
     return items
 
 
 def _from_items(items: list[Any]) -> NamedTensors:
     named = bool(items) and not isinstance(items[0], Tensor)
     by_name: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
     for position, item in enumerate(items):
         if named and isinstance(item, tuple | list) and len(item) == 2:
             name, tensor = item
@@ -152,9 +182,10 @@ def _from_items(items: list[Any]) -> NamedTensors:
             name, tensor = str(position), item
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or named == (tensor is item):
             raise TypeError(f"parameters[{position}]: {_FORMS}, not {type_name(item)}")
-        if id(tensor) in seen:
+        if id(tensor) in first:
+            aliases.setdefault(name, first[id(tensor)])
             continue
-        seen.add(id(tensor))
+        first[id(tensor)] = name
         if name in by_name:
             raise ValueError(f"parameters: two different tensors are named {name!r}")
         by_name[name] = tensor
@@ -164,7 +195,20 @@ def _from_items(items: list[Any]) -> NamedTensors:
             f"parameters: none of the {len(tensors)} tensors is a Parameter, requires grad or has a .grad; "
             "pass the parameters (their .grad is clipped), not the gradients"
         )
-    return NamedTensors(tuple(by_name), tensors, named)
+    return _unwrapped(NamedTensors(tuple(by_name), tensors, named, tuple(aliases.items())))
+
+
+def _unwrapped(given: NamedTensors) -> NamedTensors:
+    """The same under their own names, as far as names tell."""
+    if not given.named:
+        return given
+    names = [*given.names, *(other for other, _ in given.aliases)]
+    own = dict(zip(names, without_wrappers_of_all(names), strict=True))
+    plain = tuple(own[name] for name in given.names)
+    if len(set(plain)) < len(plain):
+        return given
+    aliases = {own[other]: own[first] for other, first in given.aliases if own[other] != own[first]}
+    return NamedTensors(plain, given.tensors, True, tuple(aliases.items()))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -183,7 +227,7 @@ def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]
     if isinstance(grouping, str):
         if grouping not in WORDS:
             raise ValueError(f"components: expected {_GROUPINGS}, not {grouping!r}")
-        word = _WORD_KEYS[grouping]
+        word = WORD_KEYS[grouping]
         return lambda name, _: word(name)
     if not callable(grouping):
         raise TypeError(f"components: expected {_GROUPINGS}, not {type_name(grouping)}")
@@ -191,79 +235,6 @@ def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]
 
 
 _GROUPINGS = f"one of {', '.join(WORDS)}, a callable or a ComponentSpec"
-
-
-def module_of(name: str) -> str:
-    """The owning module: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3.output.dense"."""
-    return name.rpartition(".")[0]
-
-
-def layer_of(name: str) -> str:
-    """Up to and including the last all-digits part: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3"."""
-    parts = name.split(".")
-    for last in range(len(parts), 0, -1):
-        if parts[last - 1].isdecimal():
-            return ".".join(parts[:last])
-    return module_of(name)
-
-
-def type_of(name: str) -> str:
-    """All-digits parts become "*": "encoder.layer.3.output.dense.bias" -> "encoder.layer.*.output.dense.bias"."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
-_WORD_KEYS: dict[str, Callable[[str], str]] = {
-    "parameter": lambda name: name,
-    "module": module_of,
-    "layer": layer_of,
-    "type": type_of,
-    "all": lambda name: "all",
-}
-
-
-def match_patterns(
-    names: tuple[str, ...],
-    values: Mapping[str, float],
-    default: float,
-    everywhere: tuple[str, ...] | None = None,
-) -> list[float]:
-    """The value of the first pattern, in the mapping's order, that matches each name.
-
-    Args:
-        names: component names.
-        values: ``fnmatch`` patterns (case-sensitive), or exact names, to values.
-        default: value of a name that no pattern matches.
-        everywhere: names that a pattern may match instead, on other ranks.
-
-    Raises:
-        ValueError: a pattern matches no name at all.
-    """
-    everywhere = everywhere or names
-    found = [default] * len(names)
-    free = set(range(len(names)))
-    for pattern, value in values.items():
-        hits = [i for i, name in enumerate(names) if matches(name, pattern)]
-        if not hits and not any(matches(name, pattern) for name in everywhere):
-            raise ValueError(
-                f"max_norm: the pattern {pattern!r} matches none of the {len(everywhere)} "
-                f"components{some_of(everywhere)}"
-            )
-        for i in free.intersection(hits):
-            found[i] = value
-        free.difference_update(hits)
-    return found
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether it is that name, or an ``fnmatch`` pattern of it (case-sensitive; ``*``, ``?``, ``[ab]``)."""
-    # A slice's name holds brackets, which fnmatch reads as a character class: they may also mean themselves.
-    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, pattern.replace("[", "[[]"))
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few names, in brackets, for an error message."""
-    shown = ", ".join(map(repr, names[:3]))
-    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def type_name(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,19 +12,21 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import dispatch, execute, formula
+from .bound import BoundThreshold, home_of
 from .caps import CapPolicy, Caps, MaxNorm, as_float
 from .components import Components, Grouping, NamedTensors, type_name
 from .distributed import call, share
 from .distributed.set_up import spread_of
 from .distributed.share import Held
-from .formula import POLICIES, ClipRule
-from .plan import ClipPlan, Gradients, Planner
+from .formula import POLICIES, ClipRule, wide_dtype
+from .gradients import Gradients, WithoutData
+from .modes import outside_autograd
+from .plan import ClipPlan, Planner
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .sharding import is_flat
 from .spec import ComponentSpec
-from .thresholds import Setting, Threshold
-from .thresholds.base import BoundThreshold
+from .thresholds import Threshold
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ class Engine:
         pp_mesh: object = None,
         settings: str = "",
     ) -> None:
-        self.components = components
         self.ranks = process_group, pp_mesh
-        self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
+        self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
         self._planner = Planner(self._local)
         self._last_caps: tuple[object, Caps] | None = None
         self._last_threshold: BoundThreshold | None = None
@@ -142,7 +142,8 @@ class Engine:
             resolve(parameters, grouping, is_all=is_all), parameters.tensors, process_group, pp_mesh, settings
         )
         if not is_all and isinstance(grouping, ComponentSpec):
-            grouping.check_patterns(parameters.names if engine.spread is None else engine.spread.all_parameters)
+            names = parameters.names if engine.spread is None else engine.spread.all_parameters
+            grouping.check_patterns(names, parameters.aliases)
         return engine
 
     @property
@@ -153,13 +154,8 @@ class Engine:
         """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
         if isinstance(max_norm, Threshold):
             if self._last_threshold is None or not self._last_threshold.is_for(max_norm, rule):
-                if max_norm.needs_all_components and self.spread is not None and self.spread.has_stages:
-                    raise ValueError(
-                        f"max_norm: {type_name(max_norm)} looks at all components together, of which each rank of "
-                        "pp_mesh has others; use a policy that looks at each by itself"
-                    )
-                self._last_threshold = BoundThreshold(max_norm, self._setting(tensors, rule))
-            return self._last_threshold
+                self._last_threshold = BoundThreshold(max_norm, self.components, self.spread, rule)
+            return self._last_threshold.at_work(tensors)
         names, everywhere = self.components.names, None if self.spread is None else self.spread.all_names
         if isinstance(max_norm, Tensor):
             return Caps(max_norm, names)
@@ -167,39 +163,29 @@ class Engine:
         named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
         items = [(pattern, type(value), value) for pattern, value in named]
         if self._last_caps is None or self._last_caps[0] != items:
-            self._last_caps = items, Caps(max_norm, names, everywhere)
+            self._last_caps = items, Caps(max_norm, names, everywhere, self.components.aliases)
         return self._last_caps[1]
 
-    def _setting(self, tensors: Sequence[Tensor], rule: ClipRule) -> Setting:
-        """What a threshold is told about the components."""
-        refs = [weakref.ref(t) for t in tensors]
-        values = Planner(self._local)
-
-        @torch.no_grad()
-        def parameter_norms() -> Tensor:
-            parameters = [t for ref in refs if (t := ref()) is not None]
-            home = _home(parameters)
-            if self.spread is not None:
-                return call.norms_of_values(call.Job(self.spread, values, None, home), parameters, rule.norm_type)
-            here = [t.detach() for t in parameters]
-            return execute.norms_of(values.plan(here, home, rule.norm_type, None), here, rule.norm_type)
-
-        if self.spread is None:
-            numels = tuple(share.numels(self.components, tensors, [None] * len(tensors))[1])
-        else:
-            numels = self.spread.numels
-        return Setting(self.components.names, numels, rule.norm_type, rule.eps, _home(tensors), parameter_norms)
-
-    @torch.no_grad()
+    @outside_autograd
     def clip_(
         self, tensors: Sequence[Tensor], policy: CapPolicy, options: Options, scaled: ScaledLoss = NOT_SCALED
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clips the tensors' gradients in place: norms before and coefficients, [K] each, and the caps."""
-        rule, raise_nonfinite, spread = options.rule, options.raise_nonfinite, self.spread
+        try:
+            return self._clip_(tensors, policy, options, scaled)
+        except WithoutData as found:
+            norms = self._without_data(found)
+            return norms, torch.empty_like(norms), norms.new_empty(norms.shape, dtype=wide_dtype(norms.device))
+
+    def _clip_(
+        self, tensors: Sequence[Tensor], policy: CapPolicy, options: Options, scaled: ScaledLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rule = options.rule if policy.adds_eps else options.rule.without_eps
+        raise_nonfinite, spread = options.raise_nonfinite, self.spread
         if spread is not None and not (
             spread.is_local and not (spread.asks and (raise_nonfinite or scaled.looks_for_inf))
         ):
-            job = call.Job(spread, self._planner, options.backend, _home(tensors))
+            job = call.Job(spread, self._planner, options.backend, home_of(tensors))
             return call.clip_(job, tensors, policy, rule, raise_nonfinite, scaled)
 
         def work(plan: ClipPlan, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,24 +200,31 @@ class Engine:
         held = self._held(tensors)
         # A RuntimeError of raise_nonfinite may be about the norms.
         return self._planner.carry_out(
-            work, held.local, _home(tensors), rule.norm_type, options.backend, exact=raise_nonfinite
+            work, held.local, home_of(tensors), rule.norm_type, options.backend, exact=raise_nonfinite
         )
 
-    @torch.no_grad()
+    @outside_autograd
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
         """Norms [K] of the tensors' gradients, which stay as they are."""
-        if self.spread is not None and not self.spread.is_local:
-            return call.norms_of(call.Job(self.spread, self._planner, backend, _home(tensors)), tensors, norm_type)
-        return self._planner.carry_out(
-            lambda plan, grads: execute.norms_of(plan, grads, norm_type),
-            self._held(tensors).local,
-            _home(tensors),
-            norm_type,
-            backend,
-            exact=False,
-        )
+        home = home_of(tensors)
+        try:
+            if self.spread is not None and not self.spread.is_local:
+                return call.norms_of(call.Job(self.spread, self._planner, backend, home), tensors, norm_type)
+            return self._planner.measure(
+                lambda plan, grads: execute.norms_of(plan, grads, norm_type),
+                self._held(tensors).local,
+                home,
+                norm_type,
+                backend,
+            )
+        except WithoutData as found:
+            return self._without_data(found)
 
-    @torch.no_grad()
+    def _without_data(self, found: WithoutData) -> Tensor:
+        """What norms of fake and meta gradients look like, for those who estimate memory: [K], without values."""
+        return torch.empty(len(self.components.names), dtype=found.norm_dtype, device=found.device)
+
+    @outside_autograd
     def total(self, norms: Tensor, norm_type: float) -> Tensor:
         """The norm of all components together, [], from those of each."""
         if self.spread is not None:
@@ -241,26 +234,18 @@ class Engine:
     def _held(self, tensors: Sequence[Tensor]) -> Held:
         return Held([t.grad for t in tensors], ()) if self.spread is None else self.spread.gradients(tensors)
 
-    @torch.no_grad()
+    @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
         """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
-        here: Sequence[Tensor | None] = tensors if self.spread is None else self.spread.values(tensors)
         grads = self._held(tensors).local
-        shown = [
-            _stand_in(tensor, value) if grad is None else grad
-            for tensor, value, grad in zip(tensors, here, grads, strict=True)
-        ]
-        plan = Planner(self._local).plan(shown, _home(tensors), norm_type, backend)
+        shown = [_stand_in(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
+        plan = Planner(self._local).plan(shown, home_of(tensors), norm_type, backend)
         text = dispatch.explain(plan, shown)
         return text if self.spread is None else f"{text}\n{self.spread.explain()}"
 
 
-def _stand_in(tensor: Tensor, value: Tensor | None) -> Tensor | None:
+def _stand_in(tensor: Tensor) -> Tensor | None:
     # None for what has no data yet, or is frozen and never has a gradient.
-    if value is None or not tensor.requires_grad or is_lazy(tensor) or tensor.is_meta:
+    if not tensor.requires_grad or is_lazy(tensor) or tensor.is_meta:
         return None
-    return value.detach()
-
-
-def _home(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
+    return share.local_value(tensor).detach()

@@ -12,7 +12,8 @@ from . import formula
 from .caps import CapPolicy
 from .dispatch import BACKENDS
 from .formula import UNSCALED, ClipRule, LossScale, neutral, wide_dtype
-from .plan import Bucket, ClipPlan, Gradients, narrowed, values_of
+from .gradients import Gradients, values_of
+from .plan import Bucket, ClipPlan, narrowed
 
 
 def norms_of(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:

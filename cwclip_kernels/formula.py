@@ -6,7 +6,8 @@ The kernels carry the same few lines in their own language; the tests hold all o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class ClipRule:
     def zero_fill(self) -> bool:
         """Whether a coefficient of 0 writes zeros, so that inf and NaN vanish, rather than multiplies."""
         return self.nonfinite == "zero"
+
+    @cached_property
+    def without_eps(self) -> ClipRule:
+        """The same with ``eps`` 0: coef = cap / norm, the same at any scale of the loss that the cap follows."""
+        return self if self.eps == 0.0 else replace(self, eps=0.0)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .attach import check_not_in_backward, clipping_too, parameters_of
+from .caps import CapPolicy, Caps
 from .clipper import ClipResult, ComponentClipper
 from .components import type_name
+from .messages import warn_caller
+from .thresholds import Threshold
+from .thresholds.base import is_capturing
+
+# Steps with nothing to clip, before any other, until that is told: a GAN may take 100 with one of its optimizers.
+_STEPS_WITHOUT = 128
+
+_OVERRIDDEN = {
+    "_unscale_grads_": ("optimizer", "inv_scale", "found_inf", "allow_fp16"),
+    "_maybe_opt_step": ("optimizer", "optimizer_state", "args", "kwargs"),
+}
 
 
 class ComponentClipGradScaler(GradScaler):
@@ -22,6 +39,13 @@ class ComponentClipGradScaler(GradScaler):
     Use it as torch's own, without clipping anywhere else. ``step`` unscales and clips what hasn't been yet, also for
     fused optimizers; scale updates and skipped steps are torch's. Disabled (``enabled=False``, say for bfloat16) it
     still clips. Parameters that the clipper doesn't have are unscaled.
+
+    A step that is skipped, because of inf or NaN, teaches a threshold nothing and doesn't count. A fused optimizer
+    decides that on the device, without telling the host: there it counts.
+
+    ``state_dict()`` is that of torch's scaler, and either loads the other's; ``clipper.state_dict()`` holds what
+    thresholds have learnt. ``copy.deepcopy`` copies the clipper as well, and calls the same ``on_clip``. It can't be
+    pickled, since copies of the parameters would come along: make one anew, around a clipper, and load its state.
 
     Args:
         clipper: what to clip, and how. With several optimizers each clips what it owns.
@@ -37,7 +61,7 @@ class ComponentClipGradScaler(GradScaler):
         last: what the last clipping found and did, with norms of the unscaled gradients; None before the first.
 
     Raises:
-        TypeError: ``clipper`` is none.
+        TypeError: ``clipper`` is none. When pickled.
         ValueError: the clipper raises for non-finite norms, which a scaled loss has now and then.
         RuntimeError: this version of torch has another ``GradScaler`` than this class is made for.
 
@@ -78,21 +102,26 @@ class ComponentClipGradScaler(GradScaler):
         self.last: ClipResult | None = None
         self._clipper = clipper
         self._on_clip = on_clip
-        self._parts: dict[int, tuple[tuple[int, ...], ComponentClipper | None, list[Tensor]]] = {}
+        self._parts: dict[int, _Part] = {}
         self._unscaling = False
-        self._clipped: set[int] = set()  # optimizers, since their last step; used while disabled
+        self._clipped: WeakSet[Optimizer] = WeakSet()  # since their last step; used while disabled
+        self._steps_without = 0
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Unscales and clips the optimizer's gradients; once for each ``step``, and only when they are complete.
 
         Raises:
-            RuntimeError: called twice, or after ``step``, before ``update``.
+            RuntimeError: called twice, or after ``step``, before ``update``; or some of the gradients are clipped
+                elsewhere, too, by ``attach`` or ``clip_in_backward``. Nothing is changed.
             ValueError: float16 gradients, or a component that another optimizer has a part of.
         """
+        part = self._part_of(optimizer)
+        part.check_alone(optimizer)
+        if part.clipper is None:
+            self._count_without()
         if not self.is_enabled():
-            if id(optimizer) not in self._clipped:
-                self._clip(self._part_of(optimizer)[0])
-                self._clipped.add(id(optimizer))
+            self._clip(part)
+            self._clipped.add(optimizer)
             return
         self._unscaling = True
         try:
@@ -101,18 +130,66 @@ class ComponentClipGradScaler(GradScaler):
             self._unscaling = False
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """As ``torch.amp.GradScaler.step``, after ``unscale_`` where that hasn't been called."""
-        if not self.is_enabled():
-            if "closure" in kwargs or args:
-                raise RuntimeError(
-                    "a closure's gradients can't be clipped here; use ComponentClipper.attach(optimizer)"
-                )
+        """As ``torch.amp.GradScaler.step``, after ``unscale_`` where that hasn't been called.
+
+        Raises:
+            RuntimeError: as for ``unscale_``; or a closure is given.
+        """
+        closure = kwargs.pop("closure", None)
+        if any(map(callable, (closure, *args))):
+            raise RuntimeError("a closure's gradients can't be clipped here; use ComponentClipper.attach(optimizer)")
+        part = self._part_of(optimizer)
+        # Optimizers that unscale by themselves, too: to be clipped, gradients must be unscaled.
+        if self._is_ready(optimizer) if self.is_enabled() else optimizer not in self._clipped:
             self.unscale_(optimizer)
-            self._clipped.discard(id(optimizer))
-        elif self._is_ready(optimizer):
-            # Optimizers that unscale by themselves, too: to be clipped, gradients must be unscaled.
-            self.unscale_(optimizer)
+        else:
+            part.check_alone(optimizer)
+        self._clipped.discard(optimizer)
         return super().step(optimizer, *args, **kwargs)
+
+    def _maybe_opt_step(
+        self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> float | None:
+        later = self._part_of(optimizer).later
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if later is not None:
+                later.learn()
+            return optimizer.step(*args, **kwargs)
+
+        # torch waits for found_inf here, and then steps or doesn't: to ask again would be to wait again.
+        judged: Any = SimpleNamespace(step=step)
+        result: float | None = super()._maybe_opt_step(judged, optimizer_state, *args, **kwargs)
+        return result
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """As ``torch.amp.GradScaler.update``."""
+        self._clipped.clear()
+        super().update(new_scale)
+
+    def __copy__(self) -> ComponentClipGradScaler:
+        return self._copied(lambda value: value, {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComponentClipGradScaler:
+        return self._copied(lambda value: copy.deepcopy(value, memo), memo)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a ComponentClipGradScaler can't be pickled, since copies of the parameters would come along, and these "
+            "be clipped: make a new one around the clipper and call load_state_dict() with this one's state_dict()"
+        )
+
+    def _copied(self, how: Callable[[Any], Any], memo: dict[int, Any]) -> ComponentClipGradScaler:
+        if self._clipped:
+            raise RuntimeError("a ComponentClipGradScaler can't be copied between unscale_() and step()")
+        state = self.__getstate__()  # torch, too, refuses in the middle of an iteration
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        # What is known of optimizers is found anew.
+        new.__dict__.update(_on_clip=state.pop("_on_clip"), _parts={}, _clipped=WeakSet())
+        if self.is_enabled():
+            new._per_optimizer_states = copy.copy(state.pop("_per_optimizer_states"))
+        new.__dict__.update({name: how(value) for name, value in state.items() if name not in new.__dict__})
+        return new
 
     def _is_ready(self, optimizer: Optimizer) -> bool:
         state = self._per_optimizer_states[id(optimizer)]
@@ -123,47 +200,149 @@ class ComponentClipGradScaler(GradScaler):
     ) -> dict[torch.device, Tensor]:
         if not self._unscaling:  # torch only looks for inf and NaN
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        part, others = self._part_of(optimizer)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        part = self._part_of(optimizer)
+        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError(
                 "Attempting to unscale FP16 gradients: keep parameters in float32 and use torch.autocast."
             )
-        if not grads and (part is None or not part.is_spread):  # where it is, other ranks may have some
+        if not grads and (
+            part.clipper is None or not part.clipper.is_spread
+        ):  # where it is, other ranks may have some
             return {}
+        if part.later is not None:
+            part.later.begin(not (getattr(optimizer, "_step_supports_amp_scaling", False) or is_capturing()))
         self._clip(part, inv_scale=inv_scale, found_inf=found_inf)
-        rest: Any = SimpleNamespace(param_groups=[{"params": others}])
+        rest: Any = SimpleNamespace(param_groups=[{"params": part.others}])
         found = super()._unscale_grads_(rest, inv_scale, torch.zeros_like(found_inf), allow_fp16)
         # Not the sum of the two: fused optimizers skip a step where this is 1, and take it where it is 2.
         here = found_inf.device
         found[here] = torch.maximum(found[here], found_inf) if here in found else found_inf
         return found
 
-    def _clip(self, part: ComponentClipper | None, **scaled: Tensor) -> None:
-        if part is None:
+    def _clip(self, part: _Part, **scaled: Tensor) -> None:
+        if part.clipper is None:
             return
-        self.last = part.clip_(**scaled)
+        self.last = part.clipper.clip_(**scaled)
         if self._on_clip is not None:
             self._on_clip(self.last)
 
-    def _part_of(self, optimizer: Optimizer) -> tuple[ComponentClipper | None, list[Tensor]]:
-        """The clipper for what an optimizer owns, None if nothing is clipped, and what it owns that isn't."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def _count_without(self) -> None:
+        self._steps_without += 1
+        if self.last is None and self._steps_without == _STEPS_WITHOUT:
+            warn_caller(
+                f"ComponentClipGradScaler has clipped nothing in {_STEPS_WITHOUT} steps: the optimizers that it has "
+                "seen own none of the clipper's parameters. Was the clipper made from another copy of the model?"
+            )
+
+    def _part_of(self, optimizer: Optimizer) -> _Part:
+        parameters = parameters_of(optimizer)
         ids = tuple(map(id, parameters))
         known = self._parts.get(id(optimizer))
-        if known is None or known[0] != ids:
-            part = self._clipper.part(parameters)
-            clipped = set(map(id, part.parameters))
-            known = ids, part if clipped else None, [p for p in parameters if id(p) not in clipped]
-            self._parts[id(optimizer)] = known
-        return known[1:]
+        if known is None or known.ids != ids:
+            known = self._parts[id(optimizer)] = _part(self._clipper, parameters, ids)
+        return known
+
+
+@dataclass
+class _Part:
+    """What one optimizer owns.
+
+    Attributes:
+        ids: of its parameters.
+        clipper: of those that are clipped; None if none is.
+        clipped: these.
+        others: those that are only unscaled.
+        later: the clipper's policy, if it is one that may learn.
+        turn: which of the clipped ones is looked at next.
+    """
+
+    ids: tuple[int, ...]
+    clipper: ComponentClipper | None
+    clipped: tuple[Tensor, ...]
+    others: list[Tensor]
+    later: _LearnsLater | None
+    turn: int = 0
+
+    def check_alone(self, optimizer: Optimizer) -> None:
+        """Raises RuntimeError if what is clipped here is clipped at another place, too."""
+        if self.clipper is None:
+            return
+        too = clipping_too(optimizer, self.clipped)
+        if too:
+            raise RuntimeError(
+                f"optimizer: a clipper that is attached to it clips {too[0][1]!r} as well; remove() that one's "
+                "handle, or use torch's own GradScaler"
+            )
+        # All of them once, and then another one each time.
+        seen = self.clipped if self.turn == 0 else (self.clipped[self.turn % len(self.clipped)],)
+        check_not_in_backward(self.clipper, seen)
+        self.turn += 1
+
+
+def _part(clipper: ComponentClipper, parameters: list[Tensor], ids: tuple[int, ...]) -> _Part:
+    part = clipper.part(parameters)
+    clipped = part.parameters
+    own = set(map(id, clipped))
+    others = [p for p in parameters if id(p) not in own]
+    later = None
+    if clipped and isinstance(part.max_norm, Threshold):
+        later = _LearnsLater()
+        part._policy_of_clip = later.around
+    return _Part(ids, part if clipped else None, clipped, others, later)
+
+
+class _LearnsLater:
+    """A policy that may learn from a clip only when its step is taken, which is known later."""
+
+    def __init__(self) -> None:
+        self._policy: CapPolicy = Caps(math.inf, ())  # until there is one
+        self._waits = False
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def around(self, policy: CapPolicy) -> CapPolicy:
+        """This in place of a clip's policy."""
+        self._policy = policy
+        return self
+
+    @property
+    def needs_norms(self) -> bool:
+        """See ``CapPolicy``."""
+        return self._policy.needs_norms
+
+    @property
+    def adds_eps(self) -> bool:
+        """See ``CapPolicy``."""
+        return self._policy.adds_eps
+
+    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
+        """See ``CapPolicy``."""
+        return self._policy.caps(device, norms)
+
+    def begin(self, waits: bool) -> None:
+        """Before a clip: whether it is learnt from later. One that still waits has had no step, and never is."""
+        self._waits, self._seen = waits, None
+
+    def update_(self, norms: Tensor, coefs: Tensor) -> None:
+        """See ``CapPolicy``."""
+        self._seen = norms, coefs
+        if not self._waits:
+            self.learn()
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """The step is taken."""
+        seen, self._seen = self._seen, None
+        if seen is not None:
+            self._policy.update_(*seen)
 
 
 def _check_torch() -> None:
-    """Raises RuntimeError unless ``GradScaler`` hands its gradients to the method that is overridden here."""
-    method = getattr(GradScaler, "_unscale_grads_", None)
-    found = list(inspect.signature(method).parameters) if method is not None else None
-    if found != ["self", "optimizer", "inv_scale", "found_inf", "allow_fp16"]:
+    """Raises RuntimeError unless ``GradScaler`` calls what is overridden here, with the same arguments."""
+    for name, wanted in _OVERRIDDEN.items():
+        method = getattr(GradScaler, name, None)
+        if method is not None and list(inspect.signature(method).parameters) == ["self", *wanted]:
+            continue
         raise RuntimeError(
             f"ComponentClipGradScaler isn't made for the GradScaler of torch {torch.__version__}; use torch's own, "
             "with scaler.unscale_(optimizer) and then clipper.clip_() before scaler.step(optimizer)"

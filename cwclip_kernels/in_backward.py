@@ -156,7 +156,7 @@ class BackwardClipping:
     def _clip(self, single: _Single, parameter: Tensor, grad: Tensor) -> None:
         single.check_not_accumulated(grad)
         current = self._current_pass()
-        caps = _Share(current.caps_on(grad.device), single.own)
+        caps = _Share(current.caps_on(grad.device), single.own, self._policy.adds_eps)
         norms, coefs, _ = single.engine.clip_((parameter,), caps, self._options)
         with self._lock:
             current.found.append((single.own, norms, coefs))
@@ -256,7 +256,8 @@ class _Share:
 
     needs_norms = False
 
-    def __init__(self, caps: Tensor, own: slice) -> None:
+    def __init__(self, caps: Tensor, own: slice, adds_eps: bool) -> None:
+        self.adds_eps = adds_eps
         self._caps = caps[own] if caps.ndim else caps
 
     def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:

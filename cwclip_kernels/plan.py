@@ -6,9 +6,8 @@ addresses, so a training loop builds one plan and reuses it at every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -17,9 +16,18 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import extension
-from .components import CUT, LEFT_ALONE, Box, Components, type_name
+from .components import CUT, LEFT_ALONE, Box, Components
+from .gradients import (
+    WIDE_DTYPES,
+    Gradients,
+    check_data,
+    check_distinct,
+    check_gradient,
+    check_tensor,
+    overlaps,
+    values_of,
+)
 
-Gradients = Sequence[Tensor | None]
 Result = TypeVar("Result")
 
 
@@ -115,14 +123,27 @@ class ClipPlan:
 
 
 class Planner:
-    """Keeps the plans of one set of components, one for each kind of call; remakes them when gradients change."""
+    """Keeps the plans of one set of components, one for each kind of call; remakes them when gradients change.
 
-    def __init__(self, components: Components) -> None:
+    Args:
+        components: what belongs together.
+        kind: what the tensors are, for error messages: "gradient", or "parameter" where these are measured.
+    """
+
+    def __init__(self, components: Components, kind: str = "gradient") -> None:
         self.components = components
-        self._plans: dict[tuple[float, str | None], ClipPlan] = {}
+        self._kind = kind
+        self._plans: dict[tuple[object, ...], ClipPlan] = {}
 
     def plan(
-        self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, *, exact: bool = True
+        self,
+        grads: Gradients,
+        home: torch.device,
+        norm_type: float,
+        backend: str | None,
+        *,
+        exact: bool = True,
+        writes: bool = True,
     ) -> ClipPlan:
         """The plan for these gradients.
 
@@ -133,19 +154,21 @@ class Planner:
             backend: the user's choice or None.
             exact: False if a self-checking plan may come without its signature being compared, which takes
                 most of a call's time on the host. If that is refused, the caller remakes it.
+            writes: whether gradients are scaled; those that are only measured may share memory.
 
         Raises:
             TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
             RuntimeError: the named backend refuses.
+            WithoutData: no gradient has any.
         """
-        plan = self._plans.get((norm_type, backend))
+        plan = self._plans.get(_kind_of_call(norm_type, backend, writes))
         if (
             plan is not None
             and plan.outline == _outline(grads)
             and ((plan.self_checking and not exact) or plan.signature == _signature(grads))
         ):
             return plan
-        return self.remake(grads, home, norm_type, backend)
+        return self.remake(grads, home, norm_type, backend, writes)
 
     def carry_out(
         self,
@@ -156,31 +179,59 @@ class Planner:
         backend: str | None,
         *,
         exact: bool,
+        writes: bool = True,
     ) -> Result:
         """Does the work with a plan for these gradients; arguments and errors as for ``plan``.
 
         The work raises RuntimeError, with nothing written, where the plan turns out to be for others; ``exact`` says
         that a RuntimeError may be about something else.
         """
-        plan = self.plan(grads, home, norm_type, backend, exact=exact)
+        plan = self.plan(grads, home, norm_type, backend, exact=exact, writes=writes)
         try:
             return work(plan, grads)
         except RuntimeError:
             if exact or not plan.self_checking:
                 raise
             # A look at every gradient says what is wrong, by name, or what changed.
-            fresh = self.remake(grads, home, norm_type, backend)
+            fresh = self.remake(grads, home, norm_type, backend, writes)
             if fresh.signature == plan.signature:
                 raise
             return work(fresh, grads)
 
-    def remake(self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None) -> ClipPlan:
+    def measure(
+        self,
+        work: Callable[[ClipPlan, Gradients], Result],
+        grads: Gradients,
+        home: torch.device,
+        norm_type: float,
+        backend: str | None,
+    ) -> Result:
+        """As ``carry_out``, for work that writes nothing, with the plan that writes if that serves.
+
+        It doesn't serve gradients that share memory, or that are parameters or leaves; an expanded one is measured as
+        a copy.
+        """
+        if _kind_of_call(norm_type, backend, writes=False) not in self._plans:
+            try:
+                return self.carry_out(work, grads, home, norm_type, backend, exact=False)
+            except (TypeError, ValueError):
+                pass
+        readable = [None if g is None else _readable(g) for g in grads]
+        return self.carry_out(work, readable, home, norm_type, backend, exact=False, writes=False)
+
+    def remake(
+        self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, writes: bool = True
+    ) -> ClipPlan:
         """A plan from scratch, every gradient looked at; arguments and errors as for ``plan``."""
-        plan = _build(self.components, grads, home, norm_type, backend)
+        plan = _build(self.components, grads, home, norm_type, backend, writes, self._kind)
         if len(self._plans) >= 8:  # a program that goes through orders of norm
             self._plans.clear()
-        self._plans[norm_type, backend] = plan
+        self._plans[_kind_of_call(norm_type, backend, writes)] = plan
         return plan
+
+
+def _kind_of_call(norm_type: float, backend: str | None, writes: bool) -> tuple[object, ...]:
+    return (norm_type, backend) if writes else (norm_type, backend, "measured")
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -206,15 +257,12 @@ def _any_requires_grad(tensors: Gradients) -> bool:
 
 def _signature(grads: Gradients) -> object:
     present = [g for g in grads if g is not None]
+    if any(g.is_nested for g in present):  # which have no shape to compare, and aren't served
+        return object()
     dense = [values_of(g) for g in present if g.layout in (torch.strided, torch.sparse_coo)]
     strides = [g.stride() for g in dense]
     distinct = len({g.data_ptr() for g in dense if g.device.type != "meta"})
     return [*(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], distinct]
-
-
-def values_of(grad: Tensor) -> Tensor:
-    """What a gradient keeps in memory: itself, or a sparse one's values."""
-    return grad._values() if grad.is_sparse else grad
 
 
 def _build(
@@ -223,7 +271,11 @@ def _build(
     home: torch.device,
     norm_type: float,
     backend: str | None,
+    writes: bool,
+    kind: str,
 ) -> ClipPlan:
+    check_data(components, grads)
+    problems = dict(components.problems)
     served: dict[int, tuple[torch.device, str, str]] = {}
     sparse = False
     norm_dtype = torch.float32
@@ -231,14 +283,24 @@ def _build(
     for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
         if grad is None or component == LEFT_ALONE:
             continue
-        check_gradient(grad, components.tensor_names[position], cut=component == CUT)
+        name = components.tensor_names[position]
+        if position in problems:
+            raise ValueError(
+                f"the gradient of {name!r}, which was frozen when components were looked up: {problems[position]}. "
+                "Make the clipper after parameters have been unfrozen"
+            )
+        if kind == "gradient":
+            check_gradient(grad, name, cut=component == CUT, writes=writes)
+        else:
+            check_tensor(grad, f"the {kind} {name!r}", cut=component == CUT)
         if not served:
             device = grad.device
-        if grad.dtype in (torch.float64, torch.complex128):
+        if grad.dtype in WIDE_DTYPES:
             norm_dtype = torch.float64
         sparse = sparse or grad.is_sparse
         served[position] = (grad.device, *dispatch.choose(grad.device, grad.dtype, norm_type, backend))
-    _check_distinct(components, grads)
+    if writes:
+        check_distinct(components, grads)
     members: dict[tuple[torch.device, str, str], list[tuple[int, int, Box]]] = {}
     for member in components.members():
         if member[0] in served:
@@ -264,87 +326,13 @@ def _build(
     return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _outline(grads), _signature(grads))
 
 
+def _readable(grad: Tensor) -> Tensor:
+    """Of what would be refused if it were written to, something with the same norm."""
+    if isinstance(grad, torch.nn.Parameter):
+        grad = grad.detach()
+    has_strides = type(grad) is Tensor and not grad.is_nested and grad.layout == torch.strided
+    return grad.contiguous() if has_strides and overlaps(grad) else grad
+
+
 def _is_special(grad: Tensor | None) -> bool:
     return grad is not None and (grad.is_complex() or grad.is_sparse or grad.is_neg())
-
-
-_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-)
-
-
-def check_gradient(grad: Tensor, name: str, *, cut: bool = False) -> None:
-    """Raises unless ``grad`` is something that can be clipped in place, or slice by slice if it is ``cut``.
-
-    Raises:
-        TypeError: dtype, layout or tensor subclass that isn't served.
-        ValueError: a parameter set as gradient, several elements on one memory place, a meta tensor.
-    """
-    where = f"the gradient of {name!r}"
-    if isinstance(grad, torch.nn.Parameter) or (grad.is_leaf and grad.requires_grad):
-        raise ValueError(
-            f"{where} is itself a parameter (or a leaf that requires grad): clipping would change the parameter's "
-            "own data; set p.grad to its gradient, or detach it first"
-        )
-    if type(grad) is not Tensor:
-        raise TypeError(
-            f"{where} is a {type_name(grad)}, of a parameter that is none: wrapped gradients are served as DTensors "
-            "of DTensor parameters only, outside of torch.compile"
-        )
-    if grad.dtype not in _DTYPES:
-        raise TypeError(
-            f"{where} is {grad.dtype}: only {', '.join(map(_short, _DTYPES))} are served; convert it first"
-        )
-    if grad.layout not in (torch.strided, torch.sparse_coo):
-        raise TypeError(f"{where} has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()")
-    if cut and grad.is_sparse:
-        raise TypeError(
-            f"{where} is sparse and can't be clipped slice by slice: leave it whole in the ComponentSpec, or make "
-            "the layer with sparse=False"
-        )
-    if grad.device.type == "meta":
-        raise ValueError(f"{where} is on the meta device: there is no data to clip")
-    values = values_of(grad)
-    if _overlaps(values):
-        raise ValueError(
-            f"{where} has several elements on one place in memory (shape {list(values.shape)}, strides "
-            f"{list(values.stride())}), which would be scaled more than once; use .contiguous()"
-        )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _overlaps(grad: Tensor) -> bool:
-    """Whether two elements may share memory: each stride must step over all that the smaller ones span."""
-    if grad.numel() < 2 or grad.is_contiguous():
-        return False
-    span = 0
-    for stride, size in sorted((st, sz) for st, sz in zip(grad.stride(), grad.shape, strict=True) if sz > 1):
-        if stride <= span:
-            return True
-        span += stride * (size - 1)
-    return False
-
-
-def _check_distinct(components: Components, grads: Gradients) -> None:
-    """Raises if two gradients share memory. Those with gaps may interleave, but not begin at the same place."""
-    places = []
-    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
-        if grad is not None and component != LEFT_ALONE and (values := values_of(grad)).numel():
-            start, gaps = values.data_ptr(), not values.is_contiguous()
-            places.append((str(values.device), start, start + (1 if gaps else values.nbytes), position))
-    places.sort()
-    for (device, _, end, one), (other_device, start, _, other) in pairwise(places):
-        if device == other_device and start < end:
-            names = components.tensor_names[one], components.tensor_names[other]
-            raise ValueError(
-                f"the gradients of {names[0]!r} and {names[1]!r} share memory, which would be scaled twice; "
-                "give each its own, or pass one of them"
-            )

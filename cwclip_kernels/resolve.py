@@ -23,17 +23,22 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     Raises:
         TypeError: ``grouping`` is none of these, or returned something unhashable.
         ValueError: unknown word, a word that needs names where there are none, two keys that look alike, or a spec
-            that doesn't fit the parameters.
+            that doesn't fit the parameters that require grad.
     """
     spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
     _check_names(parameters, spec.words)
     entries = list(_entries(parameters))
     if is_all:
-        spec.check_patterns([name for _, name, _, _ in entries])
+        spec.check_patterns([name for _, name, _, _ in entries], parameters.aliases)
     order: dict[Hashable, int] = {}
     written: list[str] = []
     index: list[int] = []
     slices: list[tuple[int, int, Box]] = []
+    problems: list[tuple[int, str]] = []
+    tied: dict[str, list[str]] = {}
+    for other, first in parameters.aliases:
+        tied.setdefault(first, []).append(other)
+    aliases: dict[str, str] = {}
 
     def component_of(key: Hashable, name: str) -> int:
         component = order.setdefault(key, len(order))
@@ -54,18 +59,38 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
                 f"components: the callable returned an unhashable {type_name(key)} for {name!r}; "
                 "return a string, number or tuple, or None to leave the parameter alone"
             ) from None
-        parts = spec.slices_of(name, tensor)
-        if not parts and original is None:
-            index[position] = component_of((key, ""), str(key))
-            continue
-        index[position] = CUT
-        for label, box in parts or [("", ())]:
+        try:
+            parts = _parts(spec, name, tensor, original)
+        except ValueError as error:
+            if tensor.requires_grad:
+                raise
+            problems.append((position, str(error)))
+            parts = [("", () if original is None else original.flat(()))]
+        for label, box in parts:
             component = component_of((key, label), f"{key}{label}")
-            slices.append((position, component, box if original is None else original.flat(box)))
+            if box:
+                index[position] = CUT
+                slices.append((position, component, box))
+            else:
+                index[position] = component
+        for other in tied.get(name, ()):
+            other_key = spec.key_by_name(other, tensor)
+            if other_key is not None:
+                aliases |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
     if len(set(written)) < len(written):
         twice = next(n for i, n in enumerate(written) if n in written[:i])
         raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
-    return Components(tuple(written), tuple(index), parameters.names, tuple(slices))
+    for name in written:
+        aliases.pop(name, None)
+    return Components(
+        tuple(written), tuple(index), parameters.names, tuple(slices), tuple(problems), tuple(aliases.items())
+    )
+
+
+def _parts(spec: ComponentSpec, name: str, tensor: Tensor, original: Original | None) -> list[tuple[str, Box]]:
+    """What a parameter is cut into, with what is appended to its component's name; the whole of it if it isn't."""
+    parts = spec.slices_of(name, tensor) or [("", ())]
+    return parts if original is None else [(label, original.flat(box)) for label, box in parts]
 
 
 def _entries(parameters: NamedTensors) -> Iterator[tuple[int, str, Tensor, Original | None]]:

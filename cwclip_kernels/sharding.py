@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .components import Box, without_wrappers
+from .components import Box
+from .naming import without_wrappers
 
 Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and length of consecutive indices, in local order
 

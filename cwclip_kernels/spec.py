@@ -10,7 +10,8 @@ from operator import index as as_index
 from torch import Tensor
 from torch.nn import UninitializedParameter
 
-from .components import Box, Grouping, key_function, matches, some_of, type_name
+from .components import Box, Grouping, key_function, type_name
+from .naming import Aliases, matches, no_match
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class ComponentSpec:
     Fused layers keep in one tensor what a model means as several: query, key and value, or all experts of a layer.
     A slice along dim 0 costs nothing extra; along other dims it is right, and slower. A slice's component is named
     after what it is cut from: ``h.0.attn.c_attn.weight[q]``.
+
+    Frozen parameters are not in the way: tensors of integers, such as packed 4-bit weights, are never cut, and other
+    frozen ones that a split doesn't fit stay whole. Those that it fits are cut, so that freezing changes no name.
 
     Args:
         base: how parameters that no ``group`` matches are grouped: None or "parameter", "module", "layer", "type",
@@ -100,29 +104,41 @@ class ComponentSpec:
         """Whether names and shapes alone decide: no callable is to be asked."""
         return not any(map(callable, self.words))
 
-    def check_patterns(self, names: Sequence[str]) -> None:
-        """Raises ValueError if a pattern matches none of these parameters."""
+    def check_patterns(self, names: Sequence[str], aliases: Aliases = ()) -> None:
+        """Raises ValueError if a pattern matches none of these parameters, of which tied ones have other names."""
         methods = [("group", g.pattern) for g in self.groups]
         methods += [("unitwise" if cut.unitwise else "split", cut.pattern) for cut in self.cuts]
         for method, pattern in methods:
             if not any(matches(name, pattern) for name in names):
                 raise ValueError(
-                    f"components: {method}({pattern!r}) matches none of the {len(names)} parameters{some_of(names)}"
+                    f"components: {method}({pattern!r}) {no_match(pattern, names, 'parameters', aliases)}"
                 )
 
     def key_of(self, name: str, tensor: Tensor) -> Hashable | None:
         """The key of the component that a whole parameter would belong to, None to leave it alone."""
-        for group in reversed(self.groups):
-            if matches(name, group.pattern):
-                return group.pattern if group.by == "all" else key_function(group.by)(name, tensor)
-        return key_function(self.base)(name, tensor)
+        group = self._group_of(name)
+        if group is None:
+            return key_function(self.base)(name, tensor)
+        return group.pattern if group.by == "all" else key_function(group.by)(name, tensor)
+
+    def key_by_name(self, name: str, tensor: Tensor) -> Hashable | None:
+        """As ``key_of``, but None where a callable would have to be asked."""
+        group = self._group_of(name)
+        return None if callable(self.base if group is None else group.by) else self.key_of(name, tensor)
+
+    def _group_of(self, name: str) -> _Group | None:
+        return next((group for group in reversed(self.groups) if matches(name, group.pattern)), None)
 
     def slices_of(self, name: str, tensor: Tensor) -> list[tuple[str, Box]]:
         """The slices of a parameter, each with what is appended to its component's name; none if it stays whole.
 
+        Integers, such as the packed weights of a quantized model, have no gradient and stay whole.
+
         Raises:
             ValueError: sizes that don't fill the dimension, a dimension that isn't there or that is cut twice.
         """
+        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            return []
         cuts: dict[int, _Cut] = {}
         for cut in self.cuts:
             if not matches(name, cut.pattern):
@@ -173,8 +189,8 @@ class _Cut:
         if isinstance(sizes, int):
             if length % sizes:
                 raise ValueError(
-                    f"components: dim {dim} of {name!r} has length {length}, no multiple of sizes={sizes} "
-                    f"(cut by {self.pattern!r})"
+                    f"components: dim {dim} of {name!r} has length {length}, which is not a multiple of "
+                    f"sizes={sizes} (cut by {self.pattern!r})"
                 )
             sizes = (sizes,) * (length // sizes)
         if sum(sizes) != length:

@@ -163,8 +163,9 @@ def test_layouts_dtypes_and_devices_that_are_not_served():
         fused_component_clip_([small], 1.0)
     ghost = torch.nn.Parameter(torch.zeros(3, device="meta"))
     ghost.grad = torch.zeros(3, device="meta")
-    with pytest.raises(ValueError, match="on the meta device"):
-        fused_component_clip_([ghost], 1.0)
+    real = parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="the gradient of '1' is on the meta device"):  # but see test_without_data
+        fused_component_clip_([real, ghost], 1.0)
 
 
 def test_wrapped_gradients_are_refused():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -157,3 +158,149 @@ class TestAttach:
         scaler.step(optimizer)
         scaler.update()
         assert handle.last.norms[clip_index(handle, "embedding.weight")].item() == pytest.approx(unscaled, rel=1e-5)
+
+
+class InBackward:
+    """Stands in for the hook of clip_in_backward."""
+
+    clips_by_component = True
+
+    def __call__(self, parameter):
+        pass
+
+
+class TestOnce:
+    """What would clip the same gradient a second time, and teach thresholds twice."""
+
+    def test_a_second_clipper_on_the_same_parameters(self):
+        params = {"a": parameter(random_grad((4,), scale=9.0)), "b": parameter(random_grad((5,), scale=9.0))}
+        optimizer = torch.optim.SGD(params.values(), lr=0.0)
+        clippers = [ComponentClipper({n: params[n] for n in names}.items(), CAP) for names in ("a", "b", "ab")]
+        first, second = (clipper.attach(optimizer) for clipper in clippers[:2])  # disjoint
+        with pytest.raises(
+            ValueError, match=r"optimizer: .* before clips 'a' as well; .*remove\(\), or .*replace=True"
+        ):
+            clippers[2].attach(optimizer)
+        with pytest.raises(ValueError, match="before clips 'a' as well"):
+            clippers[0].attach(optimizer)  # the same one again, as when a notebook's cell runs again
+        optimizer.step()
+        assert (first.last is None, second.last is None) == (False, False)
+        first.last = second.last = None
+        third = clippers[2].attach(optimizer, replace=True)
+        optimizer.step()
+        assert (first.last, second.last) == (None, None)
+        assert third.last is not None
+        third.remove()
+        clippers[0].attach(optimizer)
+
+    def test_replace_leaves_those_that_do_not_overlap(self):
+        params = [parameter(random_grad((4,), scale=9.0)) for _ in range(2)]
+        optimizer = torch.optim.SGD(params, lr=0.0)
+        kept = ComponentClipper(params[:1], CAP).attach(optimizer)
+        gone = ComponentClipper(params[1:], CAP).attach(optimizer)
+        new = ComponentClipper(params[1:], 2 * CAP).attach(optimizer, replace=True)
+        optimizer.step()
+        assert [handle.last is None for handle in (kept, gone, new)] == [False, True, False]
+        with pytest.raises(TypeError, match="replace: expected a bool, not int"):
+            ComponentClipper(params, CAP).attach(optimizer, replace=1)
+
+    def test_clippers_that_come_to_overlap(self):
+        """Each has parameters that the optimizer gets later."""
+        params = [("a", parameter(None, (3,))), ("b", parameter(None, (3,))), ("both", parameter(None, (3,)))]
+        (_, a), (_, b), (_, both) = params
+        optimizer = torch.optim.SGD([a, b], lr=1.0)
+        handles = [ComponentClipper([params[i], params[2]], CAP).attach(optimizer) for i in (0, 1)]
+        optimizer.add_param_group({"params": [both]})
+        for p in (a, b, both):
+            p.grad = torch.ones(3, device=DEVICE)
+        for _ in range(2):  # and not the first time alone
+            with pytest.raises(RuntimeError, match=r"optimizer: two clippers .* 'both', .* remove\(\) one"):
+                optimizer.step()
+        assert all(p.grad.eq(1).all() for p in (a, b, both))
+        handles[0].remove()
+        optimizer.step()
+        assert both.detach().norm().item() == pytest.approx(CAP, rel=1e-4)
+
+    def test_two_optimizers_of_one_parameter_each_clip_it(self):
+        """One for each phase of the training, say; which of them steps is not known before."""
+        p, seen = parameter(None, (3,)), []
+        clipper = ComponentClipper([p], CAP)
+        optimizers = [torch.optim.SGD([p], lr=1.0) for _ in range(2)]
+        for optimizer in optimizers:
+            clipper.attach(optimizer, on_clip=seen.append)
+        for count, optimizer in enumerate(optimizers, 1):
+            before = p.detach().clone()
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            assert (p.detach() - before).norm().item() == pytest.approx(CAP, rel=1e-4)
+            assert len(seen) == count
+
+    def test_clipped_in_the_backward_pass_as_well(self):
+        params = [(name, parameter(random_grad((3,), scale=9.0))) for name in "abc"]
+        optimizer = torch.optim.SGD([p for _, p in params], lr=1.0)
+        clipper = ComponentClipper(params, CAP)
+        hook = params[1][1].register_post_accumulate_grad_hook(InBackward())
+        with pytest.raises(
+            RuntimeError, match=r"the gradient of 'b' is clipped in the backward pass already.*remove"
+        ):
+            clipper.attach(optimizer)
+        assert not optimizer._optimizer_step_pre_hooks
+        hook.remove()
+        clipper.attach(optimizer)
+        params[1][1].register_post_accumulate_grad_hook(lambda _: None)  # somebody else's
+        optimizer.step()
+        # Set up later it is found when it is this parameter's turn.
+        params[2][1].register_post_accumulate_grad_hook(InBackward())
+        with pytest.raises(RuntimeError, match="the gradient of 'c' is clipped in the backward pass already"):
+            [optimizer.step() for _ in params]
+
+
+THRESHOLDS = {
+    "EMA": lambda: thresholds.EMA(warmup_steps=1),
+    "ZScore": lambda: thresholds.ZScore(warmup_steps=1),
+    "Percentile": lambda: thresholds.Percentile(50.0),
+    "Schedule": lambda: thresholds.Schedule(lambda step: 1.0 + step),
+}
+
+
+class TestHandle:
+    @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda how: how.__name__)
+    def test_it_is_neither_copied_nor_pickled(self, how):
+        p = parameter(None)
+        handle = ComponentClipper([p], CAP).attach(torch.optim.SGD([p], lr=1.0))
+        with pytest.raises(TypeError, match=r"Attachment .* can't be copied or pickled: attach .* state_dict\(\)"):
+            how(handle)
+
+    @pytest.mark.parametrize("kind", THRESHOLDS)
+    def test_state_dict_is_what_the_caps_have_learnt(self, kind):
+        p = parameter(None, (4,))
+        clippers = [ComponentClipper([("w", p)], THRESHOLDS[kind]()) for _ in range(3)]
+        trained, resumed, fresh = (clipper.attach(torch.optim.SGD([p], lr=0.0)) for clipper in clippers)
+
+        def step(handle, seed, scale=1.0):
+            torch.manual_seed(seed)
+            p.grad = random_grad((4,), scale=scale)
+            handle._before_step(torch.optim.SGD([p], lr=0.0), (), {})
+            return handle.last.caps
+
+        for seed in range(3):
+            step(trained, seed)
+        assert set(trained.state_dict()) == {"max_norm"}
+        resumed.load_state_dict(pickle.loads(pickle.dumps(trained.state_dict())))
+        caps = [step(handle, 3, scale=99.0) for handle in (trained, resumed, fresh)]
+        assert same_bits(caps[0], caps[1])
+        assert not same_bits(caps[0], caps[2])
+        for wrong in ({}, {**trained.state_dict(), "more": 1}):
+            with pytest.raises(ValueError, match="state_dict: "):
+                resumed.load_state_dict(wrong)
+
+    @pytest.mark.parametrize("cap", [CAP, {"*": CAP}, torch.tensor(CAP)], ids=["number", "mapping", "tensor"])
+    def test_state_dict_is_empty_where_nothing_is_learnt(self, cap):
+        p = parameter(None)
+        handle = ComponentClipper([p], cap).attach(torch.optim.SGD([p], lr=1.0))
+        assert handle.state_dict() == {}
+        handle.load_state_dict({})
+        with pytest.raises(ValueError, match="state_dict: "):
+            handle.load_state_dict({"max_norm": thresholds.EMA().state_dict()})
+        with pytest.raises(TypeError, match="state_dict: "):
+            handle.load_state_dict(None)

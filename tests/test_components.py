@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cwclip_kernels.components import layer_of, match_patterns, module_of, named_tensors, type_of
+from cwclip_kernels.components import named_tensors
+from cwclip_kernels.naming import layer_of, match_patterns, module_of, type_of
 from cwclip_kernels.resolve import resolve
 
 

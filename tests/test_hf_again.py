@@ -6,7 +6,13 @@ import pickle
 import pytest
 import torch
 
-from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, fused_component_clip_, thresholds
+from cwclip_kernels import (
+    ComponentClipGradScaler,
+    ComponentClipper,
+    clip_in_backward,
+    fused_component_clip_,
+    thresholds,
+)
 from helpers import same_bits
 
 pytest.importorskip("transformers")
@@ -103,6 +109,25 @@ def test_what_another_run_has_taught_stays(tmp_path, way):
     trainer_of(way, tmp_path, caps, model, data=data[:12], auto_find_batch_size=True).train()
     assert all(map(same_bits, model.parameters(), expected.parameters()))
     assert same_state(caps, again)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_was_given_up_and_begun_once_more(tmp_path, way):
+    """Its caps had gone back to nothing, for the second try."""
+    model, caps, seen = encoder(), POLICIES["EMA"](), []
+
+    def give_up(module, args, batch):
+        seen.append(len(batch["labels"]))
+        if seen.count(3) == 1:
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(way, tmp_path, caps, out_of_memory(model, 1), auto_find_batch_size=True)
+    model.register_forward_pre_hook(give_up, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen == [4, 3]
+    trainer.train()
+    assert caps.state_dict()["host"] == {"steps": 8}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -315,3 +340,12 @@ def test_a_scaler_that_clips_is_refused(tmp_path, monkeypatch, way):
     monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
     with pytest.raises(RuntimeError, match="scaler: a ComponentClipGradScaler clips when it unscales"):
         trainer.train()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_the_backward_pass_clips_are_refused(tmp_path, way):
+    model = encoder()
+    handle = clip_in_backward(model, 0.05)
+    with pytest.raises(RuntimeError, match=r"is clipped in the backward pass already \(clip_in_backward\)"):
+        trainer_of(way, tmp_path, 0.05, model).train()
+    handle.remove()

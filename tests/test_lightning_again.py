@@ -8,7 +8,13 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 
-from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, fused_component_clip_, thresholds
+from cwclip_kernels import (
+    ComponentClipGradScaler,
+    ComponentClipper,
+    clip_in_backward,
+    fused_component_clip_,
+    thresholds,
+)
 from helpers import same_bits
 from test_distributed import Model
 
@@ -325,3 +331,27 @@ def test_a_scaler_that_clips_is_refused():
 def test_the_callback_and_the_hook_together_are_refused():
     with pytest.raises(RuntimeError, match="the Trainer has a ComponentClip, which would clip again"):
         trainer(ComponentClip(0.1)).fit(ByHook(0.1), batches())
+
+
+@pytest.mark.parametrize("way", ["callback", "hook"])
+def test_gradients_that_the_backward_pass_clips_are_refused(way):
+    lit = Lit() if way == "callback" else ByHook(0.1)
+    handle = clip_in_backward(lit, 0.1)
+    with pytest.raises(RuntimeError, match=r"is clipped in the backward pass already \(clip_in_backward\)"):
+        trainer(*([ComponentClip(0.1)] if way == "callback" else [])).fit(lit, batches())
+    handle.remove()
+
+
+def test_a_clipper_of_other_parameters_may_be_attached():
+    """Each clips its own."""
+
+    def optimizer(parameters):
+        optimizer = sgd(parameters)
+        ComponentClipper(lit.model.head, 0.1).attach(optimizer)
+        return optimizer
+
+    lit, data = Lit(optimizer=optimizer), batches()
+    expected = clipped(lit.model, data)
+    own = ComponentClip(0.1, components=lambda name, p: None if ".head." in name else name)
+    trainer(own).fit(lit, data)
+    assert same_parameters(lit.model, expected)

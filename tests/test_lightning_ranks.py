@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from cwclip_kernels import fused_component_clip_, thresholds
-from cwclip_kernels.components import without_wrappers
+from cwclip_kernels.naming import without_wrappers
 from helpers import same_bits
 from ranks import on_ranks
 from test_distributed import Block, Model, full

@@ -344,7 +344,7 @@ def test_arguments(make, error, message):
         (ComponentSpec().unitwise("x*"), r"unitwise\('x\*'\) matches none"),
         (ComponentSpec().group("x*", "all"), r"group\('x\*'\) matches none"),
         (ComponentSpec().split("w0", (2, 3)), r"dim 0 of 'w0' has length 6, but sizes=\(2, 3\) add up to 5"),
-        (ComponentSpec().split("w0", 4), "dim 0 of 'w0' has length 6, no multiple of sizes=4"),
+        (ComponentSpec().split("w0", 4), "dim 0 of 'w0' has length 6, which is not a multiple of sizes=4"),
         (ComponentSpec().split("w0", 1, dim=2), r"'w0' has shape \[6, 4\], no dim 2"),
         (ComponentSpec().split("w*", 2, dim=1), r"'w1' has shape \[3\], no dim 1"),
         (ComponentSpec().split("w0", 3, names=list("abc")), "'w0' has 2 slices along dim 0, but there are 3 names"),

@@ -41,7 +41,7 @@ def bound(threshold, count, norm_type=2.0, numels=None):
 
 
 def coefs_of(norms, caps):
-    coefs = torch.where(norms + EPS <= caps, 1.0, caps / (norms + EPS))
+    coefs = torch.where(norms <= caps, 1.0, caps / norms)
     return torch.where((caps == math.inf) | (norms == 0), 1.0, coefs)
 
 
@@ -60,7 +60,7 @@ def tells(norm):
 
 
 def coef_of(norm, cap):
-    return 1.0 if norm + EPS <= cap else cap / (norm + EPS)
+    return 1.0 if norm <= cap else cap / norm
 
 
 class TestAgainstTheSources:
@@ -75,7 +75,7 @@ class TestAgainstTheSources:
                 if not tells(norm):
                     continue
                 if t < start:
-                    h = min(absolute / (together + EPS), 1.0)
+                    h = min(absolute / together, 1.0)
                     gamma[i] = min(gamma[i], h * norm)
                 else:
                     h = coef_of(norm, ratio * gamma[i])
@@ -99,7 +99,7 @@ class TestAgainstTheSources:
                     variance = sum((x - mean) ** 2 for x in seen) / len(seen)
                     continue
                 deviation = math.sqrt(variance)
-                z = (norm - mean) / (deviation + 1e-6)
+                z = (norm - mean) / (deviation + 1e-6 * mean)
                 clipped = norm
                 if z > limit:
                     cap = mean + limit * deviation / (z / limit)

@@ -3,42 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cwclip_kernels import ClipResult, fused_component_clip_
-from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping, own_names
+from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping
 from cwclip_kernels.integrations.accelerate import clip_grad_norm_
 from ranks import on_ranks
 from test_accelerate import batches, steps_agree, with_fsdp1, wrapped
 
 
-def compiled(module):
-    return torch.compile(module, backend="eager")
-
-
 def small():
     return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        nn.DataParallel,
-        compiled,
-        lambda model: nn.DataParallel(compiled(model)),
-        lambda model: compiled(nn.DataParallel(model)),
-        lambda model: nn.Sequential(checkpoint_wrapper(model[0]), compiled(model[1])),
-    ],
-)
-def test_names_are_the_models_own(wrap):
-    model = small()
-    names = [name for name, _ in model.named_parameters()]
-    assert [name for name, _ in own_names(wrap(model))] == names
-
-
-def test_a_module_that_is_called_module_keeps_its_name():
-    model = nn.ModuleDict({"module": nn.Linear(2, 1)})
-    assert [name for name, _ in own_names(model)] == ["module.weight", "module.bias"]
 
 
 def test_a_cap_that_changes_is_followed():

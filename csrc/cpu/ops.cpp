@@ -44,9 +44,9 @@ const double* doubles_of(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<double>();
 }
 
-// Everything is checked here, before the first byte is written.
+// Everything is checked here, before the first byte is written. Gradients that are only measured may share memory.
 std::vector<Segment> segments_of(const std::vector<Tensor>& grads, const Tensor& components,
-                                 const std::optional<Tensor>& cuts, int64_t count) {
+                                 const std::optional<Tensor>& cuts, int64_t count, bool writes) {
   STD_TORCH_CHECK(0 <= count && count <= INT32_MAX, "count: expected a number from 0 to 2^31 - 1, not ", count);
   std::vector<Segment> gradients;
   std::vector<Shape> shapes;
@@ -58,7 +58,7 @@ std::vector<Segment> segments_of(const std::vector<Tensor>& grads, const Tensor&
     gradients.push_back({grad.mutable_data_ptr(), grad.numel(), dtype_of(grad), 0, layout_of(grad, i)});
     shapes.push_back({grad.sizes().data(), grad.strides().data(), grad.dim()});
   }
-  check_distinct(gradients);
+  if (writes) check_distinct(gradients);
   Cuts pieces = {numbers_of(components, "components"), components.numel(), nullptr, 0};
   if (cuts.has_value()) {
     pieces.numbers = numbers_of(*cuts, "cuts");
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, s
                   "]");
   STD_TORCH_CHECK(0 <= nonfinite && nonfinite <= 2, "nonfinite: expected 0, 1 or 2");
   const Order order = order_of(norm_type);
-  const std::vector<Segment> segments = segments_of(grads, components, cuts, count);
+  const std::vector<Segment> segments = segments_of(grads, components, cuts, count, true);
   const bool wide =
       std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return s.dtype == DType::f64; });
   Rule rule{doubles_of(caps, "caps"), caps.dim(), nullptr, eps, static_cast<NonFinite>(nonfinite), wide};
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> clip_(std::vector<Tensor> grads, Tensor components, s
 Tensor power_sums(std::vector<Tensor> grads, Tensor components, std::optional<Tensor> cuts, int64_t count,
                   double norm_type) {
   const Order order = order_of(norm_type);
-  const std::vector<Segment> segments = segments_of(grads, components, cuts, count);
+  const std::vector<Segment> segments = segments_of(grads, components, cuts, count, false);
   const Tiles tiles(segments, count);
   std::vector<double> partials(tiles.tiles.size()), sums(count);
   for_each_tile(tiles, [&](int64_t i) {
@@ -160,7 +160,7 @@ Tensor power_sums(std::vector<Tensor> grads, Tensor components, std::optional<Te
 
 void scale_(std::vector<Tensor> grads, Tensor components, std::optional<Tensor> cuts, Tensor coefs, bool zero_fill) {
   const double* factors = doubles_of(coefs, "coefs");
-  const std::vector<Segment> segments = segments_of(grads, components, cuts, coefs.numel());
+  const std::vector<Segment> segments = segments_of(grads, components, cuts, coefs.numel(), true);
   const Tiles tiles(segments, coefs.numel());
   for_each_tile(tiles, [&](int64_t i) {
     const Tile& tile = tiles.tiles[i];

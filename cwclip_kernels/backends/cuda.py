@@ -129,7 +129,7 @@ def _enqueue(
     native = extension.module()
     device = bucket.device.index or 0
     stream, capturing = native.cuda_stream(device)
-    state, addresses = _look_up(native, bucket, grads, capturing)
+    state, addresses = _look_up(native, bucket, grads, capturing, writes=kind != _POWER_SUMS)
     workspace: Tensor | None
     if capturing:
         # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
@@ -178,7 +178,9 @@ def _workspace(state: _State, device: torch.device) -> Tensor:
     return torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=device)
 
 
-def _look_up(native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool) -> tuple[_State, bytes]:
+def _look_up(
+    native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool, *, writes: bool
+) -> tuple[_State, bytes]:
     """The bucket's state, and the addresses of these gradients.
 
     Raises:
@@ -187,7 +189,7 @@ def _look_up(native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool) 
     state: _State | None = bucket.scratch.get("cuda")
     if state is not None:
         try:
-            return state, state.addresses.of(grads)
+            return state, state.addresses.of(grads, writes=writes)
         except RuntimeError:
             if bucket.plain:
                 raise
@@ -195,7 +197,7 @@ def _look_up(native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool) 
     if capturing:
         raise RuntimeError(BEFORE_CAPTURE)
     state = bucket.scratch["cuda"] = _make_state(native, bucket, grads)
-    return state, state.addresses.of(grads)
+    return state, state.addresses.of(grads, writes=writes)
 
 
 def _packed(numbers: Tensor) -> bytes:

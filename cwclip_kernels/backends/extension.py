@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
@@ -77,19 +78,39 @@ class Addresses:
 
     def __init__(self, grads: list[Tensor]) -> None:
         self.layout: bytes = module().layout_of(grads)
-        self._last: bytes | None = None
+        self._last: dict[bool, bytes | None] = {True: None, False: None}
 
-    def of(self, grads: list[Tensor]) -> bytes:
+    def of(self, grads: list[Tensor], *, writes: bool) -> bytes:
         """Their addresses, int64 each; the same object while they stay where they are.
+
+        Args:
+            grads: strided tensors.
+            writes: whether they are to be written to; then they may not share memory.
 
         Raises:
             RuntimeError: these have another layout, or share memory.
         """
-        found: bytes | None = module().addresses_of(grads, self.layout, self._last)
+        found: bytes | None = module().addresses_of(grads, self.layout, self._last[writes], writes)
         if found is None:
             raise RuntimeError("these are not the gradients that the plan was made for")
-        self._last = found
+        self._last[writes] = found
         return found
+
+
+def form_of(parameters: list[Tensor]) -> object:
+    """Types, dtypes, devices, shapes and strides of parameters, equal as long as these stay; holds none of them."""
+    found = module().form_of(parameters) if unavailable() is None else None
+    return [_form(p) for p in parameters] if found is None else found
+
+
+def _form(parameter: Tensor) -> tuple[object, ...]:
+    if not isinstance(parameter, Tensor):
+        return (type(parameter),)  # which will be refused when its name is read
+    # Of a DTensor its mesh and placements; of FSDP's flat parameter what lies in it.
+    sharded = tuple(getattr(parameter, name, None) for name in ("_spec", "_fqns", "_shapes"))
+    strides = parameter.stride() if parameter.layout == torch.strided and not parameter.is_nested else None
+    shape = None if parameter.is_nested or is_lazy(parameter) else parameter.shape
+    return type(parameter), shape, strides, parameter.dtype, parameter.device, parameter.layout, sharded
 
 
 def _refuse_meta(tensors: list[Tensor | None]) -> None:

@@ -77,7 +77,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
     with _launching_on(bucket.device):
-        call = _prepare(bucket, grads)
+        call = _prepare(bucket, grads, writes=False)
         if call.tables.tiles:
             _combine(_partials(call, norm_type), call.tables.spans, sums, norm_type)
     return sums
@@ -212,7 +212,7 @@ class _Call:
     pointers: tuple[int, ...]
 
 
-def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
+def _prepare(bucket: Bucket, grads: list[Tensor], *, writes: bool = True) -> _Call:
     """Looks up or builds what the kernels need."""
     scratch = bucket.scratch
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
@@ -222,7 +222,7 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
             tables = build_tables(bucket, grads)
         scratch.clear()
         scratch.update(tables=tables, layout=layout, calls={})
-    pointers = _pointers(bucket, grads)
+    pointers = _pointers(bucket, grads, writes)
     if bucket.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return _prepare_captured(bucket, pointers)
@@ -238,7 +238,7 @@ def _prepare(bucket: Bucket, grads: list[Tensor]) -> _Call:
     return last
 
 
-def _pointers(bucket: Bucket, grads: list[Tensor]) -> tuple[int, ...]:
+def _pointers(bucket: Bucket, grads: list[Tensor], writes: bool) -> tuple[int, ...]:
     """Addresses; the same object while nothing moves.
 
     Raises:
@@ -249,7 +249,7 @@ def _pointers(bucket: Bucket, grads: list[Tensor]) -> tuple[int, ...]:
     scratch = bucket.scratch
     if "addresses" not in scratch:
         scratch.update(addresses=extension.Addresses(grads), found=b"", pointers=())
-    found = scratch["addresses"].of(grads)
+    found = scratch["addresses"].of(grads, writes=writes)
     if found is not scratch["found"]:
         scratch.update(found=found, pointers=tuple(memoryview(found).cast("Q")))
     pointers: tuple[int, ...] = scratch["pointers"]

@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import execute, formula
 from ..caps import CapPolicy
 from ..formula import ClipRule, LossScale, wide_dtype
-from ..plan import ClipPlan, Gradients, Planner
+from ..gradients import Gradients, WithoutData
+from ..plan import ClipPlan, Planner
 from ..scaled_loss import NOT_SCALED, ScaledLoss
 from .share import Held
 from .spread import Spread
@@ -72,9 +73,9 @@ def clip_(
     spread, order = job.spread, rule.norm_type
     tells = execute.sums_tell_nonfinite(order)
     orders = [order] if tells or not scaled.looks_for_inf else [order, math.inf]
-    part = _measure(job, lambda: spread.gradients(tensors), orders, scaled)
+    part = _measure(job, lambda: spread.gradients(tensors), orders, scaled, writes=True)
     sums = spread.whole(part.sums[order], part.measured, order)
-    norms = part.loss_scale.unscaled(formula.root(sums, order)).to(spread.norm_dtype)
+    norms = part.loss_scale.unscaled(formula.root(sums, order)).to(spread.norm_dtype(tensors))
     bad, count = spread.nonfinite(norms) if raise_nonfinite else ([], 0)
     if scaled.looks_for_inf:
         if not tells:
@@ -98,15 +99,23 @@ def clip_(
 
 def norms_of(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The K norms of the tensors' gradients, which stay as they are."""
-    return _norms(job, _measure(job, lambda: job.spread.gradients(tensors), [norm_type]), norm_type)
+    return _norms(job, _measure(job, lambda: job.spread.gradients(tensors), [norm_type]), tensors, norm_type)
 
 
 def norms_of_values(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The K norms of the tensors themselves."""
-    return _norms(job, _measure(job, lambda: Held(list(job.spread.values(tensors)), []), [norm_type]), norm_type)
+    part = _measure(job, lambda: Held(job.spread.values(tensors), []), [norm_type])
+    return _norms(job, part, tensors, norm_type)
 
 
-def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled: ScaledLoss = NOT_SCALED) -> _Part:
+def _measure(
+    job: Job,
+    read: Callable[[], Held],
+    orders: Sequence[float],
+    scaled: ScaledLoss = NOT_SCALED,
+    *,
+    writes: bool = False,
+) -> _Part:
     """Measures what is here. Whatever goes wrong is in the result, not raised: the others are to be met first."""
 
     def work(plan: ClipPlan, grads: Gradients) -> _Part:
@@ -119,7 +128,11 @@ def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled
 
     try:
         held = read()
-        return job.planner.carry_out(work, held.local, job.home, orders[0], job.backend, exact=False)
+        if writes:
+            return job.planner.carry_out(work, held.local, job.home, orders[0], job.backend, exact=False)
+        return job.planner.measure(work, held.local, job.home, orders[0], job.backend)
+    except WithoutData:
+        raise  # on all ranks, where parameters are fake: nothing is computed anywhere
     except Exception as failure:
         count = (len(job.spread.local.names),)
         nan = torch.full(count, math.nan, dtype=wide_dtype(job.home), device=job.home)
@@ -127,8 +140,8 @@ def _measure(job: Job, read: Callable[[], Held], orders: Sequence[float], scaled
         return _Part({order: nan.clone() for order in orders}, measured, failure=failure)
 
 
-def _norms(job: Job, part: _Part, norm_type: float) -> Tensor:
+def _norms(job: Job, part: _Part, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     sums = job.spread.whole(part.sums[norm_type], part.measured, norm_type)
     if part.failure is not None:
         raise part.failure
-    return formula.root(sums, norm_type).to(job.spread.norm_dtype)
+    return formula.root(sums, norm_type).to(job.spread.norm_dtype(tensors))

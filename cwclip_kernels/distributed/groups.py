@@ -51,6 +51,8 @@ class Group:
         """Everybody's, in the order of ``ranks`` where one group has all. Waits; for set-up and for errors only."""
         found = [thing]
         for handle in (self.handle, *self.further):
+            if dist.get_backend(handle) == "fake":  # a stand-in for ranks that aren't there, to estimate memory
+                return [thing] * len(self.ranks)
             theirs: list[Any] = [None] * dist.get_world_size(handle)
             dist.all_gather_object(theirs, found, group=handle)
             found = [one for some in theirs for one in some]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,49 +18,55 @@ from .spread import Spread, neighbours_of
 
 def spread_of(
     components: Components, tensors: Sequence[Tensor], process_group: object, pp_mesh: object, settings: str
-) -> Spread | None:
+) -> tuple[Components, Spread | None]:
     """How components are spread over ranks; None if every tensor is all that there is to it.
 
     Where something is spread, the ranks that share it make this call together, to compare their components.
+
+    Returns:
+        The components, with the problems of frozen parameters that could not be clipped so; and how they are spread.
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be, or parameters that can't be clipped so; on
             all ranks alike if these don't have the same components.
     """
     group, stages = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
-    layouts, problem = _layouts(components, tensors, group)
+    layouts, problems = _layouts(components, tensors, group)
+    problem = next((problem for position, problem in problems if tensors[position].requires_grad), None)
     if group is None and stages is None and problem is None and not any(layouts):
-        return None
-    _compare(components, layouts, group, stages, problem, settings)
-    return Spread(components, tensors, layouts, group, stages)
+        return components, None
+    frozen = [(position, str(p)) for position, p in problems if not tensors[position].requires_grad]
+    components = replace(components, problems=(*components.problems, *frozen))
+    _compare(components, tensors, layouts, group, stages, problem, settings)
+    return components, Spread(components, tensors, layouts, group, stages)
 
 
 def _layouts(
     components: Components, tensors: Sequence[Tensor], group: Group | None
-) -> tuple[share.Layouts, ValueError | None]:
-    """How each tensor is held here; and what is wrong, perhaps on this rank alone."""
+) -> tuple[share.Layouts, list[tuple[int, ValueError]]]:
+    """How each tensor is held here; and what is wrong with which, perhaps on this rank alone."""
     layouts: list[Layout | None] = []
-    problem = None
-    for tensor, name in zip(tensors, components.tensor_names, strict=True):
+    problems: list[tuple[int, ValueError]] = []
+    has_parts = group is not None and any(map(is_flattened, tensors))
+    for position, (tensor, name) in enumerate(zip(tensors, components.tensor_names, strict=True)):
         layout = place_of(tensor)
         try:
             layout = layout_of(tensor, name)
             if is_flattened(tensor) and dist.get_world_size() > 1:
                 _check_flattened(tensor, name, layout, group)
+            elif has_parts:
+                _check_part(tensor, name)
         except ValueError as found:
-            problem = problem or found
+            problems.append((position, found))
         layouts.append(layout)
-    try:
-        if group is not None:
-            _check_parts(tensors, components.tensor_names)
-            share.check_cuts(components, layouts)
-    except ValueError as found:
-        problem = problem or found
-    return layouts, problem
+    if group is not None:
+        problems += share.cut_parts(components, layouts)
+    return layouts, problems
 
 
 def _compare(
     components: Components,
+    tensors: Sequence[Tensor],
     layouts: share.Layouts,
     group: Group | None,
     stages: Group | None,
@@ -68,12 +75,17 @@ def _compare(
 ) -> None:
     """Raises on all ranks if these don't mean the same. No group is made before, which takes all of its ranks."""
     neighbours = neighbours_of(group, layouts)
+    # Frozen parameters that each rank has for itself are none of the others' business.
+    shared_or_trained = [
+        group is not None or layout is not None or tensor.requires_grad
+        for tensor, layout in zip(tensors, layouts, strict=True)
+    ]
     if stages is None:
-        agree(neighbours, share.statement(components, layouts), problem, settings)
+        agree(neighbours, share.statement(components, layouts, shared_or_trained), problem, settings)
         return
     for shared in neighbours:  # whose other components are none of this rank's business
         mine = [
-            group is not None and group.ranks == shared.ranks
+            (group is not None and group.ranks == shared.ranks)
             if layout is None or layout.mesh is None
             else shared.ranks in along(layout.mesh)
             for layout in layouts
@@ -100,17 +112,14 @@ def _check_flattened(tensor: Tensor, name: str, layout: Layout | None, group: Gr
         )
 
 
-def _check_parts(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raises if some plain tensors are parts, for ``FullyShardedDataParallel`` says so, and others then aren't."""
-    if not any(map(is_flattened, tensors)):
-        return
-    for tensor, name in zip(tensors, names, strict=True):
-        if not is_flattened(tensor) and not is_dtensor(tensor):
-            raise ValueError(
-                f"parameters: {name!r} is none of those that FullyShardedDataParallel keeps parts of, such as one "
-                "that it was told to ignore; added up over process_group it would count several times. Clip it "
-                "apart from the others, without process_group"
-            )
+def _check_part(tensor: Tensor, name: str) -> None:
+    """Raises if a tensor beside parts of ``FullyShardedDataParallel`` isn't one."""
+    if not is_flattened(tensor) and not is_dtensor(tensor):
+        raise ValueError(
+            f"parameters: {name!r} is none of those that FullyShardedDataParallel keeps parts of, such as one "
+            "that it was told to ignore; added up over process_group it would count several times. Clip it "
+            "apart from the others, without process_group"
+        )
 
 
 _NO_SHARD = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"

@@ -42,18 +42,24 @@ def local_components(
         else:
             index[position] = place[key]
     names = tuple(components.names[component] for component, _ in owners)
-    return Components(names, tuple(index), components.tensor_names, tuple(slices)), owners
+    local = Components(names, tuple(index), components.tensor_names, tuple(slices), components.problems)
+    return local, owners
 
 
-def check_cuts(components: Components, layouts: Layouts) -> None:
-    """Raises if a part (process_group) is cut."""
-    for position, _, box in components.members():
-        if box and layouts[position] is None:
-            raise ValueError(
+def cut_parts(components: Components, layouts: Layouts) -> list[tuple[int, ValueError]]:
+    """Parts (process_group) that are cut: position of each and what is wrong with that."""
+    cut = dict.fromkeys(position for position, _, box in components.members() if box and layouts[position] is None)
+    return [
+        (
+            position,
+            ValueError(
                 f"components: {components.tensor_names[position]!r} can't be cut, as it is a part (process_group) "
                 "whose place in the whole is unknown; a DTensor can be, and FullyShardedDataParallel's with "
                 "use_orig_params=False"
-            )
+            ),
+        )
+        for position in cut
+    ]
 
 
 def statement(
@@ -77,18 +83,18 @@ def statement(
     return found
 
 
-def numels(components: Components, tensors: Sequence[Tensor], layouts: Layouts) -> tuple[list[int], list[int]]:
-    """Elements of each component: all of DTensors and flat parameters, and those that are here of plain tensors."""
-    whole, here = [0] * len(components.names), [0] * len(components.names)
-    for position, component, box in components.members():
-        layout, tensor = layouts[position], tensors[position]
+def member_numels(components: Components, tensors: Sequence[Tensor], layouts: Layouts | None = None) -> list[int]:
+    """Elements of each member: all of DTensors and flat parameters, and those that are here of plain tensors."""
+    found = []
+    for position, _, box in components.members():
+        layout, tensor = None if layouts is None else layouts[position], tensors[position]
         if layout is None and is_lazy(tensor):
+            found.append(0)
             continue
         shape = tuple(tensor.shape) if layout is None else layout.shape
         sizes = {dim: size for dim, _, size in box}
-        numel = prod(sizes.get(dim, length) for dim, length in enumerate(shape))
-        (here if layout is None else whole)[component] += numel
-    return whole, here
+        found.append(prod(sizes.get(dim, length) for dim, length in enumerate(shape)))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import formula
 from ..backends.memory import upload
 from ..components import Components
+from ..gradients import WIDE_DTYPES
 from . import share
 from .agreement import Stages, compare_stages
 from .groups import Group, along, group_over
@@ -24,8 +25,7 @@ class Spread:
     Attributes:
         local: what is held here, as components of its own: one for each component and group that it is added up
             over, so that one pass over the gradients yields what each all-reduce needs.
-        numels: elements of each component, over all ranks that were asked.
-        norm_dtype: of norms, the same on all ranks.
+        member_numels: elements of each member of the components, over all ranks that were asked.
         has_stages: whether other ranks have other components.
         all_names: of components, other ranks' too.
         all_parameters: names of parameters, other ranks' too.
@@ -56,19 +56,20 @@ class Spread:
             sums = [i for i, (_, g) in enumerate(owners) if g is not None and g.ranks == shared.ranks]
             if sums:
                 self._reductions.append(Reduction.of(shared, sums, list(range(len(sums))), len(sums), len(owners)))
-        whole, here = share.numels(components, tensors, layouts)
+        self.member_numels = share.member_numels(components, tensors, layouts)
         if group is not None:
-            here = [sum(everywhere) for everywhere in zip(*group.gather(here), strict=True)]
-        self.numels = tuple(a + b for a, b in zip(whole, here, strict=True))
+            everywhere = [sum(each) for each in zip(*group.gather(self.member_numels), strict=True)]
+            places = [position for position, _, _ in components.members()]
+            self.member_numels = [
+                summed if layouts[position] is None else here
+                for position, here, summed in zip(places, self.member_numels, everywhere, strict=True)
+            ]
 
-        is_wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
         self._stages = self._over_stages = None
         if stages is not None:
-            self._stages, self._over_stages = self._compare_stages(components, stages, is_wide)
-            is_wide = self._stages.is_wide
+            self._stages, self._over_stages = self._compare_stages(components, stages, _is_wide(tensors))
         self.all_names = self._names if self._stages is None else self._stages.names
         self.all_parameters = components.tensor_names if self._stages is None else self._stages.parameters
-        self.norm_dtype = torch.float64 if is_wide else torch.float32
         self._asked = _widest([*used.values(), *neighbours_of(group, layouts)])
         if stages is not None:
             self._asked.append(stages)
@@ -103,9 +104,14 @@ class Spread:
         """
         return self._share.gradients(tensors)
 
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What is held here of the tensors themselves."""
-        return [share.local_value(t).detach() for t in tensors]
+    def values(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """What is held here of the tensors themselves; None of those that are frozen."""
+        return [share.local_value(t).detach() if t.requires_grad else None for t in tensors]
+
+    def norm_dtype(self, tensors: Sequence[Tensor]) -> torch.dtype:
+        """Of norms, the same on all ranks: by all trained parameters, since a rank may lack a gradient."""
+        is_wide = _is_wide(tensors) if self._stages is None else self._stages.is_wide
+        return torch.float64 if is_wide else torch.float32
 
     # -------------------------------------------------------------------------------------------------------
     # Sums and coefficients
@@ -213,6 +219,10 @@ class Spread:
             for r in (*self._reductions, *([self._over_stages] if self._over_stages else []))
         ]
         return "\n".join(lines or ["  no traffic between ranks"])
+
+
+def _is_wide(tensors: Sequence[Tensor]) -> bool:
+    return any(t.dtype in WIDE_DTYPES and t.requires_grad for t in tensors)
 
 
 def _groups(layouts: share.Layouts, tensors: Sequence[Tensor], group: Group | None) -> list[Group | None]:

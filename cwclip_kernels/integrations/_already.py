@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attach import Attachment
+from ..attach import clipping_too
 from ..components import type_name
 from ..grad_scaler import ComponentClipGradScaler
-from ._optimizers import layers, owning
 
 _said: set[str] = set()
 
@@ -48,31 +46,26 @@ def warn_already_clipped(setting: str, value: object, way_out: str) -> bool:
 
 
 def refuse_double_clipping(
-    optimizers: Iterable[Optimizer], scaler: object, ours: str, tensors: Iterable[Tensor] | None = None
+    optimizers: Iterable[Optimizer], scaler: object, parameters: Sequence[Tensor], ours: str
 ) -> None:
     """Raises RuntimeError if another clipper of this package clips the same gradients: caps that learn count twice.
 
     Args:
         optimizers: the trainer's, wrapped or not.
         scaler: the trainer's ``GradScaler``, or None.
+        parameters: whose gradients are clipped here.
         ours: what clips here, to be named.
-        tensors: what is clipped here; None for all that the optimizers own.
     """
     if isinstance(scaler, ComponentClipGradScaler):
         raise RuntimeError(
             f"scaler: a ComponentClipGradScaler clips when it unscales, and {ours} would clip the same gradients "
             f"again; use torch.amp.GradScaler, or leave out {ours}"
         )
-    attached = [o for o in optimizers if any(map(_has_attachment, layers(o)))]
-    if attached and tensors is not None:
-        attached = list(owning(attached, tensors))
-    if attached:
-        raise RuntimeError(
-            f"optimizer: a clipper is attached to {type_name(attached[0])}, and would clip again what {ours} has "
-            f"clipped; call remove() on what attach() returned, or leave out {ours}"
-        )
-
-
-def _has_attachment(optimizer: Optimizer) -> bool:
-    hooks: dict[int, Any] = getattr(optimizer, "_optimizer_step_pre_hooks", {})
-    return any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks.values())
+    for optimizer in optimizers:
+        shared = clipping_too(optimizer, parameters)
+        if shared:
+            raise RuntimeError(
+                f"optimizer: a clipper is attached to {type_name(optimizer)}, and would clip the gradient of "
+                f"{shared[0][1]!r} again, which {ours} has clipped; call remove() on what attach() returned, or "
+                f"leave out {ours}"
+            )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..attach import check_not_in_backward
 from ..backends.memory import upload
 from ..caps import MaxNorm
 from ..clipper import ClipResult, ComponentClipper
@@ -38,11 +39,13 @@ class Clipping:
         self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._arguments = arguments
         named = named_tensors(module)
-        pairs, self._left_out = without_whole_frozen(zip(named.names, named.tensors, strict=True))
+        source, self._left_out = without_whole_frozen(module)
         group = arguments["process_group"]
         if group is None:
-            group = group_of(named_tensors(pairs), [trainer.strategy.model], "of this trainer")
-        self.clipper = ComponentClipper(pairs, max_norm, **{**arguments, "process_group": group})
+            group = group_of(named_tensors(source), [trainer.strategy.model], "of this trainer")
+        self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
+        self._clipped = self.clipper.parameters
+        check_not_in_backward(self.clipper, self._clipped)
         if self.clipper.raises_nonfinite and _scaler_of(trainer) is not None:
             raise ValueError(
                 "error_if_nonfinite: a scaled loss makes norms inf now and then, when the step is skipped; use "
@@ -64,7 +67,7 @@ class Clipping:
     def clip_(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, ours: str) -> ClipResult | None:
         """Clips what the optimizer owns; None if these gradients won't be stepped."""
         scaler = _scaler_of(trainer)
-        refuse_double_clipping([optimizer], scaler, ours)
+        refuse_double_clipping([optimizer], scaler, self._clipped, ours)
         if any(p.requires_grad for p in self._left_out):
             raise ValueError(
                 "module: a parameter that FullyShardedDataParallel has left whole was frozen when the fit began, and "

@@ -10,18 +10,11 @@ from torch.optim import Optimizer
 _WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer")
 
 
-def layers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """An optimizer and those inside, where a trainer has wrapped it; the one that steps comes last."""
-    yield optimizer
-    while any(kind.__name__ in _WRAPPERS for kind in type(optimizer).__mro__):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-        yield optimizer
-
-
 def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer that a step ends up in, and that a ``GradScaler`` knows."""
-    *_, last = layers(optimizer)
-    return last
+    while any(kind.__name__ in _WRAPPERS for kind in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
 
 
 def owning(optimizers: Iterable[Optimizer], tensors: Iterable[Tensor]) -> Iterator[Optimizer]:

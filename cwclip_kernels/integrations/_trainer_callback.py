@@ -130,8 +130,8 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         """Clips; before that it unscales, if nobody has."""
         optimizer = kwargs["optimizer"]
         scaler = getattr(optimizer, "scaler", None)
-        refuse_double_clipping([optimizer], scaler, "ComponentClipCallback")
         clipper = self._clipping.clipper_for(kwargs["model"], None, scaled=scaler is not None)
+        refuse_double_clipping([optimizer], scaler, self._clipping.clipped, "ComponentClipCallback")
         if scaler is not None:
             inner = innermost(optimizer)
             if scaler._per_optimizer_states[id(inner)]["stage"].name == "READY":

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..attach import check_not_in_backward
 from ..caps import Caps, MaxNorm
 from ..clipper import ClipResult, ComponentClipper
 from ..components import Grouping, named_tensors, type_name
 from ..engine import check_options
+from ..naming import Aliases, matches, no_match
 from ..resolve import resolve
 from ..thresholds import Threshold
 from ._fsdp1 import group_of, without_whole_frozen
-from ._learning import learning_unless_skipped, learns
+from ._learning import learning_unless_skipped, learns, snapshot
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
@@ -43,6 +43,7 @@ class TrainerClipping:
     Attributes:
         last: what the last step's clipping found and did; None before the first.
         steps: clipped since ``start``.
+        clipped: the parameters whose gradients are clipped; none before ``clipper_for``.
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be.
@@ -82,7 +83,7 @@ class TrainerClipping:
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks the parameters up in the model that it is called with; the one that is trained may be wrapped
         # in what can't be copied.
-        return {**self.__dict__, "_clipper": None, "_made_for": None, "_left_out": []}
+        return {**self.__dict__, "_clipper": None, "_made_for": None, "clipped": (), "_left_out": []}
 
     def start(self, *, anew: bool = False) -> None:
         """Begins a training run: parameters are looked up again.
@@ -92,10 +93,10 @@ class TrainerClipping:
         """
         if isinstance(self._max_norm, Threshold):
             if anew and self._untrained is None:
-                self._untrained = self._max_norm.state_dict()
+                self._untrained = snapshot(self._max_norm)
             elif anew and self._untrained is not None:
                 self._max_norm.load_state_dict(self._untrained)
-            self._at_start = self._max_norm.state_dict()
+            self._at_start = snapshot(self._max_norm)
         self._forget()
 
     def start_again(self) -> None:
@@ -109,16 +110,17 @@ class TrainerClipping:
         self.steps = 0
         self._clipper: ComponentClipper | None = None
         self._made_for: tuple[nn.Module, object] | None = None
+        self.clipped: tuple[Tensor, ...] = ()
         self._left_out: list[Tensor] = []
         self._numbers = ClipNumbers()
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for what would be wrong with the arguments at the first step."""
-        names = resolve(named_tensors(own_names(model)), self._options["components"]).names
+        components = resolve(named_tensors(model), self._options["components"])
         cap = self._cap(trainers_cap)
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
-            Caps(cap, names)
-        self._logged(names)
+            Caps(cap, components.names, aliases=components.aliases)
+        self._logged(components.names, components.aliases)
 
     def clipper_for(self, model: nn.Module, trainers_cap: float | None, *, scaled: bool = False) -> ComponentClipper:
         """The clipper of this model; changes no gradient.
@@ -131,20 +133,22 @@ class TrainerClipping:
         made_for = model, self._cap(trainers_cap)
         is_made = self._made_for is not None and all(map(_same, made_for, self._made_for))
         if self._clipper is None or not is_made or any(p.requires_grad for p in self._left_out):
-            pairs, self._left_out = without_whole_frozen(own_names(model))
-            group = group_of(named_tensors(pairs), [model], "that is trained")
-            clipper = ComponentClipper(pairs, made_for[1], process_group=group, **self._options)
+            source, self._left_out = without_whole_frozen(model)
+            group = group_of(named_tensors(source), [model], "that is trained")
+            clipper = ComponentClipper(source, made_for[1], process_group=group, **self._options)
+            clipped = clipper.parameters
+            check_not_in_backward(clipper, clipped)
             if scaled and clipper.raises_nonfinite:
                 raise ValueError(
                     "nonfinite: 'error' can't be used with fp16, where a scaled loss has inf now and then and the "
                     "step is skipped; use 'propagate', 'zero' or 'skip'"
                 )
-            if clipper.parameters and all(p.grad is None for p in clipper.parameters):
+            if clipped and all(p.grad is None for p in clipped):
                 raise RuntimeError(
                     "no parameter has a gradient when the optimizer is to step: an optimizer that steps inside "
                     "backward (LOMO, the layerwise ones) leaves nothing to clip; use another args.optim"
                 )
-            self._clipper, self._made_for = clipper, made_for
+            self._clipper, self._made_for, self.clipped = clipper, made_for, clipped
         return self._clipper
 
     def clip_(self, clipper: ComponentClipper, scaler: object = None, optimizers: Iterable[Optimizer] = ()) -> Tensor:
@@ -203,12 +207,14 @@ class TrainerClipping:
             return self._max_norm
         return trainers_cap if trainers_cap is not None and trainers_cap > 0 else math.inf
 
-    def _logged(self, names: tuple[str, ...]) -> list[int]:
+    def _logged(self, names: tuple[str, ...], aliases: Aliases = ()) -> list[int]:
         if self._log_norms is None:
             return []
-        found = [i for i, name in enumerate(names) if fnmatchcase(name, self._log_norms)]
+        found = [i for i, name in enumerate(names) if matches(name, self._log_norms)]
         if not found:
-            raise ValueError(f"log_norms: {self._log_norms!r} matches none of the {len(names)} components")
+            raise ValueError(
+                f"log_norms: {self._log_norms!r} {no_match(self._log_norms, names, 'components', aliases)}"
+            )
         return found
 
 
@@ -254,21 +260,6 @@ class ClipNumbers:
             "component_norm_max": norm,
             "component_norm_nonfinite": nonfinite,
         }
-
-
-def own_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under the names that they have in the model itself, without what wraps it or its modules."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    for name, parameter in model.named_parameters():
-        for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-            name = name.replace(wrapper, "")
-        yield name, parameter
 
 
 def _same(one: object, other: object) -> bool:

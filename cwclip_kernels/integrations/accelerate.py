@@ -89,16 +89,12 @@ def clip_grad_norm_(
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-        named = named_tensors(parameters)
-        pairs, left_out = without_whole_frozen(zip(named.names, named.tensors, strict=True))
-        if left_out:
-            parameters = pairs if named.named else [p for _, p in pairs]
-            named = named_tensors(parameters)
-        process_group = group_of(named, accelerator._models, "prepared by this accelerator")
+        parameters, _ = without_whole_frozen(parameters)
+        process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
     tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
     policy = engine.policy(max_norm, tensors, options.rule)
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
-    refuse_double_clipping(optimizers, scaler, "clip_grad_norm_", tensors)
+    refuse_double_clipping(optimizers, scaler, tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()
     with learning_unless_skipped(max_norm, scaler, owning(optimizers, tensors)):
         norms = engine.clip_(tensors, policy, options)[0]

@@ -138,8 +138,8 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
         accelerator = self.accelerator
         optimizers = accelerator._optimizers
         scaler = getattr(accelerator, "scaler", None)
-        refuse_double_clipping(optimizers, scaler, "ComponentClipTrainerMixin")
         clipper = self._clipping.clipper_for(model, self.args.max_grad_norm, scaled=scaler is not None)
+        refuse_double_clipping(optimizers, scaler, self._clipping.clipped, "ComponentClipTrainerMixin")
         accelerator.unscale_gradients()
         return self._clipping.clip_(clipper, scaler, optimizers)
 

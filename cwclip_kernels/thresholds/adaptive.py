@@ -18,11 +18,12 @@ class ParamRelative(Threshold):
         cap_c = factor * max(||w_c||, eps)
 
     Unit-wise, as in the paper, with ``components=ComponentSpec().unitwise("*")``; per tensor without. It reads the
-    parameters at every step, as many bytes as the gradients have. The paper leaves the last layer out.
+    trained parameters at every step, as many bytes as the gradients have, and no frozen ones. The paper leaves the
+    last layer out.
 
     Args:
-        factor: 0.01 in the paper.
-        eps: what a norm counts at least, so that parameters that are zero can grow; 1e-3 in the paper.
+        factor: 0.01 in the authors' code.
+        eps: what a norm counts at least, so that parameters that are zero can grow; 1e-3 there.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, ComponentSpec, thresholds
@@ -34,7 +35,7 @@ class ParamRelative(Threshold):
 
     References:
         Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171,
-        equation 3. There the gradient becomes cap / norm * g; here cap / (norm + the clipper's eps) * g.
+        equation 3. The defaults are those of the authors' code, google-deepmind/deepmind-research, and of timm.
     """
 
     def __init__(self, factor: float = 0.01, eps: float = 1e-3) -> None:
@@ -63,11 +64,15 @@ class EMA(Threshold):
     after it in one. A component that first has a gradient after the warm-up starts from that gradient's norm. Steps
     are calls: where several optimizers clip what they own, each of them counts.
 
+    A norm is clipped if it is above its cap, to the cap, and what is learnt is min(||g_c||, cap_c): the clipper's
+    ``eps`` has no part in it. So nothing depends on the loss's scale but the warm-up's clipping, as ``warmup_norm``
+    is a norm; with ``warmup_norm=math.inf`` nothing does.
+
     Args:
-        ratio: lambda_rel, 1.05 in the paper.
-        decay: beta, 0.98.
-        warmup_steps: 100.
-        warmup_norm: lambda_abs, the global cap of the warm-up, 1.0.
+        ratio: lambda_rel. 1.05 as in ports of the algorithm; the authors' Megatron patch has 1.04.
+        decay: beta. 0.98 likewise; 0.99 in the authors' patch.
+        warmup_steps: 100 in the authors' patch.
+        warmup_norm: lambda_abs, the global cap of the warm-up, 1.0 in the authors' patch; inf clips nothing then.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -82,7 +87,9 @@ class EMA(Threshold):
 
     References:
         Wang et al., "AdaGC: Improving Training Stability for Large Language Model Pretraining", 2025, arXiv
-        2502.11034, algorithm 1.
+        2502.11034, algorithm 1. The authors' patch: github.com/lishuai-97/AdaGC, megatron-gpt2.patch; there a
+        component without gradient in the warm-up keeps a cap of 0, here it is left out. Ports with 1.05 and 0.98:
+        github.com/kozistr/pytorch_optimizer.
     """
 
     needs_all_components = True
@@ -94,7 +101,8 @@ class EMA(Threshold):
         self._ratio = checked_number(ratio, "ratio", open_low=True)
         self._decay = checked_number(decay, "decay", high=1.0)
         self._warmup_steps = checked_count(warmup_steps, "warmup_steps")
-        self._warmup_norm = checked_number(warmup_norm, "warmup_norm", open_low=True)
+        infinite = isinstance(warmup_norm, float) and warmup_norm == math.inf
+        self._warmup_norm = math.inf if infinite else checked_number(warmup_norm, "warmup_norm", open_low=True)
         # On the host, to know without asking the device. Steps of compiled functions and graphs are counted on the
         # device alone: this may lag behind, and then the device decides.
         self._steps = 0
@@ -114,9 +122,8 @@ class EMA(Threshold):
         wide = as_wide(norms)
         known = torch.where(observed(norms), wide, 0.0)
         together = known.amax() if order == math.inf else root((known**order).sum(), order)
-        # The coefficient is to be the same for all, but what a cap gives is cap / (norm + eps).
-        share = self._warmup_norm / (together + self.setting.eps)
-        first = torch.where(share < 1.0, share * (wide + self.setting.eps), math.inf)
+        share = self._warmup_norm / together
+        first = torch.where(share < 1.0, share * wide, math.inf)
         first = torch.where(observed(norms), first, self._warmup_norm)
         return torch.where(steps < self._warmup_steps, first, later)
 
@@ -156,17 +163,18 @@ class EMA(Threshold):
 class ZScore(Threshold):
     """ZClip: a norm that lies far above its running mean is clipped, the harder the farther it lies.
 
-        z = (||g_c|| - mu_c) / (sigma_c + 1e-6);  if z > threshold: cap_c = mu_c + threshold^2 / z * sigma_c
+        z = (||g_c|| - mu_c) / (sigma_c + 1e-6 mu_c);  if z > threshold: cap_c = mu_c + threshold^2 / z * sigma_c
         mu_c = decay * mu_c + (1 - decay) * n;  sigma_c^2 = decay * sigma_c^2 + (1 - decay) * (n - mu_c)^2
 
-    with n the clipped norm and, in the second line, the new mu_c. In its first ``warmup_steps`` steps a component
-    isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped in two
-    passes.
+    with n = min(||g_c||, cap_c) and, in the second line, the new mu_c. In its first ``warmup_steps`` steps a
+    component isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped
+    in two passes. Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it: the 1e-6 is
+    relative to the mean, where the authors' code adds 1e-6 as it is.
 
     Args:
-        decay: alpha, 0.97 in the paper.
-        threshold: z_thres, 2.5.
-        warmup_steps: 25.
+        decay: alpha, 0.97 in the paper and in the authors' code.
+        threshold: z_thresh, 2.5 likewise.
+        warmup_steps: 25 in the authors' code.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -181,7 +189,8 @@ class ZScore(Threshold):
 
     References:
         Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv 2504.02507: reciprocal
-        clipping. The 1e-6 is that of the authors' code.
+        clipping. The authors' code, github.com/bluorion-com/ZClip (zclip 1.0.0), clips one norm for all, and also to
+        ``max_grad_norm`` = 1.0 at every step, those of the warm-up included; here there is no such ceiling.
     """
 
     _EPS = 1e-6
@@ -202,7 +211,7 @@ class ZScore(Threshold):
         assert norms is not None
         mean, variance, seen = self._statistics(device)
         deviation = variance.sqrt()
-        z = (as_wide(norms) - mean) / (deviation + self._EPS)
+        z = (as_wide(norms) - mean) / (deviation + self._EPS * mean)
         is_outlier = (z > self._threshold) & (seen >= self._warmup_steps)
         # A norm of inf, or NaN, lies infinitely far above.
         capped = mean + torch.where(z.isfinite(), self._threshold**2 / z, 0.0) * deviation
@@ -246,8 +255,10 @@ class Percentile(Threshold):
     Linear interpolation between neighbours, as ``numpy.percentile``. The history is a ring of ``window`` steps on the
     device ([window, K] float64; the source keeps all of them). Gradients are clipped in two passes.
 
+    Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it.
+
     Args:
-        percentile: 10 in the source.
+        percentile: 10 in the authors' TensorFlow example; their PyTorch code has no default.
         window: how many norms of each component are kept.
 
     Example:
@@ -263,7 +274,7 @@ class Percentile(Threshold):
 
     References:
         Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020, arXiv
-        2007.14469.
+        2007.14469; github.com/pseeth/autoclip.
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:

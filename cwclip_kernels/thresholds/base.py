@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..components import type_name
-from ..formula import ClipRule, wide_dtype
+from ..formula import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Setting:
 
     Attributes:
         names: the K component names.
-        numels: elements of each component.
+        numels: elements of each component, frozen parameters left out; 0 for a component that isn't trained.
         norm_type: order p of the norm.
-        eps: what the clipper adds to a norm before dividing.
-        device: where the first parameter is.
-        parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync.
+        eps: what the clipper adds to a norm before dividing, where ``adds_eps``.
+        device: where the first trained parameter is.
+        parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; frozen ones
+            are not read and count 0. To be called in ``caps`` only, while a clipper is at work.
     """
 
     names: tuple[str, ...]
@@ -43,12 +44,22 @@ class Threshold(ABC):
     Each step a clipper calls, and none of these waits for the device:
 
         caps = threshold.caps(device, norms)
-        coefs = min(1, caps / (norms + eps))
+        coefs = min(1, caps / norms)
         threshold.update_(norms, coefs)
 
     One object serves one set of components. A policy of your own defines ``caps``; if it learns, ``update_``; if it
     looks at the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
+
+    The clipper's ``eps`` is not added to these norms, unless ``adds_eps`` says so. Beside caps that follow the norms
+    it would clip small gradients that are below their cap, and a policy that learns the clipped norm would shrink it
+    from step to step. Without it nothing depends on the loss's scale. There is no division by zero to avoid: a norm
+    of 0 has coefficient 1.
+
+    A policy can be copied and pickled, with its state. The copy is bound by the clipper that uses it.
     """
+
+    adds_eps = False
+    """Whether coefficients are caps / (norms + eps), as for a number: for caps that don't follow the norms."""
 
     needs_all_components = False
     """Whether the cap of one component depends on what the others are: not on a rank of a pipeline then."""
@@ -58,6 +69,12 @@ class Threshold(ABC):
         self._state: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what it is bound to, which a copy isn't: the state goes along, and waits for a clipper.
+        names = self._loaded_names if self._setting is None else self._setting.names
+        tensors = {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()}
+        return {**self.__dict__, "_setting": None, "_state": {}, "_loaded": tensors, "_loaded_names": names}
 
     @property
     def setting(self) -> Setting:
@@ -86,8 +103,28 @@ class Threshold(ABC):
                 f"max_norm: this {type_name(self)} has loaded the state of other components"
                 f"{_difference(self._loaded_names, setting.names)}"
             )
-        self._setting = setting
-        self.allocate(setting.device)
+        before, self._setting = self._setting, setting
+        if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
+            return
+        known = {*self._state, *self._loaded}
+        try:
+            self.allocate(setting.device)
+            missing = sorted(set(self._state) - known)
+            if missing and self._loaded_names is not None:
+                for name in missing:
+                    del self._state[name]
+                raise ValueError(
+                    f"max_norm: this {type_name(self)} has loaded a state without {', '.join(map(repr, missing))}. "
+                    "torch.distributed.checkpoint fills the tensors that are in a state_dict(), and there are none "
+                    "before a clipper has bound the policy: make the clipper first, and load then"
+                )
+        except ValueError:
+            self._setting = before
+            raise
+
+    def is_bound_to(self, setting: Setting) -> bool:
+        """Whether this is the last that it was bound to."""
+        return self._setting is setting
 
     def allocate(self, device: torch.device) -> None:  # noqa: B027  # not every policy has state
         """Makes the state that the policy will need; so that no later step does, which may be traced or captured."""
@@ -122,15 +159,18 @@ class Threshold(ABC):
         found = self._state.get(name)
         if found is None:
             loaded = self._loaded.get(name)
-            if loaded is not None:
-                self._check_shape(name, loaded.shape, torch.Size(shape))
-                found = loaded.to(device, wide_dtype(device), copy=True)
-                del self._loaded[name]
-            else:
-                found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
+            # It outlives this call: tensors of inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                if loaded is not None:
+                    self._check_shape(name, loaded.shape, torch.Size(shape))
+                    found = loaded.to(device, wide_dtype(device), copy=True)
+                    del self._loaded[name]
+                else:
+                    found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
             self._state[name] = found
         elif found.device != device:
-            found = self._state[name] = found.to(device)
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._state[name] = found.to(device)
         return found
 
     def _check_shape(self, name: str, theirs: torch.Size, ours: torch.Size) -> None:
@@ -169,6 +209,9 @@ class Threshold(ABC):
         for name, tensor in state["tensors"].items():
             if name in self._state:
                 self._check_shape(name, tensor.shape, self._state[name].shape)
+        missing = sorted(set(self._state) - set(state["tensors"]))
+        if missing and names is not None:  # without names it is that of a policy which had learnt nothing yet
+            raise ValueError(f"state: has no {', '.join(map(repr, missing))}, which belong to a {type_name(self)}")
         self._loaded_names = names
         self.load_host_state(state["host"])
         self._loaded = {}
@@ -188,33 +231,26 @@ class Threshold(ABC):
         """Takes over what ``host_state()`` returned."""
 
 
-class BoundThreshold:
-    """A policy at work for one set of parameters; it may serve another in between, of the same component names."""
+def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
+    """Loads what ``ComponentClipper.state_dict()`` returned into its ``max_norm``.
 
-    def __init__(self, threshold: Threshold, setting: Setting) -> None:
-        threshold.bind(setting)
-        self._threshold = threshold
-        self._setting = setting
-
-    def is_for(self, threshold: Threshold, rule: ClipRule) -> bool:
-        """Whether it is what a call with this policy and rule needs."""
-        own = self._setting
-        return self._threshold is threshold and (own.norm_type, own.eps) == (rule.norm_type, rule.eps)
-
-    @property
-    def needs_norms(self) -> bool:
-        """See ``Threshold``."""
-        return self._threshold.needs_norms
-
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
-        if self._threshold.setting is not self._setting:
-            self._threshold.bind(self._setting)
-        return self._threshold.caps(device, norms)
-
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
-        self._threshold.update_(norms, coefs)
+    Raises:
+        TypeError: ``state`` isn't a dict.
+        ValueError: of another kind of ``max_norm``, of another threshold, or of other components.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict: expected what state_dict() of a clipper returned, not {type_name(state)}")
+    if not set(state) <= {"max_norm"}:
+        raise ValueError(f"state_dict: expected what state_dict() of a clipper returned, not keys {sorted(state)}")
+    if isinstance(max_norm, Threshold) != ("max_norm" in state):
+        learnt = state["max_norm"].get("policy", "threshold") if "max_norm" in state else None
+        raise ValueError(
+            "state_dict: is empty, of a clipper whose caps don't learn"
+            if learnt is None
+            else f"state_dict: of a clipper whose max_norm is {learnt}, but this one's is {type_name(max_norm)}"
+        )
+    if isinstance(max_norm, Threshold):
+        max_norm.load_state_dict(state["max_norm"])
 
 
 def observed(norms: Tensor) -> Tensor:

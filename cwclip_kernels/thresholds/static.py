@@ -29,6 +29,8 @@ class Fixed(Threshold):
         tensor([0.1000,    inf], dtype=torch.float64)
     """
 
+    adds_eps = True
+
     def __init__(self, cap: float | Tensor | Mapping[str, float]) -> None:
         super().__init__()
         if not isinstance(cap, Tensor | Mapping):
@@ -68,6 +70,8 @@ class Schedule(Threshold):
         >>> [clipper.clip_().caps.item() for _ in range(3)]
         [1.0, 0.5, 0.3333333333333333]
     """
+
+    adds_eps = True
 
     def __init__(self, fn: Callable[[int], float]) -> None:
         super().__init__()
@@ -123,8 +127,10 @@ class FromGlobal(Threshold):
         "uniform"   cap_c = C / K^(1/p)             each component alike
         "numel"     cap_c = C * (n_c / n)^(1/p)     by its number of elements
 
-    The p-th powers of the caps add up to C^p (for p = inf each cap is C), so clipped gradients have a global norm of
-    at most C, as ``clip_grad_norm_`` would leave them, without one component's outlier shrinking the others.
+    with K, n_c and n counted over trained parameters: what is frozen gets no share, and shares follow when
+    parameters are frozen or unfrozen. The p-th powers of the caps add up to C^p (for p = inf each cap is C), so
+    clipped gradients have a global norm of at most C, as ``clip_grad_norm_`` would leave them, without one
+    component's outlier shrinking the others.
 
     Args:
         total: C, the budget, a number >= 0.
@@ -137,6 +143,7 @@ class FromGlobal(Threshold):
         tensor([0.8660, 0.5000], dtype=torch.float64)
     """
 
+    adds_eps = True
     needs_all_components = True
 
     def __init__(self, total: float, split: str = "uniform") -> None:
@@ -162,8 +169,8 @@ class FromGlobal(Threshold):
         """See ``Threshold``."""
         if device not in self._on:
             setting = self.setting
-            count, numel = len(setting.names), max(1, sum(setting.numels))
-            shares = [1 / count] * count if self._split == "uniform" else [n / numel for n in setting.numels]
-            caps = [self._total * (share ** (1 / setting.norm_type)) for share in shares]
+            weights = [int(n > 0) for n in setting.numels] if self._split == "uniform" else setting.numels
+            whole = max(1, sum(weights))
+            caps = [self._total * ((weight / whole) ** (1 / setting.norm_type)) for weight in weights]
             self._on[device] = torch.tensor(caps, dtype=wide_dtype(device), device="cpu").to(device)
         return self._on[device]

@@ -24,6 +24,7 @@ PyObject* stream(PyObject*, PyObject*) { return Py_BuildValue("(iO)", 0, Py_Fals
 PyMethodDef methods[] = {
     {"layout_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_layout_of)), METH_FASTCALL,
      nullptr},
+    {"form_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_form_of)), METH_FASTCALL, nullptr},
     {"addresses_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_addresses_of)),
      METH_FASTCALL, nullptr},
     {"cuda_program", &cwclip::cuda::py_program, METH_VARARGS, nullptr},
