@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
@@ -17,6 +18,7 @@ from .caps import CapPolicy, MaxNorm
 from .components import Grouping, Parameters, named_tensors
 from .distributed.groups import check_parts
 from .engine import Engine, Options, check_options, settings_in_words
+from .messages import warn_caller
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Threshold
 from .thresholds.base import load_learnt
@@ -103,6 +105,8 @@ class ComponentClipper:
         Norm Clipping", EMNLP 2022, arXiv 2210.10325.
     """
 
+    _module: weakref.ref[nn.Module] | None
+
     def __init__(
         self,
         parameters: Parameters,
@@ -124,6 +128,8 @@ class ComponentClipper:
         engine = Engine.of(named, components, process_group, pp_mesh, settings)
         # As given; a mapping as it is now, like the caps.
         self._set_up(named.tensors, engine, dict(max_norm) if isinstance(max_norm, Mapping) else max_norm, options)
+        if isinstance(parameters, nn.Module):
+            self._module = weakref.ref(parameters)  # and of no parameter, which could then not be swapped
 
     def _set_up(self, tensors: tuple[Tensor, ...], engine: Engine, max_norm: MaxNorm, options: Options) -> None:
         self.names: tuple[str, ...] = engine.components.names
@@ -132,6 +138,8 @@ class ComponentClipper:
         self._engine = engine
         self._options = options
         self._whole: ComponentClipper | None = None  # that this is a part of, with its caps
+        self._module = None
+        self._plans_seen = 0
         self._copied: dict[int, Any] | None = None  # until it is known which parameters have been copied along
         # Comes between a clip and its policy, such as a scaler that may skip the step.
         self._policy_of_clip: Callable[[CapPolicy], CapPolicy] | None = None
@@ -179,7 +187,25 @@ class ComponentClipper:
             scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
             policy = self._policy() if self._policy_of_clip is None else self._policy_of_clip(self._policy())
             outcome = self._engine.clip_(self._parameters(), policy, self._options, scaled)
+            if self._engine.plans_made != self._plans_seen:
+                self._plans_seen = self._engine.plans_made
+                self._look_for_replaced()
         return ClipResult(self.names, *outcome)
+
+    def _look_for_replaced(self) -> None:
+        """Warns if a parameter has no gradient, and another one has been put in its place in the model."""
+        module = None if self._module is None or self.is_spread else self._module()
+        if module is None:
+            return
+        current = set(map(id, module.parameters()))
+        for name, tensor in zip(self._engine.components.tensor_names, self._parameters(), strict=True):
+            if tensor.requires_grad and tensor.grad is None and id(tensor) not in current:
+                warn_caller(
+                    f"parameters: {name!r} is no longer the model's, as after to_empty() or "
+                    "load_state_dict(assign=True); what has replaced it goes unclipped. Make the clipper anew"
+                )
+                self._module = None
+                return
 
     def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
         """A clipper for some of the parameters, with the same components, caps and state.

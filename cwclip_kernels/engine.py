@@ -147,6 +147,11 @@ class Engine:
         return engine
 
     @property
+    def plans_made(self) -> int:
+        """How many plans so far: one more where other gradients are there than before."""
+        return self._planner.made
+
+    @property
     def _local(self) -> Components:
         return self.components if self.spread is None else self.spread.local
 

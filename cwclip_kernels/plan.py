@@ -128,11 +128,15 @@ class Planner:
     Args:
         components: what belongs together.
         kind: what the tensors are, for error messages: "gradient", or "parameter" where these are measured.
+
+    Attributes:
+        made: how many plans so far.
     """
 
     def __init__(self, components: Components, kind: str = "gradient") -> None:
         self.components = components
         self._kind = kind
+        self.made = 0
         self._plans: dict[tuple[object, ...], ClipPlan] = {}
 
     def plan(
@@ -223,6 +227,7 @@ class Planner:
         self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, writes: bool = True
     ) -> ClipPlan:
         """A plan from scratch, every gradient looked at; arguments and errors as for ``plan``."""
+        self.made += 1
         plan = _build(self.components, grads, home, norm_type, backend, writes, self._kind)
         if len(self._plans) >= 8:  # a program that goes through orders of norm
             self._plans.clear()
