@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from cwclip_kernels import fused_component_clip_
+from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, fused_component_clip_, thresholds
 from cwclip_kernels.integrations.accelerate import clip_grad_norm_
 from helpers import same_bits
 from ranks import on_ranks
@@ -102,27 +102,97 @@ def test_accumulated_gradients_are_clipped_once_and_whole():
             optimizer.zero_grad()
 
 
-def test_a_scaled_loss_is_unscaled_first(monkeypatch):
-    """Accelerate has float16 on accelerators alone: its optimizer's scaler is put there by hand."""
-    accelerator = Accelerator(cpu=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    model, plain = Model(), Model()
-    plain.load_state_dict(model.state_dict())
-    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+def scaled(accelerator, monkeypatch, scaler):
+    """Accelerate has float16 on accelerators alone: its optimizers' scaler is put there by hand."""
     monkeypatch.setattr(accelerator, "scaler", scaler)
     monkeypatch.setattr(accelerator, "native_amp", True)
     monkeypatch.setattr(AcceleratorState, "mixed_precision", "fp16")
+    return scaler
+
+
+def test_a_scaled_loss_is_unscaled_first(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = scaled(accelerator, monkeypatch, torch.amp.GradScaler("cpu", init_scale=1024.0))
     tokens = batches()[0]
     scaler.scale(model(tokens).square().sum()).backward()
     plain(tokens).square().sum().backward()
-    scaled = [p.grad.clone() for p in model.parameters()]
+    before = [p.grad.clone() for p in model.parameters()]
     with pytest.raises(TypeError, match="max_norm"):
         clip_grad_norm_(accelerator, model.parameters(), "low")
-    assert all(map(same_bits, scaled, (p.grad for p in model.parameters())))
+    assert all(map(same_bits, before, (p.grad for p in model.parameters())))
     expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
     torch.testing.assert_close(clip_grad_norm_(accelerator, model.parameters(), 0.1), expected)
     fused_component_clip_(plain, 0.1)
     torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+POLICIES = {
+    "Schedule": lambda: thresholds.Schedule(lambda step: 0.5 / (1 + step)),
+    "EMA": lambda: thresholds.EMA(warmup_steps=2),
+    "ZScore": lambda: thresholds.ZScore(warmup_steps=2, threshold=0.5),
+    "Percentile": lambda: thresholds.Percentile(50.0),
+}
+
+
+@pytest.mark.parametrize("skipped", [0, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_skipped_step_teaches_nothing(monkeypatch, policy, skipped):
+    """As for a clipper that isn't called where no step is taken; what is returned tells of it."""
+    accelerator = Accelerator(cpu=True)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, _ = accelerator.prepare(model, inner)
+    other = accelerator.prepare(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    scaler = scaled(accelerator, monkeypatch, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    ours, theirs = POLICIES[policy](), POLICIES[policy]()
+    for i, tokens in enumerate(batches(6)):
+        scaler.scale(model(tokens).square().sum()).backward()
+        plain(tokens).square().sum().backward()
+        bad = 1 if i == skipped else 0
+        if bad:
+            model.head.bias.grad.fill_(torch.inf)
+        else:
+            fused_component_clip_(plain, theirs)
+            plain_optimizer.step()
+        # An optimizer of something else may well overflow.
+        scaler.scale(torch.ones(()))
+        other.param_groups[0]["params"][0].grad = torch.full((1,), torch.inf if i == 3 else 1.0)
+        assert clip_grad_norm_(accelerator, model, ours).isfinite() == (not bad)
+        scaler.step(inner)
+        scaler.step(other.optimizer)
+        scaler.update(1024.0)
+        for o in (inner, plain_optimizer):
+            o.zero_grad()
+    one, other = ours.state_dict(), theirs.state_dict()
+    assert one["host"] == other["host"]
+    assert set(one["tensors"]) == set(other["tensors"])
+    assert all(same_bits(one["tensors"][name], other["tensors"][name]) for name in other["tensors"])
+    assert all(map(same_bits, model.parameters(), plain.parameters()))
+
+
+def test_an_attached_clipper_is_refused(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    model, another = Model(), Model()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, another)]
+    handle = ComponentClipper(another, 0.1).attach(optimizers[1])
+    model, *_ = accelerator.prepare(model, *optimizers)
+    for m in (model, another):
+        m(batches()[0]).square().sum().backward()
+    clip_grad_norm_(accelerator, model, 0.1)  # that is clipped by nobody else
+    before = [p.grad.clone() for p in another.parameters()]
+    with pytest.raises(RuntimeError, match=r"optimizer: a clipper is attached to .*call remove\(\)"):
+        clip_grad_norm_(accelerator, another, 0.1)
+    scaler = ComponentClipGradScaler(ComponentClipper(model, 0.1), "cpu")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="scaler: a ComponentClipGradScaler"):
+        clip_grad_norm_(accelerator, another, scaled(accelerator, patch, scaler) and 0.1)
+    assert all(map(same_bits, before, (p.grad for p in another.parameters())))
+    handle.remove()
+    clip_grad_norm_(accelerator, another, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +295,27 @@ def test_fsdp1_is_clipped_over_its_own_group():
     model(batches()[0]).square().sum().backward()
     norm = clip_grad_norm_(with_fsdp1(), model, torch.inf, process_group=model.process_group)
     torch.testing.assert_close(norm, clip_grad_norm_(accelerator, model, torch.inf))
+
+
+@on_ranks(2)
+def test_frozen_parameters_may_be_whole_beside_shards_of_fsdp1():
+    """A 4-bit base, say: they are clipped by nobody. Once they learn, they would be."""
+    model, plain = wrapped(), Model()
+    with FullyShardedDataParallel.summon_full_params(model):
+        plain.load_state_dict(
+            {n: full(p.detach()) for n, p in zip(plain.state_dict(), model.parameters(), strict=True)}
+        )
+    packed = nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
+    base = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    pairs = [("packed", packed), *model.named_parameters(), ("base", base)]
+    tokens = batches()[0]
+    for m in (model, plain):
+        m(tokens).square().sum().backward()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    torch.testing.assert_close(clip_grad_norm_(with_fsdp1(model), pairs, 0.1), expected, rtol=1e-9, atol=0.0)
+    base.requires_grad_()
+    with pytest.raises(ValueError, match="'base' is whole on each rank"):
+        clip_grad_norm_(with_fsdp1(model), pairs, 0.1)
 
 
 @on_ranks(2)

@@ -155,6 +155,24 @@ def test_several_processes(kind, way):
             torch.testing.assert_close(found[name], p.detach(), **close)
 
 
+class Thawing(WrappedByHand):
+    """Lets learn, half of the way through, what FSDP has left whole."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.model.head.requires_grad_(batch_idx >= 1)
+
+
+@on_ranks(2)
+def test_what_fsdp_leaves_whole_does_not_begin_to_learn_unclipped():
+    with launched(), pytest.raises(ValueError, match="left whole was frozen when the fit began, and isn't now"):
+        fit(
+            Thawing(Model().float()),
+            CpuFSDPStrategy(process_group_backend="gloo"),
+            ComponentClip(0.1),
+            data=batches(),
+        )
+
+
 @on_ranks(2)
 def test_lightnings_own_fsdp_refuses_to_clip_by_norm():
     with launched(), pytest.raises(MisconfigurationException, match="gradient_clip_algorithm='norm'"):

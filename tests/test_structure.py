@@ -124,7 +124,10 @@ EXAMPLES = [
     *(f"cwclip_kernels.{name}" for name in ("api", "backward_hooks", "clipper", "grad_scaler", "in_backward")),
     *(f"cwclip_kernels.{name}" for name in ("spec", "thresholds")),
     *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "lightning", "timm", "torchtitan")),
-    *(f"cwclip_kernels.integrations.{name}" for name in ("_already", "_trainer_callback", "transformers")),
+    *(
+        f"cwclip_kernels.integrations.{name}"
+        for name in ("_already", "_learning", "_trainer_callback", "transformers")
+    ),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "static")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
 ]

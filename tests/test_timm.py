@@ -48,12 +48,12 @@ def with_values(params):
 
 
 def agc(params, factor):
-    """Brock et al., equation 3, by the unit; the floor of norms is 1e-3."""
+    """timm's ``adaptive_clip_grad``: by the unit, the floor of norms is 1e-3, and nothing is added to a norm."""
     for p in params:
         dims = tuple(range(1, p.ndim)) if p.ndim > 1 else tuple(range(p.ndim))
         cap = p.detach().double().square().sum(dims, keepdim=True).sqrt().clamp(min=1e-3) * factor
         norm = p.grad.double().square().sum(dims, keepdim=True).sqrt()
-        p.grad.copy_(p.grad * (cap / (norm + 1e-6)).clamp(max=1.0))
+        p.grad.copy_(torch.where(norm < cap, p.grad, p.grad * (cap / norm.clamp(min=1e-6))))
 
 
 def test_norm_is_by_component():
@@ -94,6 +94,21 @@ def test_agc_is_by_output_unit_and_follows_the_parameters():
             for p in params:
                 p.data.mul_(1.5)
                 p.grad = torch.randn_like(p)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-5, 0.0])
+def test_agc_of_small_gradients_is_timms(scale):
+    """Of a parameter of zeros the cap is 1e-5, of which an eps of 1e-6 would take a part."""
+    ours = parameters(SHAPES)
+    for p in ours:
+        p.data.zero_()
+        p.grad.mul_(scale)
+    theirs = copy_of(ours)
+    dispatch_clip_grad(ours, 0.01, mode="agc")
+    agc(theirs, 0.01)
+    assert_grads(ours, theirs, torch.float32)
+    norms = torch.stack([p.grad.norm() for p in ours if p.ndim <= 1])
+    assert norms.max().item() == pytest.approx(1e-5 if scale else 0.0, rel=1e-6)
 
 
 def test_nothing_is_taken_for_something_else():

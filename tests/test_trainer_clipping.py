@@ -6,8 +6,9 @@ from torch import nn
 
 from cwclip_kernels import ClipResult, fused_component_clip_
 from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping
+from cwclip_kernels.integrations.accelerate import clip_grad_norm_
 from ranks import on_ranks
-from test_accelerate import batches, steps_agree, wrapped
+from test_accelerate import batches, steps_agree, with_fsdp1, wrapped
 
 
 def small():
@@ -56,6 +57,35 @@ def test_fsdp1_is_clipped_over_its_own_group():
     model(batches()[0]).square().sum().backward()
     names = clipping.clipper_for(model, None).names
     assert not any("_fsdp" in name for name in names)
+
+
+class Around(nn.Module):
+    """FSDP around one module alone, and what is whole beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = wrapped()
+        self.packed = nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
+        self.base = nn.Linear(3, 3).double().requires_grad_(False)
+
+    def forward(self, tokens):
+        return self.base(self.inner(tokens))
+
+
+@on_ranks(2)
+def test_what_fsdp1_leaves_whole_may_be_frozen():
+    model, clipping = Around(), TrainerClipping(0.1)
+    for frozen in (True, True, False):
+        model.base.requires_grad_(not frozen)
+        model(batches()[0]).square().sum().backward()
+        if not frozen:  # half of the way through a run
+            with pytest.raises(ValueError, match=r"'base\.weight' is whole on each rank"):
+                clipping.clipper_for(model, None)
+            break
+        expected = clip_grad_norm_(with_fsdp1(model.inner), model.inner, torch.inf)
+        total = clipping.clip_(clipping.clipper_for(model, None))
+        torch.testing.assert_close(total, expected)
+        model.zero_grad()
 
 
 def test_the_total_is_that_of_all():

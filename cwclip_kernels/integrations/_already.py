@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Sequence
 from numbers import Real
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..attach import clipping_too
+from ..components import type_name
+from ..grad_scaler import ComponentClipGradScaler
 
 _said: set[str] = set()
 
@@ -35,3 +43,29 @@ def warn_already_clipped(setting: str, value: object, way_out: str) -> bool:
             stacklevel=3,
         )
     return not is_off
+
+
+def refuse_double_clipping(
+    optimizers: Iterable[Optimizer], scaler: object, parameters: Sequence[Tensor], ours: str
+) -> None:
+    """Raises RuntimeError if another clipper of this package clips the same gradients: caps that learn count twice.
+
+    Args:
+        optimizers: the trainer's, wrapped or not.
+        scaler: the trainer's ``GradScaler``, or None.
+        parameters: whose gradients are clipped here.
+        ours: what clips here, to be named.
+    """
+    if isinstance(scaler, ComponentClipGradScaler):
+        raise RuntimeError(
+            f"scaler: a ComponentClipGradScaler clips when it unscales, and {ours} would clip the same gradients "
+            f"again; use torch.amp.GradScaler, or leave out {ours}"
+        )
+    for optimizer in optimizers:
+        shared = clipping_too(optimizer, parameters)
+        if shared:
+            raise RuntimeError(
+                f"optimizer: a clipper is attached to {type_name(optimizer)}, and would clip the gradient of "
+                f"{shared[0][1]!r} again, which {ours} has clipped; call remove() on what attach() returned, or "
+                f"leave out {ours}"
+            )

@@ -5,14 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..components import NamedTensors
+from ..components import NamedTensors, Parameters, named_tensors
 from ..distributed.groups import Group
 from ..sharding import is_flattened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def without_whole_frozen(parameters: Parameters) -> tuple[Parameters, list[Tensor]]:
+    """Splits off what is frozen and whole beside what is sharded: none of it is clipped while that is so.
+
+    ``FullyShardedDataParallel`` around some modules alone leaves the others whole.
+
+    Args:
+        parameters: as for ``fused_component_clip_``; no iterator, which would be used up.
+
+    Returns:
+        The others, or all as given if there is nothing to split off; and what was, which can't be clipped with them
+        should it learn later.
+    """
+    named = named_tensors(parameters)
+    left_out: list[Tensor] = []
+    if any(map(is_flattened, named.tensors)):
+        left_out = [p for p in named.tensors if not (p.requires_grad or is_flattened(p))]
+    if not left_out:
+        return parameters, []
+    kept = [(n, p) for n, p in zip(named.names, named.tensors, strict=True) if p.requires_grad or is_flattened(p)]
+    return kept if named.named else [p for _, p in kept], left_out
 
 
 def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) -> ProcessGroup | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..attach import check_not_in_backward
 from ..backends.memory import upload
 from ..caps import MaxNorm
 from ..clipper import ClipResult, ComponentClipper
-from ..components import Parameters, named_tensors, type_name
-from ..sharding import is_flattened
+from ..components import named_tensors, type_name
 from ..thresholds import Threshold
-from ._fsdp1 import group_of
+from ._already import refuse_double_clipping
+from ._fsdp1 import group_of, without_whole_frozen
+from ._learning import learning_unless_skipped
+from ._optimizers import innermost
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -34,19 +36,16 @@ class Clipping:
         for kind in type(trainer.strategy).__mro__:
             if kind.__name__ in _ELSEWHERE:
                 raise RuntimeError(f"Trainer(strategy=...): {_ELSEWHERE[kind.__name__]}")
-        self._trainer = weakref.ref(trainer)
         self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._arguments = arguments
         named = named_tensors(module)
-        source: Parameters = module
-        if any(map(is_flattened, named.tensors)):
-            # FSDP wrapped around some modules alone leaves the others whole: these may be frozen, but not learn.
-            pairs = zip(named.names, named.tensors, strict=True)
-            source = [(n, p) for n, p in pairs if p.requires_grad or is_flattened(p)]
+        source, self._left_out = without_whole_frozen(module)
         group = arguments["process_group"]
         if group is None:
             group = group_of(named_tensors(source), [trainer.strategy.model], "of this trainer")
         self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
+        self._clipped = self.clipper.parameters
+        check_not_in_backward(self.clipper, self._clipped)
         if self.clipper.raises_nonfinite and _scaler_of(trainer) is not None:
             raise ValueError(
                 "error_if_nonfinite: a scaled loss makes norms inf now and then, when the step is skipped; use "
@@ -55,9 +54,9 @@ class Clipping:
         self._known = {id(p) for p in named.tensors}
         self._parts: dict[int, tuple[tuple[int, ...], ComponentClipper, tuple[int, ...]]] = {}
 
-    def is_for(self, trainer: Trainer, max_norm: MaxNorm, arguments: dict[str, Any]) -> bool:
-        """Whether it is what a call with these arguments needs."""
-        if self._trainer() is not trainer or self._arguments != arguments:
+    def is_for(self, max_norm: MaxNorm, arguments: dict[str, Any]) -> bool:
+        """Whether it is what a call with these arguments needs, in the same fit."""
+        if self._arguments != arguments:
             return False
         if isinstance(max_norm, Tensor | Threshold) or isinstance(self._max_norm, Tensor | Threshold):
             return max_norm is self._max_norm
@@ -65,17 +64,25 @@ class Clipping:
             return dict(max_norm) == self._max_norm
         return type(max_norm) is type(self._max_norm) and max_norm == self._max_norm
 
-    def clip_(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> ClipResult | None:
+    def clip_(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, ours: str) -> ClipResult | None:
         """Clips what the optimizer owns; None if these gradients won't be stepped."""
-        optimizer = _unwrapped(optimizer)
         scaler = _scaler_of(trainer)
+        refuse_double_clipping([optimizer], scaler, self._clipped, ours)
+        if any(p.requires_grad for p in self._left_out):
+            raise ValueError(
+                "module: a parameter that FullyShardedDataParallel has left whole was frozen when the fit began, and "
+                "isn't now, so that it would go unclipped; wrap what has it, too, or unfreeze it before the fit"
+            )
+        optimizer = innermost(optimizer)
         if scaler is not None and not _is_unscaled(scaler, trainer, module, optimizer):
             return None
-        return self._part_of(optimizer)[1].clip_()
+        part = self._part_of(optimizer)[1]
+        with learning_unless_skipped(self.clipper.max_norm, scaler, [optimizer]):
+            return part.clip_()
 
     def owned_by(self, optimizer: Optimizer) -> tuple[int, ...]:
         """Which of the components are the optimizer's."""
-        return self._part_of(_unwrapped(optimizer))[2]
+        return self._part_of(innermost(optimizer))[2]
 
     def _part_of(self, optimizer: Optimizer) -> tuple[tuple[int, ...], ComponentClipper, tuple[int, ...]]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,12 +158,6 @@ class Window:
                 values[f"clip_rate/{name}"] = rate
         self._clipped, self._seen = torch.zeros_like(self._clipped), torch.zeros_like(self._seen)
         return values
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that a step ends up in, which ``LightningModule.optimizers()`` returns in a wrapper."""
-    is_wrapper = any(kind.__name__ == "LightningOptimizer" for kind in type(optimizer).__mro__)
-    return optimizer.optimizer if is_wrapper else optimizer  # type: ignore[attr-defined]
 
 
 def _scaler_of(trainer: Trainer) -> Any:

@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..caps import MaxNorm
 from ..clipper import ClipResult
 from ..components import Grouping
-from ._already import warn_already_clipped
+from ._already import refuse_double_clipping, warn_already_clipped
+from ._optimizers import innermost
 from ._trainer_clipping import TrainerClipping
 from .accelerate import check_gradients_are_here
 
@@ -48,7 +49,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     Raises:
         TypeError, ValueError: an argument that isn't what it should be.
         RuntimeError: when the Trainer is made, or training begins, if DeepSpeed, Megatron-LM or XLA have the
-            gradients.
+            gradients; at a step, if a clipper is attached to the optimizer.
 
     Example:
         >>> import tempfile, torch
@@ -91,6 +92,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
             log_norms=log_norms,
             on_clip=on_clip,
         )
+        self._batch_size: int | None = None  # of the run that has begun and not ended
 
     @property
     def last_clip(self) -> ClipResult | None:
@@ -111,7 +113,11 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         warn_already_clipped(
             "max_grad_norm of TrainingArguments (1.0 by default)", args.max_grad_norm, "set max_grad_norm=0"
         )
-        self._clipping.start(anew=state.is_hyper_param_search)
+        if args.auto_find_batch_size and self._begins_again(state):
+            self._clipping.start_again()
+        else:
+            self._clipping.start(anew=state.is_hyper_param_search)
+        self._batch_size = state.train_batch_size
         self._clipping.check(kwargs["model"], None)
         if state.global_step:
             told = args.resume_from_checkpoint
@@ -125,11 +131,18 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         optimizer = kwargs["optimizer"]
         scaler = getattr(optimizer, "scaler", None)
         clipper = self._clipping.clipper_for(kwargs["model"], None, scaled=scaler is not None)
+        refuse_double_clipping([optimizer], scaler, self._clipping.clipped, "ComponentClipCallback")
         if scaler is not None:
-            inner = optimizer.optimizer
+            inner = innermost(optimizer)
             if scaler._per_optimizer_states[id(inner)]["stage"].name == "READY":
                 scaler.unscale_(inner)
-        self._clipping.clip_(clipper)
+        self._clipping.clip_(clipper, scaler, [optimizer])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes note that the next run is another one."""
+        self._batch_size = None
 
     def on_log(
         self,
@@ -149,6 +162,13 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         """Puts what caps have learnt beside the optimizer's state."""
         if args.should_save and not args.save_only_model and os.path.isdir(_checkpoint(args, state)):
             self._clipping.save(_checkpoint(args, state), run=_fingerprint(state))
+
+    def _begins_again(self, state: TrainerState) -> bool:
+        """Whether this is the run that has begun before, again, with batches that fit into memory."""
+        if self._batch_size is None:
+            return False
+        # One that goes on from a checkpoint has the batch size of that.
+        return bool(state.global_step) or state.train_batch_size < self._batch_size
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:

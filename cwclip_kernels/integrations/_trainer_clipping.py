@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..attach import check_not_in_backward
 from ..caps import Caps, MaxNorm
 from ..clipper import ClipResult, ComponentClipper
 from ..components import Grouping, named_tensors, type_name
@@ -18,7 +20,8 @@ from ..engine import check_options
 from ..naming import Aliases, matches, no_match
 from ..resolve import resolve
 from ..thresholds import Threshold
-from ._fsdp1 import group_of
+from ._fsdp1 import group_of, without_whole_frozen
+from ._learning import learning_unless_skipped, learns, snapshot
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
@@ -40,6 +43,7 @@ class TrainerClipping:
     Attributes:
         last: what the last step's clipping found and did; None before the first.
         steps: clipped since ``start``.
+        clipped: the parameters whose gradients are clipped; none before ``clipper_for``.
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be.
@@ -73,7 +77,13 @@ class TrainerClipping:
         self._log_norms = log_norms
         self._on_clip = on_clip
         self._untrained: dict[str, Any] | None = None
+        self._at_start: dict[str, Any] | None = None
         self.start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks the parameters up in the model that it is called with; the one that is trained may be wrapped
+        # in what can't be copied.
+        return {**self.__dict__, "_clipper": None, "_made_for": None, "clipped": (), "_left_out": []}
 
     def start(self, *, anew: bool = False) -> None:
         """Begins a training run: parameters are looked up again.
@@ -81,16 +91,28 @@ class TrainerClipping:
         Args:
             anew: whether caps that learn forget what an earlier run taught them.
         """
+        if isinstance(self._max_norm, Threshold):
+            if anew and self._untrained is None:
+                self._untrained = snapshot(self._max_norm)
+            elif anew and self._untrained is not None:
+                self._max_norm.load_state_dict(self._untrained)
+            self._at_start = snapshot(self._max_norm)
+        self._forget()
+
+    def start_again(self) -> None:
+        """Begins the same run again, after a step failed: caps that learn are as they were when it began."""
+        if isinstance(self._max_norm, Threshold) and self._at_start is not None:
+            self._max_norm.load_state_dict(self._at_start)
+        self._forget()
+
+    def _forget(self) -> None:
         self.last: ClipResult | None = None
         self.steps = 0
         self._clipper: ComponentClipper | None = None
         self._made_for: tuple[nn.Module, object] | None = None
+        self.clipped: tuple[Tensor, ...] = ()
+        self._left_out: list[Tensor] = []
         self._numbers = ClipNumbers()
-        if anew and isinstance(self._max_norm, Threshold):
-            if self._untrained is None:
-                self._untrained = self._max_norm.state_dict()
-            else:
-                self._max_norm.load_state_dict(self._untrained)
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for what would be wrong with the arguments at the first step."""
@@ -109,25 +131,38 @@ class TrainerClipping:
             scaled: whether the loss is.
         """
         made_for = model, self._cap(trainers_cap)
-        if self._clipper is None or self._made_for is None or not all(map(_same, made_for, self._made_for)):
-            group = group_of(named_tensors(model), [model], "that is trained")
-            clipper = ComponentClipper(model, made_for[1], process_group=group, **self._options)
+        is_made = self._made_for is not None and all(map(_same, made_for, self._made_for))
+        if self._clipper is None or not is_made or any(p.requires_grad for p in self._left_out):
+            source, self._left_out = without_whole_frozen(model)
+            group = group_of(named_tensors(source), [model], "that is trained")
+            clipper = ComponentClipper(source, made_for[1], process_group=group, **self._options)
+            clipped = clipper.parameters
+            check_not_in_backward(clipper, clipped)
             if scaled and clipper.raises_nonfinite:
                 raise ValueError(
                     "nonfinite: 'error' can't be used with fp16, where a scaled loss has inf now and then and the "
                     "step is skipped; use 'propagate', 'zero' or 'skip'"
                 )
-            if clipper.parameters and all(p.grad is None for p in clipper.parameters):
+            if clipped and all(p.grad is None for p in clipped):
                 raise RuntimeError(
                     "no parameter has a gradient when the optimizer is to step: an optimizer that steps inside "
                     "backward (LOMO, the layerwise ones) leaves nothing to clip; use another args.optim"
                 )
-            self._clipper, self._made_for = clipper, made_for
+            self._clipper, self._made_for, self.clipped = clipper, made_for, clipped
         return self._clipper
 
-    def clip_(self, clipper: ComponentClipper) -> Tensor:
-        """Clips, takes notes, and returns the norm of all components before: [], no host sync."""
-        self.last = clipper.clip_()
+    def clip_(self, clipper: ComponentClipper, scaler: object = None, optimizers: Iterable[Optimizer] = ()) -> Tensor:
+        """Clips, takes notes, and returns the norm of all components before: [].
+
+        No host sync, but for caps that learn under a loss scale: these have to know whether the step is taken.
+
+        Args:
+            clipper: what ``clipper_for`` returned.
+            scaler: the ``GradScaler`` that has unscaled the gradients, or None.
+            optimizers: that are about to be stepped.
+        """
+        with learning_unless_skipped(clipper.max_norm, scaler, optimizers):
+            self.last = clipper.clip_()
         self.steps += 1
         self._numbers.add(self.last)
         if self._on_clip is not None:
@@ -146,12 +181,12 @@ class TrainerClipping:
 
     def save(self, folder: str | Path, **more: Any) -> None:
         """Writes what caps have learnt into a checkpoint's folder; nothing where they don't learn."""
-        if isinstance(self._max_norm, Threshold):
+        if isinstance(self._max_norm, Threshold) and learns(self._max_norm):
             torch.save({"max_norm": self._max_norm.state_dict(), **more}, Path(folder) / FILE)
 
     def load(self, *folders: str | Path, **more: Any) -> None:
         """Goes on from the first of these checkpoints that has been saved with ``more``; warns if none was."""
-        if not isinstance(self._max_norm, Threshold):
+        if not isinstance(self._max_norm, Threshold) or not learns(self._max_norm):
             return
         for path in (Path(folder) / FILE for folder in folders):
             if path.is_file():

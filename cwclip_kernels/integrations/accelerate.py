@@ -11,7 +11,10 @@ from ..api import engine_for
 from ..caps import MaxNorm
 from ..components import Grouping, Parameters, as_items, named_tensors
 from ..engine import check_options, settings_in_words
-from ._fsdp1 import group_of
+from ._already import refuse_double_clipping
+from ._fsdp1 import group_of, without_whole_frozen
+from ._learning import learning_unless_skipped
+from ._optimizers import owning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,13 +54,14 @@ def clip_grad_norm_(
 
     Returns:
         [] norm of all components before clipping, the same on all ranks: float32 (float64 if any gradient is), on the
-        gradients' device; no host sync. What a callable of ``components`` leaves alone doesn't count.
+        gradients' device; no host sync, unless a threshold has to know whether a loss scaler will skip the step. What
+        a callable of ``components`` leaves alone doesn't count.
 
     Raises:
         TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
             several, or some that are sharded beside some that aren't. No gradient is clipped.
-        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; or they belong to
-            DeepSpeed, Megatron-LM or XLA.
+        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; they belong to
+            DeepSpeed, Megatron-LM or XLA; or a clipper is attached to the optimizer. No gradient is clipped.
 
     Example:
         >>> import torch
@@ -85,11 +89,16 @@ def clip_grad_norm_(
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
+        parameters, _ = without_whole_frozen(parameters)
         process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
     tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
     policy = engine.policy(max_norm, tensors, options.rule)
+    optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
+    refuse_double_clipping(optimizers, scaler, tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()
-    return engine.total(engine.clip_(tensors, policy, options)[0], options.rule.norm_type)
+    with learning_unless_skipped(max_norm, scaler, owning(optimizers, tensors)):
+        norms = engine.clip_(tensors, policy, options)[0]
+    return engine.total(norms, options.rule.norm_type)
 
 
 def check_gradients_are_here(accelerator: Any) -> None:

@@ -20,6 +20,7 @@ from ..clipper import ClipResult, ComponentClipper
 from ..components import Grouping
 from ..engine import check_options
 from ..thresholds import Threshold
+from ._learning import learns
 from ._lightning import Clipping, Window, lightnings_own, warn_of_another_cap
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ else:
             ) from error
 
 
-_of_modules: weakref.WeakKeyDictionary[LightningModule, Clipping] = weakref.WeakKeyDictionary()
+_of_modules: weakref.WeakKeyDictionary[LightningModule, tuple[weakref.ref[Trainer], Clipping]]
+_of_modules = weakref.WeakKeyDictionary()
 
 
 class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into Lightning
@@ -54,7 +56,8 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
     unscale by themselves and which Lightning refuses to clip, are unscaled first. Callbacks that come later in the
     list see clipped gradients.
 
-    A threshold's state is part of Lightning's checkpoints.
+    A threshold's state is part of Lightning's checkpoints. A step that a loss scaler skips teaches it nothing. The
+    callback can be copied and pickled at any time; a copy looks the module's parameters up when its own fit starts.
 
     Args:
         max_norm: as for ``fused_component_clip_``: the cap of each component, not of all together.
@@ -72,13 +75,13 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
             is no host sync before.
 
     Attributes:
-        clipper: the ``ComponentClipper`` at work; None before the first fit.
+        clipper: the ``ComponentClipper`` at work; None before the first fit, and in a copy before its own.
         last: what the last step's clipping found and did; None before the first.
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be; those that need names when a fit starts.
         RuntimeError: when a fit starts, if gradients belong to DeepSpeed or XLA's FSDP; at a step, if the optimizer
-            insists on unscaling by itself.
+            insists on unscaling by itself, or another clipper is attached to it.
 
     Example:
         >>> import torch
@@ -151,18 +154,26 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
                 UserWarning,
                 stacklevel=2,
             )
-        self._clipping = Clipping(trainer, pl_module, self.max_norm, self._arguments)
         self._batches, self.last = 0, None
+        self._set_up(trainer, pl_module)
+
+    def _set_up(self, trainer: Trainer, module: LightningModule) -> Clipping:
+        self._clipping = Clipping(trainer, module, self.max_norm, self._arguments)
         self._window = Window(self._clipping.clipper, self._arguments["norm_type"]) if self._log else None
+        return self._clipping
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a fit sets up belongs to its module, whose copy has other parameters, and may be on other ranks.
+        return {**self.__dict__, "_clipping": None, "_window": None}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Lightning's hook: clips what the optimizer owns."""
-        assert self._clipping is not None
-        result = self._clipping.clip_(trainer, pl_module, optimizer)
+        clipping = self._clipping or self._set_up(trainer, pl_module)  # one that has joined in the middle of a fit
+        result = clipping.clip_(trainer, pl_module, optimizer, "ComponentClip")
         if result is not None:
             self.last = result
             if self._window is not None:
-                self._window.add(result, self._clipping.owned_by(optimizer))
+                self._window.add(result, clipping.owned_by(optimizer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -188,8 +199,10 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs of it: the state of a threshold, if ``max_norm`` is one."""
-        return {"max_norm": self.max_norm.state_dict()} if isinstance(self.max_norm, Threshold) else {}
+        """What a checkpoint needs of it: the state of a threshold that learns, if ``max_norm`` is one; else {}."""
+        if isinstance(self.max_norm, Threshold) and learns(self.max_norm):
+            return {"max_norm": self.max_norm.state_dict()}
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a ``state_dict()``.
@@ -197,7 +210,7 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         Raises:
             TypeError, ValueError: that of another threshold, or for other components.
         """
-        if isinstance(self.max_norm, Threshold) and "max_norm" in state_dict:
+        if isinstance(self.max_norm, Threshold) and learns(self.max_norm) and "max_norm" in state_dict:
             self.max_norm.load_state_dict(state_dict["max_norm"])
 
 
@@ -219,7 +232,8 @@ def configure_gradient_clipping(
     For the body of ``LightningModule.configure_gradient_clipping``; or, under manual optimization, where Lightning
     doesn't call that, of ``on_before_optimizer_step(self, optimizer)``. Names are read once for a module, and anew
     when arguments change: let caps that change be a tensor or a threshold. A threshold's state is the module's to
-    save; return ``[ComponentClip(threshold)]`` from ``configure_callbacks`` to have Lightning do that.
+    save; to have Lightning do that, clip by the callback instead: ``configure_callbacks`` may return
+    ``[ComponentClip(threshold)]``.
 
     Args:
         module: the ``LightningModule``, in a fit.
@@ -239,7 +253,8 @@ def configure_gradient_clipping(
         a ``training_step`` that returned None.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as ``ComponentClip``; or gradients still carry the loss's scale.
+        TypeError, ValueError, RuntimeError: as ``ComponentClip``; or the Trainer has a ``ComponentClip``, too; or
+            gradients still carry the loss's scale.
 
     Example:
         >>> from lightning.pytorch import LightningModule
@@ -259,9 +274,17 @@ def configure_gradient_clipping(
         "process_group": process_group,
         "backend": backend,
     }
-    clipping = _of_modules.get(module)
-    if clipping is None or not clipping.is_for(trainer, max_norm, arguments):
+    known_trainer, clipping = _of_modules.get(module, (None, None))
+    if known_trainer is None or known_trainer() is not trainer:
         if clipping is None:
             warn_of_another_cap(trainer, module, max_norm)
-        clipping = _of_modules[module] = Clipping(trainer, module, max_norm, arguments)
-    return clipping.clip_(trainer, module, optimizer)
+        clipping = None
+    if any(isinstance(callback, ComponentClip) for callback in trainer.callbacks):
+        raise RuntimeError(
+            "module: the Trainer has a ComponentClip, which would clip again what configure_gradient_clipping has "
+            "clipped; leave one of them out"
+        )
+    if clipping is None or not clipping.is_for(max_norm, arguments):
+        clipping = Clipping(trainer, module, max_norm, arguments)
+        _of_modules[module] = weakref.ref(trainer), clipping
+    return clipping.clip_(trainer, module, optimizer, "configure_gradient_clipping")

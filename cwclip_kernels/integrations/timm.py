@@ -73,7 +73,8 @@ def dispatch_clip_grad(
     if mode == "value":
         torch.nn.utils.clip_grad_value_(parameters, value)  # type: ignore[arg-type]
         return
-    options = check_options(norm_type, False, 1e-6, nonfinite, backend)
+    # timm's AGC adds nothing to a norm: small gradients would be clipped to less than their cap.
+    options = check_options(norm_type, False, 0.0 if mode == "agc" else 1e-6, nonfinite, backend)
     if mode == "agc":
         if components is not None:
             raise ValueError("components: 'agc' has its own, output units; leave it out")

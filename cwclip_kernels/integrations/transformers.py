@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..clipper import ClipResult
+from ._already import refuse_double_clipping
 from ._trainer_callback import ComponentClipCallback
 from ._trainer_clipping import TrainerClipping
 from .accelerate import check_gradients_are_here
@@ -22,11 +23,12 @@ from .accelerate import check_gradients_are_here
 __all__ = ["ComponentClipCallback", "ComponentClipTrainerMixin"]
 
 # What of Trainer is replaced, and isn't part of what it promises.
-_PRIVATE = {
+_PRIVATE: dict[str, list[str] | None] = {
     "_clip_grad_norm": ["self", "model"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_inner_training_loop": None,  # with whatever parameters: they are handed on
 }
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
 
     Raises:
         TypeError, ValueError: ``component_clipping`` isn't what it should be, or doesn't fit the model.
-        RuntimeError: this version of transformers has another Trainer than this class is made for; or DeepSpeed,
-            Megatron-LM or XLA have the gradients.
+        RuntimeError: this version of transformers has another Trainer than this class is made for; DeepSpeed,
+            Megatron-LM or XLA have the gradients; or, at a step, a clipper is attached to the optimizer.
 
     Example:
         >>> import tempfile, torch
@@ -115,6 +117,11 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
         self._clipping.start(anew=self.model_init is not None)
         return super().train(*args, **kwargs)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # With auto_find_batch_size it begins again, with smaller batches, after there was too little memory.
+        self._clipping.start_again()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.log``, with the numbers of the steps since the last log."""
         if "loss" in logs and "learning_rate" in logs:
@@ -129,10 +136,12 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         accelerator = self.accelerator
-        is_scaled = getattr(accelerator, "scaler", None) is not None
-        clipper = self._clipping.clipper_for(model, self.args.max_grad_norm, scaled=is_scaled)
+        optimizers = accelerator._optimizers
+        scaler = getattr(accelerator, "scaler", None)
+        clipper = self._clipping.clipper_for(model, self.args.max_grad_norm, scaled=scaler is not None)
+        refuse_double_clipping(optimizers, scaler, self._clipping.clipped, "ComponentClipTrainerMixin")
         accelerator.unscale_gradients()
-        return self._clipping.clip_(clipper)
+        return self._clipping.clip_(clipper, scaler, optimizers)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
         # With max_grad_norm=0 Trainer clips to inf here, to learn the norm; a single inf is NaN everywhere then.
@@ -157,11 +166,12 @@ def _check_trainer(cls: type[ComponentClipTrainerMixin]) -> None:
     for name, expected in _PRIVATE.items():
         method = getattr(super(ComponentClipTrainerMixin, cls), name, None)
         found = None if method is None else list(inspect.signature(method).parameters)
-        if found != expected:
+        if found is None or expected not in (None, found):
+            was = "there" if expected is None else f"({', '.join(expected)})"
             has = "no such method" if found is None else f"({', '.join(found)})"
             raise RuntimeError(
                 f"{cls.__name__}: ComponentClipTrainerMixin isn't made for transformers {transformers.__version__}: "
-                f"Trainer.{name} was ({', '.join(expected)}), here it is {has}; use ComponentClipCallback, with "
+                f"Trainer.{name} was {was}, here it is {has}; use ComponentClipCallback, with "
                 "max_grad_norm=0"
             )
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..components import type_name
-from .writers import WRITERS, Row, Writer
+from .writers import WRITERS, Row, TensorBoard, Writer
 
 if TYPE_CHECKING:
     from ..clipper import ClipResult
@@ -33,7 +33,8 @@ class ClipRecorder:
 
     Args:
         path: of the files, without a suffix: ``runs/a`` gives ``runs/a.jsonl``, ``runs/a.csv``, and for TensorBoard
-            the folder ``runs/a``. Files that exist are continued if they are of the same components.
+            the folder ``runs/a``. Files that exist are continued if they are of the same components, from the step
+            after the last that is in them.
         every: steps between two drains.
         formats: of "jsonl", "csv", "tensorboard".
 
@@ -79,7 +80,9 @@ class ClipRecorder:
 
         Args:
             result: what ``ComponentClipper.clip_()`` returned.
-            step: its number; without, one more than the last, from 0.
+            step: its number; without, one more than the last, from 0 or, in files that are continued, from the step
+                after their last. Give it after a restart from an older checkpoint: a step that is recorded twice
+                counts as it was recorded last.
 
         Raises:
             ValueError: of other components than before.
@@ -93,6 +96,9 @@ class ClipRecorder:
         elif result.names != self._names:
             raise ValueError("result: of other components than those recorded before; use another ClipRecorder")
         assert self._ring is not None
+        if not self._ring.fits(result):  # the model has moved, or been converted
+            self._ring.flush()
+            self._start(_Ring(self._every, result, self._ring.writers))
         at = self._step if step is None else step
         self._step = at + 1
         self._ring.put(at, result)
@@ -113,6 +119,14 @@ class ClipRecorder:
         if self._ring is not None:
             self._ring.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._ring is not None and not self._closed:
+            raise TypeError(
+                f"this ClipRecorder ({self._path}) has files open, which a copy would write to as well: copy or "
+                "pickle what holds it before the first step is recorded, or after close()"
+            )
+        return {**self.__dict__, "_ring": None, "_at_exit": None}
+
     def __enter__(self) -> ClipRecorder:
         return self
 
@@ -126,9 +140,21 @@ class ClipRecorder:
         for kind in self._formats:
             place = self._path if kind == "tensorboard" else self._path.with_name(f"{self._path.name}.{kind}")
             writers.append(WRITERS[kind](place, result.names))
+        if all(writer.next_step is None for writer in writers):
+            for writer in writers:
+                if isinstance(writer, TensorBoard):
+                    writer.look()
+        for writer in writers:
+            writer.begin()
         self._names = result.names
-        self._ring = _Ring(self._every, result, writers)
-        self._at_exit = weakref.finalize(self, _Ring.flush, self._ring)
+        self._step = max((writer.next_step or 0 for writer in writers), default=0)
+        self._start(_Ring(self._every, result, writers))
+
+    def _start(self, ring: _Ring) -> None:
+        if self._at_exit is not None:
+            self._at_exit.detach()
+        self._ring = ring
+        self._at_exit = weakref.finalize(self, _Ring.flush, ring)
 
 
 @dataclass
@@ -157,13 +183,18 @@ class _Ring:
         device, count = result.norms.device, len(result.names)
         is_cuda = device.type == "cuda"
         self._every = every
-        self._writers = writers
+        self.writers = writers
         self._halves = []
         for _ in range(2):
             values = torch.zeros((every, 3, count), dtype=result.norms.dtype, device=device)
             on_host = torch.zeros_like(values, device="cpu", pin_memory=True) if is_cuda else values.cpu()
             arrived = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
             self._halves.append(_Half(values, on_host, arrived=arrived))
+
+    def fits(self, result: ClipResult) -> bool:
+        """Whether the buffers are of its device and dtype."""
+        values = self._halves[0].values
+        return values.device == result.norms.device and values.dtype == result.norms.dtype
 
     def put(self, step: int, result: ClipResult) -> None:
         now, before = self._halves
@@ -193,7 +224,7 @@ class _Ring:
             self._write(now)
 
     def close(self) -> None:
-        for writer in self._writers:
+        for writer in self.writers:
             writer.close()
 
     def _send(self, half: _Half) -> None:
@@ -208,7 +239,7 @@ class _Ring:
         rows = [
             Row(step, *(column.tolist() for column in half.on_host[i].double())) for i, step in enumerate(half.steps)
         ]
-        for writer in self._writers:
+        for writer in self.writers:
             writer.write(rows)
         half.steps.clear()
         half.is_leaving = False

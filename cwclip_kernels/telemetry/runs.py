@@ -59,7 +59,9 @@ def read_run(path: str | Path) -> Run:
 def _run(names: tuple[str, ...], rows: dict[int, tuple[list[float], list[float], list[float]]]) -> Run:
     steps = sorted(rows)
     norms, caps, coefs = (
-        torch.tensor([rows[step][i] for step in steps], dtype=torch.float64, device="cpu").reshape(-1, len(names))
+        torch.tensor([rows[step][i] for step in steps], dtype=torch.float64, device="cpu").reshape(
+            len(steps), len(names)
+        )
         for i in range(3)
     )
     return Run(names, steps, norms, caps, coefs)

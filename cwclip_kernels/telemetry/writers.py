@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 FORMAT = "cwclip_kernels.run"
 VERSION = 1
+_RATE = "clip/rate"  # an event of every step
 CSV_COLUMNS = ("step", "component", "norm", "cap", "coef", "clipped", "nonfinite")
 
 
@@ -35,7 +37,16 @@ class Row:
 
 
 class Writer(Protocol):
-    """One kind of file."""
+    """One kind of file. Making one looks at a file that exists, and changes nothing.
+
+    Attributes:
+        next_step: the number that follows the last step in the file; None where there is no step, or nobody looked.
+    """
+
+    next_step: int | None
+
+    def begin(self) -> None:
+        """Makes the file, or prepares one that exists for more steps."""
 
     def write(self, rows: Sequence[Row]) -> None:
         """Appends steps, so that they are on disk when it returns."""
@@ -57,8 +68,10 @@ class JsonLines:
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
         self._path = path
-        if _is_new(path):
-            self._append(json.dumps({"format": FORMAT, "version": VERSION, "components": list(names)}) + "\n")
+        self._header = json.dumps({"format": FORMAT, "version": VERSION, "components": list(names)}) + "\n"
+        self.next_step: int | None = None
+        self._is_new = _is_new(path, self._header)
+        if self._is_new:
             return
         with path.open(encoding="utf-8") as file:
             found = _parsed(file.readline())
@@ -66,7 +79,14 @@ class JsonLines:
             raise ValueError(f"path: {path} exists and is no run of cwclip_kernels; choose another name")
         if tuple(found["components"]) != names:
             raise ValueError(f"path: {path} exists and holds a run of other components; choose another name")
-        _end_last_line(path)
+        last, is_header = _last_line(path)
+        if not is_header:
+            row = _parsed(last)
+            self.next_step = _step_of(row.get("step") if isinstance(row, dict) else None, path) + 1
+
+    def begin(self) -> None:
+        """See ``Writer``."""
+        _begin(self._path, self._header if self._is_new else None)
 
     def write(self, rows: Sequence[Row]) -> None:
         """See ``Writer``."""
@@ -82,13 +102,10 @@ class JsonLines:
                 "coefs": [_number(c) for c in row.coefs],
             }
             lines.append(json.dumps(content) + "\n")
-        self._append("".join(lines))
+        _append(self._path, "".join(lines))
 
     def close(self) -> None:
         """See ``Writer``."""
-
-    def _append(self, text: str) -> None:
-        _append(self._path, text)
 
 
 class Csv:
@@ -97,17 +114,29 @@ class Csv:
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
         self._path = path
         self._names = names
-        if _is_new(path):
-            _append(path, ",".join(CSV_COLUMNS) + "\n")
+        self._header = ",".join(CSV_COLUMNS) + "\n"
+        self.next_step: int | None = None
+        self._is_new = _is_new(path, self._header)
+        if self._is_new:
             return
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
             if tuple(next(rows, ())) != CSV_COLUMNS:
                 raise ValueError(f"path: {path} exists and is no run of cwclip_kernels; choose another name")
-            first = [row[1] for row, _ in zip(rows, names, strict=False) if len(row) == len(CSV_COLUMNS)]
-        if tuple(first) != names[: len(first)]:
+            # One row more than a step has, which begins the next: or else there are more components.
+            first = [row[1] for row in islice(rows, len(names) + 1) if len(row) == len(CSV_COLUMNS)]
+        if tuple(first) != (*names, *names[:1])[: len(first)]:
             raise ValueError(f"path: {path} exists and holds a run of other components; choose another name")
-        _end_last_line(path)
+        last, is_header = _last_line(path)
+        if not is_header:
+            row = next(csv.reader([last]), [])
+            is_whole = row[1:2] == [names[-1]]
+            # A step of which some rows are missing comes again.
+            self.next_step = _step_of(row[0] if row else None, path) + is_whole
+
+    def begin(self) -> None:
+        """See ``Writer``."""
+        _begin(self._path, self._header if self._is_new else None)
 
     def write(self, rows: Sequence[Row]) -> None:
         """See ``Writer``."""
@@ -140,14 +169,34 @@ class TensorBoard:
             raise RuntimeError(
                 f"formats: 'tensorboard' needs TensorBoard ({error}): pip install tensorboard"
             ) from None
-        self._events: Any = SummaryWriter(str(path))
+        self._make = SummaryWriter
+        self._path = path
+        self._events: Any = None
+        self.next_step: int | None = None
+
+    def look(self) -> None:
+        """Finds ``next_step`` in the event files, which are read whole: for where no other file tells it."""
+        files = sorted(self._path.glob("events.out.tfevents.*"))
+        if not files:
+            return
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+        for file in files:
+            # The last step of the file that was begun last, so that a step that was gone back to counts.
+            for event in EventFileLoader(str(file)).Load():
+                if any(value.tag == _RATE for value in event.summary.value):
+                    self.next_step = event.step + 1
+
+    def begin(self) -> None:
+        """See ``Writer``."""
+        self._events = self._make(str(self._path))
 
     def write(self, rows: Sequence[Row]) -> None:
         """See ``Writer``."""
         for row in rows:
             finite = sorted(n for n in row.norms if math.isfinite(n))
             count = max(1, len(row.norms))
-            self._events.add_scalar("clip/rate", sum(c != 1 for c in row.coefs) / count, row.step)
+            self._events.add_scalar(_RATE, sum(c != 1 for c in row.coefs) / count, row.step)
             self._events.add_scalar("clip/nonfinite", len(row.norms) - len(finite), row.step)
             if finite:
                 self._events.add_scalar("clip/median_norm", finite[len(finite) // 2], row.step)
@@ -160,7 +209,8 @@ class TensorBoard:
 
     def close(self) -> None:
         """See ``Writer``."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 WRITERS: dict[str, Callable[[Path, tuple[str, ...]], Writer]] = {
@@ -184,22 +234,63 @@ def _parsed(line: str) -> object:
         return None
 
 
-def _is_new(path: Path) -> bool:
+def _step_of(value: object, path: Path) -> int:
+    try:
+        return int(value)  # type: ignore[call-overload, no-any-return]
+    except (TypeError, ValueError):
+        raise ValueError(f"path: the last line of {path} is not a step of a run; choose another name") from None
+
+
+def _is_new(path: Path, header: str) -> bool:
+    """Whether there is nothing in the file yet, or a header that a killed run left unfinished."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        start = file.read(len(header.encode()))
+    return len(start) < len(header.encode()) and header.encode().startswith(start)
+
+
+def _begin(path: Path, header: str | None) -> None:
+    """Makes the file, with its header; of one that is continued, without one, cuts off an unfinished last line."""
+    if header is None:
+        with path.open("rb+") as file:
+            file.truncate(_end_of_lines(file))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    return not path.exists() or path.stat().st_size == 0
+    path.write_bytes(b"")
+    _append(path, header)
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(text)
+    """All of the text, or nothing: a disk that is full would leave half a line for the next try to go on from."""
+    data = memoryview(text.encode())
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
-def _end_last_line(path: Path) -> None:
-    """Cuts off a line that a killed run left unfinished."""
-    with path.open("rb+") as file:
-        file.seek(0, os.SEEK_END)
-        end = file.tell()
-        size = min(end, 1 << 24)
-        file.seek(end - size)
-        tail = file.read(size)
-        file.truncate(end - size + tail.rfind(b"\n") + 1)
+def _last_line(path: Path) -> tuple[str, bool]:
+    """The last line that is whole, and whether it is the first."""
+    with path.open("rb") as file:
+        end = _end_of_lines(file)
+        start = _end_of_lines(file, end - 1)
+        file.seek(start)
+        return file.read(end - start).decode(), start == 0
+
+
+def _end_of_lines(file: BinaryIO, before: int | None = None) -> int:
+    """Where the last line break ends, of those before a place; 0 if there is none."""
+    end = file.seek(0, os.SEEK_END) if before is None else before
+    while end > 0:
+        start = max(0, end - (1 << 16))
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
