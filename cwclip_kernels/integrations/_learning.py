@@ -25,15 +25,6 @@ def learns(max_norm: MaxNorm | None) -> bool:
     return isinstance(max_norm, Threshold) and type(max_norm).update_ is not Threshold.update_
 
 
-def snapshot(threshold: Threshold) -> dict[str, Any]:
-    """A state to go back to later, in the same process.
-
-    One that has no tensors yet is that of a policy that has learnt nothing, also where its components are known.
-    """
-    state = threshold.state_dict()
-    return state if state["tensors"] else {**state, "components": None}
-
-
 @contextmanager
 def learning_unless_skipped(max_norm: MaxNorm, scaler: object, optimizers: Iterable[Optimizer]) -> Iterator[None]:
     """Clip inside: caps that learn stay as they are if the scaler is going to skip the step, for a gradient of inf.
@@ -50,7 +41,7 @@ def learning_unless_skipped(max_norm: MaxNorm, scaler: object, optimizers: Itera
     if not is_lost or not isinstance(max_norm, Threshold):
         yield
         return
-    before = snapshot(max_norm)
+    before = max_norm.state_dict()
     try:
         yield
     finally:

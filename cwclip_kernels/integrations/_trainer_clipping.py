@@ -21,7 +21,7 @@ from ..naming import Aliases, matches, no_match
 from ..resolve import resolve
 from ..thresholds import Threshold
 from ._fsdp1 import group_of, without_whole_frozen
-from ._learning import learning_unless_skipped, learns, snapshot
+from ._learning import learning_unless_skipped, learns
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
@@ -93,10 +93,10 @@ class TrainerClipping:
         """
         if isinstance(self._max_norm, Threshold):
             if anew and self._untrained is None:
-                self._untrained = snapshot(self._max_norm)
+                self._untrained = self._max_norm.state_dict()
             elif anew and self._untrained is not None:
                 self._max_norm.load_state_dict(self._untrained)
-            self._at_start = snapshot(self._max_norm)
+            self._at_start = self._max_norm.state_dict()
         self._forget()
 
     def start_again(self) -> None:

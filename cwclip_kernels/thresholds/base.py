@@ -223,8 +223,10 @@ class Threshold(ABC):
                 self._state[name].copy_(tensor)  # in place: a captured graph goes on reading it
             else:
                 self._loaded[name] = tensor.clone()
-        for name in set(self._state) - set(state["tensors"]):
+        for name in missing:  # as before the first step
             del self._state[name]
+        if missing and self._setting is not None:
+            self.allocate(self._setting.device)
 
     def host_state(self) -> dict[str, int | float]:
         """What else belongs to the state: numbers on the host."""
