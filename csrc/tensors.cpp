@@ -13,11 +13,16 @@ namespace {
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 const dlpack::ExchangeApi* api = nullptr;
 
-// A layout is, for each gradient, one Head and then its sizes and its strides.
+// A layout is, for each entry of a list, one Head and then its sizes and its strides.
 struct Head {
   int32_t kind, bits, device_type, device, dims, unused;
 };
 static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay aligned");
+
+// Kinds of entries that are no gradients: there is none, or it is none of this layout's business.
+constexpr int32_t kAbsent = -1, kIgnored = -2;
+
+Head head_without_data(int32_t kind) { return {kind, 0, 0, 0, 0, 0}; }
 
 Head head_of(const dlpack::Tensor& tensor) {
   return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, 0};
@@ -55,6 +60,16 @@ class LayoutReader {
     at_ += sizeof head + 2 * bytes;
     return head;
   }
+
+  // The kind of the next entry; that of a gradient where there is none, which next() and matches() find out.
+  int32_t kind() const {
+    Head head = head_without_data(dlpack::kFloat);
+    if (end_ - at_ >= static_cast<ptrdiff_t>(sizeof head)) std::memcpy(&head, at_, sizeof head);
+    return head.kind;
+  }
+
+  // Moves past an entry that is no gradient.
+  void skip() { at_ += sizeof(Head); }
 
   // Whether the next gradient is like this one; moves past it if so.
   bool matches(const dlpack::Tensor& tensor) {
@@ -120,8 +135,14 @@ PyObject* py_layout_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   std::string layout;
   const Py_ssize_t length = PyList_Size(arguments[0]);
   for (Py_ssize_t i = 0; i < length; ++i) {
+    PyObject* const grad = PyList_GetItem(arguments[0], i);
+    if (grad == Py_None || grad == Py_Ellipsis) {
+      const Head head = head_without_data(grad == Py_None ? kAbsent : kIgnored);
+      layout.append(reinterpret_cast<const char*>(&head), sizeof head);
+      continue;
+    }
     dlpack::Tensor tensor;
-    if (!describe(PyList_GetItem(arguments[0], i), &tensor)) {
+    if (!describe(grad, &tensor)) {
       return PyErr_Occurred() ? nullptr : refuse("grads: expected torch.Tensor, not a subclass of it");
     }
     append(layout, tensor);
@@ -154,44 +175,54 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   PyObject* const grads = arguments[0];
   const char* const layout = PyBytes_AsString(arguments[1]);
   const size_t layout_bytes = static_cast<size_t>(PyBytes_Size(arguments[1]));
+  const bool writes = count == 3 || arguments[3] == Py_True;
   LayoutReader reader(layout, layout_bytes);
-  const Py_ssize_t length = PyList_Size(grads), bytes = length * static_cast<Py_ssize_t>(sizeof(void*));
-  PyObject* const result = PyBytes_FromStringAndSize(nullptr, bytes);
-  if (result == nullptr) return nullptr;
-  auto* const addresses = reinterpret_cast<void**>(PyBytes_AsString(result));
-  bool matches = true;
-  for (Py_ssize_t i = 0; matches && i < length; ++i) {
+  const Py_ssize_t length = PyList_Size(grads);
+  std::vector<void*> addresses;
+  addresses.reserve(length);
+  for (Py_ssize_t i = 0; i < length; ++i) {
+    PyObject* const grad = PyList_GetItem(grads, i);
+    const int32_t kind = reader.at_end() ? kAbsent : reader.kind();
+    if (kind == kIgnored || kind == kAbsent) {
+      if (reader.at_end() || (kind == kAbsent && grad != Py_None)) Py_RETURN_NONE;
+      reader.skip();
+      continue;
+    }
     dlpack::Tensor tensor;
-    matches = describe(PyList_GetItem(grads, i), &tensor) && reader.matches(tensor);
-    if (matches) addresses[i] = address_of(tensor);
+    if (!describe(grad, &tensor) || !reader.matches(tensor)) {
+      PyErr_Clear();  // what torch can't describe isn't what was there before
+      Py_RETURN_NONE;
+    }
+    addresses.push_back(address_of(tensor));
   }
-  PyErr_Clear();  // what torch can't describe isn't what was there before
-  if (!matches || !reader.at_end()) {
-    Py_DECREF(result);
-    Py_RETURN_NONE;
-  }
+  if (!reader.at_end()) Py_RETURN_NONE;
+  const Py_ssize_t bytes = static_cast<Py_ssize_t>(addresses.size() * sizeof(void*));
   PyObject* const last = arguments[2];
-  if (last != Py_None && PyBytes_Size(last) == bytes && std::memcmp(PyBytes_AsString(last), addresses, bytes) == 0) {
-    Py_DECREF(result);
+  if (last != Py_None && PyBytes_Size(last) == bytes &&
+      (bytes == 0 || std::memcmp(PyBytes_AsString(last), addresses.data(), bytes) == 0)) {
     Py_INCREF(last);
     return last;
   }
-  if (count == 4 && arguments[3] == Py_False) return result;
-  try {
-    std::vector<Segment> segments = gradients_of(layout, layout_bytes).segments;
-    for (Py_ssize_t i = 0; i < length; ++i) segments[i].data = addresses[i];
-    check_distinct(segments);
-  } catch (const std::exception&) {
-    Py_DECREF(result);
-    Py_RETURN_NONE;
+  if (writes) {
+    try {
+      std::vector<Segment> segments = gradients_of(layout, layout_bytes).segments;
+      for (size_t i = 0; i < segments.size(); ++i) segments[i].data = addresses[i];
+      check_distinct(segments);
+    } catch (const std::exception&) {
+      Py_RETURN_NONE;
+    }
   }
-  return result;
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses.data()), bytes);
 }
 
 Gradients gradients_of(const char* layout, size_t bytes) {
   LayoutReader reader(layout, bytes);
   Gradients gradients;
   for (size_t i = 0; !reader.at_end(); ++i) {
+    if (reader.kind() < 0) {
+      reader.skip();
+      continue;
+    }
     const int64_t *sizes, *strides;
     const Head head = reader.next(&sizes, &strides);
     int64_t numel = 1;

@@ -15,7 +15,8 @@ namespace cwclip {
 // Looks torch up. False with a Python error set if it isn't there.
 bool find_torch();
 
-// layout_of(grads: list) -> bytes. All that is static about strided tensors: dtypes, devices, shapes, strides.
+// layout_of(grads: list) -> bytes. All that is static about strided tensors: dtypes, devices, shapes, strides. The list may
+// hold None, where there is no gradient, and Ellipsis, where it doesn't matter what there is.
 PyObject* py_layout_of(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 // form_of(parameters: list) -> bytes | None. The same of parameters, to see whether they have been converted, moved or

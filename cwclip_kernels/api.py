@@ -16,11 +16,11 @@ from torch.compiler import is_dynamo_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import compiled
-from .backends.extension import form_of
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
 from .distributed.groups import as_group, check_parts
 from .engine import Engine, check_options, settings_in_words
+from .native import form_of
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .spec import ComponentSpec

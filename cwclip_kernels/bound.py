@@ -13,7 +13,7 @@ from torch import Tensor
 from . import execute
 from .components import Components, type_name
 from .distributed import call, share
-from .formula import ClipRule
+from .formula import ClipRule, wide_dtype
 from .gradients import has_no_data
 from .plan import Planner
 from .thresholds import Setting, Threshold
@@ -134,9 +134,11 @@ class ThresholdAtWork:
         """Caps, with parameters measured as the caller says."""
         self._parameter_norms.measure = measure
         try:
-            return self._threshold.caps(device, norms)
+            caps = self._threshold.caps(device, norms)
         finally:
             self._parameter_norms.measure = None
+        _check_caps(caps, self._threshold, device)
+        return caps
 
     def without_parameters(self) -> ThresholdAtWork:
         """The same for who keeps it from call to call, and no parameter alive."""
@@ -145,6 +147,24 @@ class ThresholdAtWork:
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
         """See ``Threshold``."""
         self._threshold.update_(norms, coefs)
+
+
+def _check_caps(caps: Tensor, threshold: Threshold, device: torch.device) -> None:
+    """Raises unless kernels can read these caps, which somebody else's threshold may have made."""
+    count = len(threshold.setting.names)
+    wide = wide_dtype(device)
+    is_right = isinstance(caps, Tensor) and caps.dtype == wide and caps.device == device and caps.is_contiguous()
+    if not is_right or caps.shape not in ((), (count,)):
+        raise TypeError(
+            f"max_norm: caps() of {type_name(threshold)} has to return a contiguous {wide} tensor of shape [] or "
+            f"[{count}] on {device}, not {_described(caps)}"
+        )
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type_name(value)}"
+    return f"{value.dtype} of shape {list(value.shape)} on {value.device}"
 
 
 class ParameterNorms:
@@ -175,6 +195,5 @@ class ParameterNorms:
 def norms_of_trained(planner: Planner, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The norms of the parameters themselves, [K]; frozen ones aren't read."""
     here = [t.detach() if is_trained(t) else None for t in tensors]
-    return planner.measure(
-        lambda plan, own: execute.norms_of(plan, own, norm_type), here, home_of(tensors), norm_type, None
-    )
+    plan, found = planner.measured(here, home_of(tensors), norm_type, None)
+    return execute.norms_of(plan, found, norm_type)

@@ -162,7 +162,7 @@ def _component_clip_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     planner = _planner_for(grads, components)
-    plan = planner.plan(grads, grads[0].device, norm_type, backend)
+    plan, found = planner.get(list(grads), grads[0].device, norm_type, backend)
     if caps is None:
         checked = _fixed_caps(components, tuple(patterns), tuple(values))
     else:
@@ -170,14 +170,14 @@ def _component_clip_(
     scaled = ScaledLoss(inv_scale, found_inf)
     loss_scale = scaled.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
-    norms, coefs, used = execute.clip_(plan, grads, checked, rule, nonfinite == "error", loss_scale)
+    norms, coefs, used = execute.clip_(plan, found, checked, rule, nonfinite == "error", loss_scale)
     scaled.deliver(loss_scale)
     return norms, coefs, used.clone()  # what an operator returns must be new
 
 
 def _component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
-    plan = _planner_for(grads, components).plan(grads, grads[0].device, norm_type, backend)
-    return execute.norms_of(plan, grads, norm_type)
+    plan, found = _planner_for(grads, components).measured(list(grads), grads[0].device, norm_type, backend)
+    return execute.norms_of(plan, found, norm_type)
 
 
 def _planner_for(grads: list[Tensor], components: str) -> Planner:

@@ -19,9 +19,9 @@ from .distributed import call, share
 from .distributed.set_up import spread_of
 from .distributed.share import Held
 from .formula import POLICIES, ClipRule, wide_dtype
-from .gradients import Gradients, WithoutData
+from .gradients import WithoutData
 from .modes import outside_autograd
-from .plan import ClipPlan, Planner
+from .plan import Planner
 from .resolve import resolve
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .sharding import is_flat
@@ -194,20 +194,15 @@ class Engine:
             job = call.Job(spread, self._planner, options.backend, home_of(tensors))
             return call.clip_(job, tensors, policy, rule, raise_nonfinite, scaled)
 
-        def work(plan: ClipPlan, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-            held.touched()
-            if scaled is NOT_SCALED:
-                return execute.clip_(plan, grads, policy, rule, raise_nonfinite)
-            loss_scale = scaled.on(plan.device)
-            outcome = execute.clip_(plan, grads, policy, rule, raise_nonfinite, loss_scale)
-            scaled.deliver(loss_scale)
-            return outcome
-
         held = self._held(tensors)
-        # A RuntimeError of raise_nonfinite may be about the norms.
-        return self._planner.carry_out(
-            work, held.local, home_of(tensors), rule.norm_type, options.backend, exact=raise_nonfinite
-        )
+        plan, found = self._planner.get(held.local, home_of(tensors), rule.norm_type, options.backend)
+        held.touched()
+        if scaled is NOT_SCALED:
+            return execute.clip_(plan, found, policy, rule, raise_nonfinite)
+        loss_scale = scaled.on(plan.device)
+        outcome = execute.clip_(plan, found, policy, rule, raise_nonfinite, loss_scale)
+        scaled.deliver(loss_scale)
+        return outcome
 
     @outside_autograd
     def parameter_norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -223,13 +218,8 @@ class Engine:
         try:
             if self.spread is not None and not self.spread.is_local:
                 return call.norms_of(call.Job(self.spread, self._planner, backend, home), tensors, norm_type)
-            return self._planner.measure(
-                lambda plan, grads: execute.norms_of(plan, grads, norm_type),
-                self._held(tensors).local,
-                home,
-                norm_type,
-                backend,
-            )
+            plan, grads = self._planner.measured(self._held(tensors).local, home, norm_type, backend)
+            return execute.norms_of(plan, grads, norm_type)
         except WithoutData as found:
             return self._without_data(found)
 
@@ -252,7 +242,7 @@ class Engine:
         """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
         grads = self._held(tensors).local
         shown = [_stand_in(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
-        plan = Planner(self._local).plan(shown, home_of(tensors), norm_type, backend)
+        plan, _ = Planner(self._local).get(shown, home_of(tensors), norm_type, backend)
         text = dispatch.explain(plan, shown)
         return text if self.spread is None else f"{text}\n{self.spread.explain()}"
 

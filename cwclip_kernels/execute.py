@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from . import formula
+from .bucket import Bucket, Found, narrowed
 from .caps import CapPolicy
 from .dispatch import BACKENDS
 from .formula import UNSCALED, ClipRule, LossScale, neutral, wide_dtype
-from .gradients import Gradients, values_of
-from .plan import Bucket, ClipPlan, narrowed
+from .gradients import values_of
+from .plan import ClipPlan
 
 
-def norms_of(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
+def norms_of(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor:
     """The K norms, gradients untouched. No host sync."""
-    return _norms(plan, grads, power_sums(plan, grads, norm_type), norm_type)
+    return _norms(plan, found, power_sums(plan, found, norm_type), norm_type)
 
 
 def clip_(
     plan: ClipPlan,
-    grads: Gradients,
+    found: Sequence[Found],
     policy: CapPolicy,
     rule: ClipRule,
     raise_nonfinite: bool,
@@ -39,24 +40,23 @@ def clip_(
     if loss_scale.found_inf is not None and not sums_tell_nonfinite(rule.norm_type):
         in_steps = True
     if len(plan.buckets) == 1 and not in_steps:
-        bucket = plan.buckets[0]
-        own = bucket.pick(grads)
+        bucket, (own, addresses) = plan.buckets[0], found[0]
         targets = _targets(bucket, own, rule.norm_type)
         caps = policy.caps(bucket.device, None)
         torch.autograd.graph.increment_version(own)
-        norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets, caps, rule, loss_scale)
+        norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets, caps, rule, loss_scale, addresses)
         policy.update_(norms, coefs)
         return norms, coefs, caps
-    sums = power_sums(plan, grads, rule.norm_type)
-    norms = _norms(plan, grads, sums, rule.norm_type, loss_scale)
+    sums = power_sums(plan, found, rule.norm_type)
+    norms = _norms(plan, found, sums, rule.norm_type, loss_scale)
     if raise_nonfinite:
         _raise_if_nonfinite(plan, norms, rule.norm_type)
     caps = policy.caps(plan.device, norms if policy.needs_norms else None)
     coefs = formula.coefficients(norms, caps, rule)
     if loss_scale.found_inf is not None and not sums_tell_nonfinite(rule.norm_type):
-        sums = power_sums(plan, grads, math.inf)
+        sums = power_sums(plan, found, math.inf)
     loss_scale.report(sums)
-    scale_(plan, grads, loss_scale.factors(coefs), rule)
+    scale_(plan, found, loss_scale.factors(coefs), rule)
     policy.update_(norms, coefs)
     return norms, coefs, caps
 
@@ -66,12 +66,12 @@ def sums_tell_nonfinite(norm_type: float) -> bool:
     return norm_type in (1.0, 2.0, math.inf)
 
 
-def power_sums(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
+def power_sums(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor:
     """Power sums of the K components over all buckets, in ``wide_dtype``."""
     sums: Tensor | None = None
-    sources = [_sources(bucket, bucket.pick(grads), norm_type) for bucket in plan.buckets]
-    for bucket, tensors in zip(plan.buckets, sources, strict=True):
-        part = BACKENDS[bucket.backend].power_sums(bucket, tensors, norm_type).to(plan.device)
+    for bucket, (own, addresses) in zip(plan.buckets, found, strict=True):
+        sources = _sources(bucket, own, norm_type)
+        part = BACKENDS[bucket.backend].power_sums(bucket, sources, norm_type, addresses).to(plan.device)
         sums = part if sums is None else formula.merge(sums, part, norm_type)
     if sums is None:
         shape = (len(plan.components.names),)
@@ -79,32 +79,36 @@ def power_sums(plan: ClipPlan, grads: Gradients, norm_type: float) -> Tensor:
     return sums
 
 
-def scale_(plan: ClipPlan, grads: Gradients, factors: Tensor, rule: ClipRule) -> None:
+def scale_(plan: ClipPlan, found: Sequence[Found], factors: Tensor, rule: ClipRule) -> None:
     """g <- factor * g in place, by the K components' factors."""
-    picked = [bucket.pick(grads) for bucket in plan.buckets]
-    targets = [_targets(bucket, own, rule.norm_type) for bucket, own in zip(plan.buckets, picked, strict=True)]
-    for own in picked:
+    targets = [_targets(bucket, own, rule.norm_type) for bucket, (own, _) in zip(plan.buckets, found, strict=True)]
+    for own, _ in found:
         torch.autograd.graph.increment_version(own)
-    for bucket, tensors in zip(plan.buckets, targets, strict=True):
-        BACKENDS[bucket.backend].scale_(bucket, tensors, factors.to(bucket.device), rule.zero_fill)
+    for bucket, tensors, (_, addresses) in zip(plan.buckets, targets, found, strict=True):
+        BACKENDS[bucket.backend].scale_(bucket, tensors, factors.to(bucket.device), rule.zero_fill, addresses)
 
 
-def has_elements(plan: ClipPlan, grads: Gradients) -> list[bool]:
+def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:
     """Of each component, whether it has any gradient's element: what a norm of negative order can't tell."""
-    found = [False] * len(plan.components.names)
+    grads = {
+        i: g
+        for bucket, (own, _) in zip(plan.buckets, found, strict=True)
+        for i, g in zip(bucket.positions, own, strict=True)
+    }
+    has = [False] * len(plan.components.names)
     for position, component, box in plan.components.members():
-        grad = grads[position]
-        found[component] = found[component] or (grad is not None and narrowed(grad, box).numel() > 0)
-    return found
+        grad = grads.get(position)
+        has[component] = has[component] or (grad is not None and narrowed(grad, box).numel() > 0)
+    return has
 
 
 def _norms(
-    plan: ClipPlan, grads: Gradients, sums: Tensor, norm_type: float, loss_scale: LossScale = UNSCALED
+    plan: ClipPlan, found: Sequence[Found], sums: Tensor, norm_type: float, loss_scale: LossScale = UNSCALED
 ) -> Tensor:
     """The K norms, of components without elements 0, rounded to what the user gets."""
     norms = loss_scale.unscaled(formula.root(sums, norm_type)).to(plan.norm_dtype)
     if norm_type < 0:  # the root of an empty sum is inf there
-        norms[[c for c, has in enumerate(has_elements(plan, grads)) if not has]] = 0.0
+        norms[[c for c, has in enumerate(has_elements(plan, found)) if not has]] = 0.0
     return norms
 
 

@@ -1,21 +1,21 @@
 """From components and gradients to device buckets: what one call has to do, worked out once.
 
 A plan depends on which gradients exist and on their type, dtype, device and layout, never on their values or
-addresses, so a training loop builds one plan and reuses it at every step.
+addresses. Plans are kept for as many sets of gradients as come in turn, and compared with the gradients in one native
+pass, which also yields their addresses: that is the only look that a call takes at them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeVar
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .backends import extension
+from . import dispatch, native
+from .bucket import Bucket, Found
 from .components import CUT, LEFT_ALONE, Box, Components
 from .gradients import (
     WIDE_DTYPES,
@@ -28,69 +28,6 @@ from .gradients import (
     values_of,
 )
 
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, eq=False)
-class Bucket:
-    """The gradients of one device that one backend serves, in any mix of dtypes.
-
-    Attributes:
-        device: where the gradients live.
-        backend: name of the backend that serves them.
-        reason: why that backend, for ``explain()``.
-        positions: index of each gradient in the call's list of parameters.
-        components: component of each piece, int64 [m] on the CPU, values in [0, count). Pieces are the gradients,
-            unless there are ``boxes``.
-        boxes: gradient (its place in the bucket) and place of each of the m pieces; None if none is cut.
-        count: number of components K of the whole call; every [K] tensor has this length.
-        norm_dtype: float32, or float64 if any gradient of the call is float64.
-        plain: all are real and strided, so that they can be handed over as they are.
-        scratch: static data a backend derives from the bucket once (tile tables and the like).
-    """
-
-    device: torch.device
-    backend: str
-    reason: str
-    positions: tuple[int, ...]
-    components: Tensor
-    boxes: tuple[tuple[int, Box], ...] | None
-    count: int
-    norm_dtype: torch.dtype
-    plain: bool
-    scratch: dict[str, Any] = field(default_factory=dict)
-
-    def pick(self, grads: Gradients) -> list[Tensor]:
-        """This bucket's own out of the call's gradients; the list itself where that is all of them."""
-        if len(self.positions) == len(grads) and isinstance(grads, list):
-            return grads
-        return [grads[i] for i in self.positions]  # type: ignore[misc]  # none of these is None
-
-    def pieces(self, grads: list[Tensor]) -> list[Tensor]:
-        """The m pieces of this bucket's own gradients, as views on them."""
-        if self.boxes is None:
-            return grads
-        return [narrowed(grads[i], box) for i, box in self.boxes]
-
-    def cuts(self) -> Tensor | None:
-        """``boxes`` for the compiled extension, int64: of each piece its gradient, how many dims are cut, and of each
-        of these dim, start and size. None if no gradient is cut.
-        """
-        if self.boxes is None:
-            return None
-        if "cuts" not in self.scratch:
-            flat = [n for i, box in self.boxes for n in (i, len(box), *(n for part in box for n in part))]
-            self.scratch["cuts"] = torch.tensor(flat, dtype=torch.int64, device="cpu")
-        cuts: Tensor = self.scratch["cuts"]
-        return cuts
-
-
-def narrowed(tensor: Tensor, box: Box) -> Tensor:
-    """The slice of a tensor, as a view."""
-    for dim, start, size in box:
-        tensor = tensor.narrow(dim, start, size)
-    return tensor
-
 
 @dataclass(frozen=True, eq=False)
 class ClipPlan:
@@ -102,8 +39,9 @@ class ClipPlan:
         device: where norms and coefficients are returned.
         norm_dtype: their dtype.
         sparse: whether any gradient is sparse.
-        outline: which gradients there were when the plan was made, and of what Python type.
-        signature: what they looked like in every respect that matters.
+        leaves: of each gradient whether it is a leaf that requires grad; None if none requires grad.
+        signature: what the gradients looked like in every respect that matters; None where buckets notice by
+            themselves.
     """
 
     components: Components
@@ -111,19 +49,32 @@ class ClipPlan:
     device: torch.device
     norm_dtype: torch.dtype
     sparse: bool
-    outline: object
+    leaves: object
     signature: object
 
-    @property
-    def self_checking(self) -> bool:
-        """Whether every backend looks at its gradients by itself, through the compiled extension and at little cost,
-        and refuses others than planned before it writes.
+    def look(self, grads: list[Tensor | None], *, writes: bool) -> list[Found] | None:
+        """What each bucket finds among these gradients; None if the plan is for others.
+
+        Args:
+            grads: one for each tensor of the components, None where there is none.
+            writes: whether they are to be written to; then they may not share memory.
         """
-        return all(bucket.plain and bucket.backend in extension.users() for bucket in self.buckets)
+        if self.leaves != _leaves(grads) or (self.signature is not None and self.signature != _signature(grads)):
+            return None
+        found = []
+        for bucket in self.buckets:
+            own = bucket.look(grads, writes=writes)
+            if own is None:
+                return None
+            found.append(own)
+        return found
+
+
+_KINDS, _SETS = 8, 4  # plans kept: for orders, backends; and for sets of gradients in turn
 
 
 class Planner:
-    """Keeps the plans of one set of components, one for each kind of call; remakes them when gradients change.
+    """Keeps the plans of one set of components; remakes them when gradients change.
 
     Args:
         components: what belongs together.
@@ -135,139 +86,97 @@ class Planner:
 
     def __init__(self, components: Components, kind: str = "gradient") -> None:
         self.components = components
-        self._kind = kind
         self.made = 0
-        self._plans: dict[tuple[object, ...], ClipPlan] = {}
+        self._kind = kind
+        self._plans: dict[tuple[object, ...], list[ClipPlan]] = {}
 
-    def plan(
-        self,
-        grads: Gradients,
-        home: torch.device,
-        norm_type: float,
-        backend: str | None,
-        *,
-        exact: bool = True,
-        writes: bool = True,
-    ) -> ClipPlan:
-        """The plan for these gradients.
+    def get(
+        self, grads: list[Tensor | None], home: torch.device, norm_type: float, backend: str | None
+    ) -> tuple[ClipPlan, list[Found]]:
+        """The plan for these gradients, which are to be clipped, and where they lie.
 
         Args:
             grads: one for each tensor of the components, None where there is none.
             home: device of the results where no gradient exists.
             norm_type: order of the norm.
             backend: the user's choice or None.
-            exact: False if a self-checking plan may come without its signature being compared, which takes
-                most of a call's time on the host. If that is refused, the caller remakes it.
-            writes: whether gradients are scaled; those that are only measured may share memory.
 
         Raises:
             TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
             RuntimeError: the named backend refuses.
             WithoutData: no gradient has any.
         """
-        plan = self._plans.get(_kind_of_call(norm_type, backend, writes))
-        if (
-            plan is not None
-            and plan.outline == _outline(grads)
-            and ((plan.self_checking and not exact) or plan.signature == _signature(grads))
-        ):
-            return plan
-        return self.remake(grads, home, norm_type, backend, writes)
+        return self._get(grads, home, norm_type, backend, writes=True)
 
-    def carry_out(
-        self,
-        work: Callable[[ClipPlan, Gradients], Result],
-        grads: Gradients,
-        home: torch.device,
-        norm_type: float,
-        backend: str | None,
-        *,
-        exact: bool,
-        writes: bool = True,
-    ) -> Result:
-        """Does the work with a plan for these gradients; arguments and errors as for ``plan``.
-
-        The work raises RuntimeError, with nothing written, where the plan turns out to be for others; ``exact`` says
-        that a RuntimeError may be about something else.
-        """
-        plan = self.plan(grads, home, norm_type, backend, exact=exact, writes=writes)
-        try:
-            return work(plan, grads)
-        except RuntimeError:
-            if exact or not plan.self_checking:
-                raise
-            # A look at every gradient says what is wrong, by name, or what changed.
-            fresh = self.remake(grads, home, norm_type, backend, writes)
-            if fresh.signature == plan.signature:
-                raise
-            return work(fresh, grads)
-
-    def measure(
-        self,
-        work: Callable[[ClipPlan, Gradients], Result],
-        grads: Gradients,
-        home: torch.device,
-        norm_type: float,
-        backend: str | None,
-    ) -> Result:
-        """As ``carry_out``, for work that writes nothing, with the plan that writes if that serves.
+    def measured(
+        self, grads: list[Tensor | None], home: torch.device, norm_type: float, backend: str | None
+    ) -> tuple[ClipPlan, list[Found]]:
+        """The same for gradients that are only measured: with the plan that writes, if that serves.
 
         It doesn't serve gradients that share memory, or that are parameters or leaves; an expanded one is measured as
         a copy.
         """
-        if _kind_of_call(norm_type, backend, writes=False) not in self._plans:
+        if (norm_type, backend, "measured") not in self._plans:
             try:
-                return self.carry_out(work, grads, home, norm_type, backend, exact=False)
+                return self._get(grads, home, norm_type, backend, writes=True)
             except (TypeError, ValueError):
                 pass
         readable = [None if g is None else _readable(g) for g in grads]
-        return self.carry_out(work, readable, home, norm_type, backend, exact=False, writes=False)
+        return self._get(readable, home, norm_type, backend, writes=False)
 
-    def remake(
-        self, grads: Gradients, home: torch.device, norm_type: float, backend: str | None, writes: bool = True
-    ) -> ClipPlan:
-        """A plan from scratch, every gradient looked at; arguments and errors as for ``plan``."""
+    def _get(
+        self,
+        grads: list[Tensor | None],
+        home: torch.device,
+        norm_type: float,
+        backend: str | None,
+        *,
+        writes: bool,
+    ) -> tuple[ClipPlan, list[Found]]:
+        key = (norm_type, backend) if writes else (norm_type, backend, "measured")
+        kept = self._plans.get(key, [])
+        for i, plan in enumerate(kept):
+            found = plan.look(grads, writes=writes)
+            if found is not None:
+                if i:
+                    kept.insert(0, kept.pop(i))
+                return plan, found
         self.made += 1
         plan = _build(self.components, grads, home, norm_type, backend, writes, self._kind)
-        if len(self._plans) >= 8:  # a program that goes through orders of norm
+        found = plan.look(grads, writes=writes)
+        if found is None:
+            raise RuntimeError("gradients changed while they were looked at: is another thread at work on them?")
+        if len(self._plans) >= _KINDS and key not in self._plans:  # a program that goes through orders of norm
             self._plans.clear()
-        self._plans[_kind_of_call(norm_type, backend, writes)] = plan
-        return plan
+        self._plans[key] = [plan, *kept[: _SETS - 1]]
+        return plan, found
 
 
-def _kind_of_call(norm_type: float, backend: str | None, writes: bool) -> tuple[object, ...]:
-    return (norm_type, backend) if writes else (norm_type, backend, "measured")
-
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
 _METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
 
 
-def _outline(grads: Gradients) -> object:
-    # An attribute of a tensor costs Python 50 ns and more, and there may be thousands of tensors.
-    types: object = set(map(type, grads))
-    present = grads
-    if types != {Tensor}:
-        types = list(map(type, grads))  # None's among them
-        present = [g for g in grads if g is not None]
+def _leaves(grads: Gradients) -> object:
     # What requires grad is either a gradient with a graph of its own (create_graph=True), or a parameter by mistake.
-    leaves = [g.requires_grad and g.is_leaf for g in present] if _any_requires_grad(present) else None  # type: ignore[union-attr]
-    return types, leaves
+    if not _any_requires_grad(grads):
+        return None
+    return [g is not None and g.requires_grad and g.is_leaf for g in grads]
 
 
 def _any_requires_grad(tensors: Gradients) -> bool:
     fast = getattr(torch._C, "_any_requires_grad", None)  # a sixth of the time, where this torch has it
-    return fast(*tensors) if fast is not None else any(map(_REQUIRES_GRAD, tensors))
+    return fast(*tensors) if fast is not None else any(t is not None and t.requires_grad for t in tensors)
 
 
 def _signature(grads: Gradients) -> object:
+    # An attribute of a tensor costs Python 50 ns and more, and there may be thousands of tensors.
+    types = list(map(type, grads))  # None's among them
     present = [g for g in grads if g is not None]
     if any(g.is_nested for g in present):  # which have no shape to compare, and aren't served
         return object()
     dense = [values_of(g) for g in present if g.layout in (torch.strided, torch.sparse_coo)]
     strides = [g.stride() for g in dense]
     distinct = len({g.data_ptr() for g in dense if g.device.type != "meta"})
-    return [*(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], distinct]
+    return [types, *(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], distinct]
 
 
 def _build(
@@ -328,7 +237,22 @@ def _build(
                 plain=not any(_is_special(grads[i]) for i in positions),
             )
         )
-    return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _outline(grads), _signature(grads))
+    notices = bool(buckets) and all(bucket.plain and bucket.backend in native.users() for bucket in buckets)
+    if notices:
+        for bucket in buckets:
+            bucket.addresses = native.Addresses(_entries(bucket, components, grads))
+    signature = None if notices else _signature(grads)
+    return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _leaves(grads), signature)
+
+
+def _entries(bucket: Bucket, components: Components, grads: Gradients) -> list[Tensor | EllipsisType | None]:
+    """The gradients that a bucket is to look at: its own, and that there are none where there were none."""
+    own = set(bucket.positions)
+    found: list[Tensor | EllipsisType | None] = []
+    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
+        is_of_interest = position in own or (grad is None and component != LEFT_ALONE)
+        found.append(grad if is_of_interest else ...)
+    return found
 
 
 def _readable(grad: Tensor) -> Tensor:

@@ -12,15 +12,12 @@ Ma, "Improving Stability of Fine-Tuning Pretrained Language Models via Component
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .bucket import Bucket
 from .formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
-
-if TYPE_CHECKING:
-    from .plan import Bucket
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -28,7 +25,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
     """sum |g|^p of each component ([K] in ``wide_dtype``); max |g| for p = inf, min for -inf, count for 0."""
     wide = wide_dtype(bucket.device)
     owners, pieces = bucket.components.tolist(), bucket.pieces(grads)
@@ -49,7 +46,9 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
     return sums
 
 
-def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+def scale_(
+    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
+) -> None:
     """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits.
 
     A complex gradient's two parts are multiplied each by itself: a complex product would make NaN of inf + 0j.
@@ -66,7 +65,12 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
 
 
 def clip_(
-    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+    bucket: Bucket,
+    grads: list[Tensor],
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale = UNSCALED,
+    addresses: bytes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     sums = power_sums(bucket, grads, rule.norm_type)

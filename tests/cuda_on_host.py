@@ -15,7 +15,8 @@ from unittest import mock
 
 import pytest
 
-from cwclip_kernels.backends import cuda, extension
+from cwclip_kernels import native
+from cwclip_kernels.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++").split()[0]
@@ -58,15 +59,15 @@ def module() -> Any:
 @contextmanager
 def in_place_of_a_gpu() -> Iterator[Any]:
     """Lets ``backend="cuda"`` serve CPU tensors, on two processors with two blocks each."""
-    assert extension.unavailable() is None
+    assert native.unavailable() is None
     stand_in = module()
     stand_in.set_machine(2, 4, 0)
 
     def refuses(device, dtype, norm_type):
-        return extension.unserved(dtype, norm_type) if device.type == "cpu" else f"serves no {device.type} here"
+        return native.unserved(dtype, norm_type) if device.type == "cpu" else f"serves no {device.type} here"
 
     with (
-        mock.patch.object(extension, "module", return_value=stand_in),
+        mock.patch.object(native, "module", return_value=stand_in),
         mock.patch.object(cuda, "refuses", refuses),
         mock.patch.dict(os.environ, {"CWCLIP_CUDA_BLOCKS_PER_SM": "2"}),
     ):

@@ -184,9 +184,9 @@ def test_a_named_backend_is_used_or_refused(params, monkeypatch):
         fused_component_clip_(params, 1.0, 3.0, backend="cpu")
     with pytest.raises(RuntimeError, match="backend='cuda' serves NVIDIA GPUs, not cpu; backend=None takes"):
         fused_component_clip_(params, 1.0, backend="cuda")
-    from cwclip_kernels.backends import extension
+    from cwclip_kernels import native
 
-    monkeypatch.setattr(extension, "unavailable", lambda: "the compiled extension is missing (for this test)")
+    monkeypatch.setattr(native, "unavailable", lambda: "the compiled extension is missing (for this test)")
     with pytest.raises(RuntimeError, match="backend='cpu' the compiled extension is missing"):
         fused_component_clip_(params, 1.0, backend="cpu")
     assert "'foreach' (cpu the compiled extension is missing" in ComponentClipper(params, 1.0).explain()

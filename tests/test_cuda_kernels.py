@@ -18,8 +18,8 @@ import torch
 import cuda_on_host
 from conftest import SEED
 from cuda_on_host import FORMS
-from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
-from cwclip_kernels.backends import cuda, extension
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_, native
+from cwclip_kernels.backends import cuda
 from helpers import DEVICE, DTYPES, assert_grads, assert_norms, copy_of, grads_of, parameter, random_grad, same_bits
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="about a machine that a GPU isn't; see test_cuda_gpu.py")
@@ -78,9 +78,9 @@ def check(params, max_norm=0.7, norm_type=2.0, **more):
 
 def assert_zeroed(clipper):
     """Counters, tickets, done and list are what the next call expects."""
-    (plan,) = clipper._engine._planner._plans.values()
+    ((plan,),) = clipper._engine._planner._plans.values()
     (bucket,) = plan.buckets
-    state = bucket.scratch["cuda"]
+    state = bucket.state
     partials_at = struct.unpack_from("8q", state.program)[6]  # csrc/cuda/tables.h: Program
     (workspace,) = state.workspaces.values()
     assert not workspace[:partials_at].any()
@@ -203,8 +203,8 @@ def test_one_workspace_serves_call_after_call(gpu, monkeypatch):
         fused_component_clip_(expected, 0.5, backend="reference")
         assert_grads(params, expected, torch.float32)
         assert_zeroed(clipper)
-    (plan,) = clipper._engine._planner._plans.values()
-    assert len(plan.buckets[0].scratch["cuda"].workspaces) == 1
+    ((plan,),) = clipper._engine._planner._plans.values()
+    assert len(plan.buckets[0].state.workspaces) == 1
 
 
 def test_gradients_other_than_planned_are_never_touched(gpu):
@@ -234,13 +234,13 @@ def test_refusals_say_what_to_do(monkeypatch):
     assert "not AMD GPUs" in cuda.refuses(gpu, torch.float32, 2.0)
     monkeypatch.setattr(torch.version, "hip", None)
     assert "norm_type 1, 2 and inf, not 3" in cuda.refuses(gpu, torch.float32, 3.0)
-    monkeypatch.setattr(extension, "module", lambda: object())
+    monkeypatch.setattr(native, "module", lambda: object())
     assert "CWCLIP_BUILD=cuda pip install" in unavailable(gpu)
-    monkeypatch.setattr(extension, "module", lambda: Mock(cuda_obstacle=lambda device: "no kernel image"))
+    monkeypatch.setattr(native, "module", lambda: Mock(cuda_obstacle=lambda device: "no kernel image"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of the future")
     assert "can't run on a GPU of the future (no kernel image); reinstall with TORCH_CUDA" in unavailable(gpu)
-    monkeypatch.setattr(extension, "unavailable", lambda: "is missing")
+    monkeypatch.setattr(native, "unavailable", lambda: "is missing")
     assert unavailable(gpu) == "is missing"
 
 

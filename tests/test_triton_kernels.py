@@ -8,6 +8,7 @@ import torch
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.backends import triton_tables
 from cwclip_kernels.formula import ClipRule
+from cwclip_kernels.native import packed
 from helpers import DEVICE, DTYPES, NORM_TOLERANCE, assert_norms, random_grad, same_bits
 from triton_buckets import ORDERS, bucket_of, cap, check_clip, expected_scaled, expected_sums, one_each
 
@@ -73,11 +74,11 @@ def test_dense_layouts_are_clipped_in_place():
         random_grad((8, 1, 3)).as_strided((8, 1, 3), (3, 77, 1)),
     ]
     bucket = one_each(grads)
-    pointers = tuple(g.data_ptr() for g in grads)
+    pointers = packed(g.data_ptr() for g in grads)
     check_clip(grads, list(range(len(grads))), cap(0.5), ClipRule())
     backend.power_sums(bucket, grads, 2.0)
-    assert {group.dims for group in bucket.scratch["tables"].sum_tiles} == {0}
-    assert [call.pointers for call in bucket.scratch["calls"].values()] == [pointers]
+    assert {group.dims for group in bucket.state.tables.sum_tiles} == {0}
+    assert [call.pointers for call in bucket.state.calls.values()] == [pointers]
 
 
 def test_layouts_with_gaps():
@@ -227,7 +228,7 @@ def test_more_partials_than_a_chunk(monkeypatch, p, sum_tile, scale_tile):
     grads[0][123] = math.nan
     bucket = bucket_of(grads, [1, 1, 0, 3])
     assert backend.power_sums(bucket, grads, p).isnan().tolist() == [False, True, False, False]
-    assert scale_tile > 256 or bucket.scratch["tables"].chunks is not None
+    assert scale_tile > 256 or bucket.state.tables.chunks is not None
 
 
 def test_many_tiny_tensors_in_one_component(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from cwclip_kernels.backends import memory, triton_tables
 from cwclip_kernels.backends import triton as backend
+from cwclip_kernels.native import packed
 from helpers import DEVICE, DTYPES, random_grad, same_bits
 from triton_buckets import bucket_of, expected_sums, one_each
 
@@ -49,7 +50,7 @@ def test_offsets_beyond_32_bits():
     grads = [random_grad((5000,), dtype) for dtype in DTYPES]
     bucket = one_each(grads)
     for i, grad in enumerate(grads):
-        call = backend._prepare(bucket, grads)
+        call = backend._prepare(bucket, grads, None)
         far = call.addresses - 2**33 * grad.element_size()
         tiles = []
         for group in call.tables.sum_tiles:
@@ -66,16 +67,16 @@ def test_gradients_move_between_calls():
     grads = [random_grad((300,)), random_grad((9,), torch.bfloat16)]
     bucket = one_each(grads)
     first = backend.power_sums(bucket, grads, 2.0)
-    tables = bucket.scratch["tables"]
-    (before,) = bucket.scratch["calls"].values()
+    tables = bucket.state.tables
+    (before,) = bucket.state.calls.values()
     assert same_bits(backend.power_sums(bucket, grads, 2.0), first)
-    (again,) = bucket.scratch["calls"].values()
+    (again,) = bucket.state.calls.values()
     assert again is before
     moved = [g.clone() for g in grads]
     assert same_bits(backend.power_sums(bucket, moved, 2.0), first)
-    (after,) = bucket.scratch["calls"].values()
-    assert after.pointers == tuple(g.data_ptr() for g in moved)
-    assert bucket.scratch["tables"] is tables
+    (after,) = bucket.state.calls.values()
+    assert after.pointers == packed(g.data_ptr() for g in moved)
+    assert bucket.state.tables is tables
 
 
 def test_values_of_sparse_gradients_change_size():
@@ -96,19 +97,21 @@ def test_default_device_does_not_matter():
 
 def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
     # Only the bookkeeping: nothing is captured here, and pinned memory needs a GPU.
-    monkeypatch.setattr(backend, "_pinned", lambda n: torch.empty(n, dtype=torch.int64))
+    monkeypatch.setattr(backend, "_pinned", lambda pointers: torch.empty(len(pointers) // 8, dtype=torch.int64))
     monkeypatch.setattr(memory, "_KEPT_FOR_GRAPHS", [])
     grads = [random_grad((300,)), random_grad((9,))]
     bucket = one_each(grads)
-    bucket.scratch["calls"] = {}
+    eager = backend._prepare(bucket, grads, None)
+    calls, bucket.state.calls = bucket.state.calls, {}
     with pytest.raises(RuntimeError, match="make one before"):
-        backend._prepare_captured(bucket, (1, 2))
-    bucket.scratch.clear()
-    eager = backend._prepare(bucket, grads)
-    captured = [backend._prepare_captured(bucket, pointers) for pointers in ((1, 2), (3, 4))]
+        backend._prepare_captured(bucket.state, bucket.device, packed((1, 2)))
+    bucket.state.calls = calls
+    captured = [
+        backend._prepare_captured(bucket.state, bucket.device, packed(pointers)) for pointers in ((1, 2), (3, 4))
+    ]
     assert [call.addresses.tolist() for call in captured] == [[1, 2], [3, 4]]
     assert [host.tolist() for host, _ in memory._KEPT_FOR_GRAPHS] == [[1, 2], [3, 4]]
-    assert backend._prepare(bucket, grads) is eager
+    assert backend._prepare(bucket, grads, None) is eager
 
 
 def test_refusals_say_what_to_do(monkeypatch):

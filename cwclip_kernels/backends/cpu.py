@@ -1,65 +1,115 @@
-"""The fused CPU kernels, csrc/cpu/, through torch.ops."""
+"""The fused CPU kernels, csrc/cpu/. Pieces and tiles are worked out once a bucket; a call hands over addresses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import native
+from ..bucket import Bucket
 from ..formula import UNSCALED, ClipRule, LossScale
-from . import extension
-
-if TYPE_CHECKING:
-    from ..plan import Bucket
+from ..native import Addresses
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
     """Why this backend can't serve such a gradient, or None."""
     if device.type != "cpu":
         return f"serves CPU tensors, not {device.type}"
-    return extension.unserved(dtype, norm_type) or extension.unavailable()
+    return native.unserved(dtype, norm_type) or native.unavailable()
 
 
-def _check(bucket: Bucket, grads: list[Tensor], *, writes: bool) -> None:
-    """Raises RuntimeError if these are not the gradients that the bucket was made for."""
-    if bucket.plain:  # others are compared by the plan
-        addresses = bucket.scratch.get("addresses")
-        if addresses is None:
-            addresses = bucket.scratch["addresses"] = extension.Addresses(grads)
-        addresses.of(grads, writes=writes)
-
-
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
-    _check(bucket, grads, writes=False)
-    sums: Tensor = torch.ops.cwclip_kernels.power_sums(
-        grads, bucket.components, bucket.cuts(), bucket.count, norm_type
-    )
+    program, places = _look_up(bucket, grads, addresses, writes=False)
+    sums = torch.empty(bucket.count, dtype=torch.float64, device="cpu")
+    _call("power_sums", _C().cpu_power_sums, program, places, norm_type, sums.data_ptr())
     return sums
 
 
-def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+def scale_(
+    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
+) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
-    _check(bucket, grads, writes=True)
-    torch.ops.cwclip_kernels.scale_(grads, bucket.components, bucket.cuts(), coefs.double(), zero_fill)
+    program, places = _look_up(bucket, grads, addresses, writes=True)
+    factors = coefs.double().contiguous()
+    _call("scale_", _C().cpu_scale, program, places, factors.data_ptr(), zero_fill)
 
 
 def clip_(
-    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+    bucket: Bucket,
+    grads: list[Tensor],
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale = UNSCALED,
+    addresses: bytes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, [K], float64 if any gradient is; each component scaled while still in cache."""
-    _check(bucket, grads, writes=True)
-    norms, coefs = torch.ops.cwclip_kernels.clip_(
-        grads,
-        bucket.components,
-        bucket.cuts(),
-        bucket.count,
-        caps,
-        loss_scale.inverse,
-        loss_scale.found_inf,
+    program, places = _look_up(bucket, grads, addresses, writes=True)
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
+    coefs = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
+    inverse, found_inf = loss_scale.inverse, loss_scale.found_inf
+    _call(
+        "clip_",
+        _C().cpu_clip,
+        program,
+        places,
         rule.norm_type,
         rule.eps,
-        extension.POLICY_CODES[rule.nonfinite],
+        native.POLICY_CODES[rule.nonfinite],
+        bucket.norm_dtype == torch.float64,
+        caps.data_ptr(),
+        caps.ndim,
+        0 if inverse is None else inverse.data_ptr(),
+        0 if found_inf is None else found_inf.data_ptr(),
+        norms.data_ptr(),
+        coefs.data_ptr(),
     )
     return norms, coefs
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a bucket keeps from call to call.
+
+    Attributes:
+        addresses: of its gradients.
+        program: a capsule of csrc/cpu/calls.h.
+    """
+
+    addresses: Addresses
+    program: Any
+
+
+def _look_up(bucket: Bucket, grads: list[Tensor], addresses: bytes | None, *, writes: bool) -> tuple[Any, bytes]:
+    """The bucket's program, and where its gradients lie.
+
+    Raises:
+        RuntimeError: they share memory, or these are not the gradients that the bucket was made for.
+    """
+    state, places = native.look_up(bucket, grads, addresses, _make, writes=writes)
+    return state.program, places
+
+
+def _make(bucket: Bucket, addresses: Addresses) -> _State:
+    cuts = bucket.cuts()
+    components = native.packed(bucket.components.tolist())
+    packed = None if cuts is None else native.packed(cuts)
+    return _State(addresses, _C().cpu_program(addresses.layout, components, packed, bucket.count))
+
+
+def _C() -> Any:
+    return sys.modules["cwclip_kernels._C"]
+
+
+def _call(name: str, function: Callable[..., None], *arguments: object) -> None:
+    """The call itself, with a range of its own where a profiler is at work: it is no operator of torch's."""
+    if not torch._C._autograd._profiler_enabled():
+        function(*arguments)
+        return
+    with torch.profiler.record_function(f"cwclip_kernels::{name}"):
+        function(*arguments)

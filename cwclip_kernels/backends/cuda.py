@@ -8,21 +8,17 @@ CUDA graphs: call once before capturing. Addresses are frozen into the graph, ca
 
 from __future__ import annotations
 
-import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from .. import native
+from ..bucket import Bucket
 from ..formula import UNSCALED, ClipRule, LossScale
-from . import extension
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
-
-if TYPE_CHECKING:
-    from ..plan import Bucket
 
 _POWER_SUMS, _SCALE, _CLIP = range(3)  # csrc/cuda/launch.h: Kind
 
@@ -31,22 +27,22 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     """Why this backend can't serve such a gradient, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"serves NVIDIA GPUs, not {'AMD GPUs' if device.type == 'cuda' else device.type}"
-    return extension.unserved(dtype, norm_type) or unavailable(device)
+    return native.unserved(dtype, norm_type) or unavailable(device)
 
 
 @cache
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels can't run on this device and what to do about it, or None."""
-    if reason := extension.unavailable():
+    if reason := native.unavailable():
         return reason
-    native = extension.module()
-    if not hasattr(native, "cuda_enqueue"):
+    extension = native.module()
+    if not hasattr(extension, "cuda_enqueue"):
         return (
             "was left out when the compiled extension was built; reinstall with nvcc on the PATH: "
             "CWCLIP_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
         )
     with torch.cuda.device(device):
-        reason = native.cuda_obstacle(device.index or 0)
+        reason = extension.cuda_obstacle(device.index or 0)
     if reason:
         return (
             f"can't run on {torch.cuda.get_device_name(device)} ({reason}); reinstall with TORCH_CUDA_ARCH_LIST set "
@@ -55,29 +51,36 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
     with _on(bucket.device):
-        _enqueue(bucket, grads, _POWER_SUMS, ClipRule(norm_type), sums=sums)
+        _enqueue(bucket, grads, addresses, _POWER_SUMS, ClipRule(norm_type), sums=sums)
     return sums
 
 
-def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+def scale_(
+    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
+) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
     rule = ClipRule(nonfinite="zero" if zero_fill else "propagate")
     with _on(bucket.device):
-        _enqueue(bucket, grads, _SCALE, rule, coefs=coefs.contiguous())
+        _enqueue(bucket, grads, addresses, _SCALE, rule, coefs=coefs.contiguous())
 
 
 def clip_(
-    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+    bucket: Bucket,
+    grads: list[Tensor],
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale = UNSCALED,
+    addresses: bytes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
     with _on(bucket.device):
-        _enqueue(bucket, grads, _CLIP, rule, norms=norms, coefs=coefs, caps=caps, loss_scale=loss_scale)
+        _enqueue(bucket, grads, addresses, _CLIP, rule, norms=norms, coefs=coefs, caps=caps, loss_scale=loss_scale)
     return norms, coefs
 
 
@@ -99,7 +102,7 @@ class _State:
         workspaces: for each stream, zero between calls: calls on one stream come one after another.
     """
 
-    addresses: extension.Addresses
+    addresses: native.Addresses
     program: bytes
     tables: Tensor
     arrived: torch.cuda.Event | None
@@ -117,6 +120,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 def _enqueue(
     bucket: Bucket,
     grads: list[Tensor],
+    addresses: bytes | None,
     kind: int,
     rule: ClipRule,
     *,
@@ -126,10 +130,11 @@ def _enqueue(
     caps: Tensor | None = None,
     loss_scale: LossScale = UNSCALED,
 ) -> None:
-    native = extension.module()
+    extension = native.module()
     device = bucket.device.index or 0
-    stream, capturing = native.cuda_stream(device)
-    state, addresses = _look_up(native, bucket, grads, capturing, writes=kind != _POWER_SUMS)
+    stream, capturing = extension.cuda_stream(device)
+    make = partial(_make_state, capturing)
+    state, places = native.look_up(bucket, grads, addresses, make, writes=kind != _POWER_SUMS)
     workspace: Tensor | None
     if capturing:
         # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
@@ -140,11 +145,11 @@ def _enqueue(
         if workspace is None:
             workspace = state.workspaces[stream] = _workspace(state, bucket.device)
     try:
-        native.cuda_enqueue(
+        extension.cuda_enqueue(
             kind,
             rule.norm_type,
             state.program,
-            addresses,
+            places,
             state.tables.data_ptr(),
             workspace.data_ptr(),
             _address(sums),
@@ -155,7 +160,7 @@ def _enqueue(
             caps.stride(0) if caps is not None and caps.ndim else 0,
             _address(loss_scale.inverse),
             rule.eps,
-            extension.POLICY_CODES[rule.nonfinite],
+            native.POLICY_CODES[rule.nonfinite],
             coefs is not None and coefs.dtype == torch.float64,
             device,
             stream,
@@ -178,37 +183,15 @@ def _workspace(state: _State, device: torch.device) -> Tensor:
     return torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=device)
 
 
-def _look_up(
-    native: Any, bucket: Bucket, grads: list[Tensor], capturing: bool, *, writes: bool
-) -> tuple[_State, bytes]:
-    """The bucket's state, and the addresses of these gradients.
-
-    Raises:
-        RuntimeError: these are not the gradients that the bucket was made for.
-    """
-    state: _State | None = bucket.scratch.get("cuda")
-    if state is not None:
-        try:
-            return state, state.addresses.of(grads, writes=writes)
-        except RuntimeError:
-            if bucket.plain:
-                raise
-    # The first call, or values of sparse gradients, whose number changes.
+def _make_state(capturing: bool, bucket: Bucket, addresses: native.Addresses) -> _State:
     if capturing:
         raise RuntimeError(BEFORE_CAPTURE)
-    state = bucket.scratch["cuda"] = _make_state(native, bucket, grads)
-    return state, state.addresses.of(grads, writes=writes)
-
-
-def _packed(numbers: Tensor) -> bytes:
-    return struct.pack(f"{numbers.numel()}q", *numbers.tolist())
-
-
-def _make_state(native: Any, bucket: Bucket, grads: list[Tensor]) -> _State:
-    addresses = extension.Addresses(grads)
     cuts = bucket.cuts()
-    tables, program, workspace_bytes = native.cuda_program(
-        addresses.layout, _packed(bucket.components), None if cuts is None else _packed(cuts), bucket.count
+    tables, program, workspace_bytes = native.module().cuda_program(
+        addresses.layout,
+        native.packed(bucket.components.tolist()),
+        None if cuts is None else native.packed(cuts),
+        bucket.count,
     )
     on_device = upload(torch.frombuffer(bytearray(tables), dtype=torch.uint8), bucket.device)
     arrived = None

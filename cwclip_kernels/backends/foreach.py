@@ -6,15 +6,13 @@ Reads every gradient once for its norm, then reads and writes every gradient, cl
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..bucket import Bucket
 from ..formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
-
-if TYPE_CHECKING:
-    from ..plan import Bucket
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -22,18 +20,15 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
     """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
     # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
     measurable = [_measurable(g, norm_type) for g in bucket.pieces(grads)]
     each = torch.stack(torch._foreach_norm(measurable, norm_type, dtype=wide_dtype(bucket.device)))
     if not math.isinf(norm_type) and norm_type != 0.0:
         each = each**norm_type
-    levels = bucket.scratch.get("levels")
-    if levels is None:
-        levels = bucket.scratch["levels"] = _merge_levels(bucket)
     nothing = each.new_full((1,), neutral(norm_type))
-    for level in levels:
+    for level in _state(bucket).levels:
         rows = torch.cat((each, nothing))[level]
         each = rows.amax(1) if norm_type == math.inf else rows.amin(1) if norm_type == -math.inf else rows.sum(1)
     return each
@@ -71,6 +66,26 @@ def _row_norms(grad: Tensor, norm_type: float) -> Tensor:
     return torch.cat((rows, flat[whole:].to(wide)))
 
 
+@dataclass(frozen=True)
+class _State:
+    """What a bucket keeps from call to call.
+
+    Attributes:
+        levels: gather indices, see ``_merge_levels``.
+        components: of each piece, on the device.
+    """
+
+    levels: list[Tensor]
+    components: Tensor
+
+
+def _state(bucket: Bucket) -> _State:
+    state: _State | None = bucket.state
+    if state is None:
+        state = bucket.state = _State(_merge_levels(bucket), bucket.components.to(bucket.device))
+    return state
+
+
 _FAN_IN = 32
 
 
@@ -98,13 +113,12 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
         size = len(rows)
 
 
-def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+def scale_(
+    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
+) -> None:
     """g <- coef * g in place; of a complex gradient both parts, since a complex product makes NaN of inf + 0j."""
-    components = bucket.scratch.get("components")
-    if components is None:
-        components = bucket.scratch["components"] = bucket.components.to(bucket.device)
     grads = [torch.view_as_real(g) if g.is_complex() else g for g in bucket.pieces(grads)]
-    factors = coefs[components].unbind()
+    factors = coefs[_state(bucket).components].unbind()
     if bucket.device.type == "cpu":
         torch._foreach_mul_(grads, factors)
     else:
@@ -125,7 +139,12 @@ def _multiply(grads: list[Tensor], factors: tuple[Tensor, ...]) -> None:
 
 
 def clip_(
-    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+    bucket: Bucket,
+    grads: list[Tensor],
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale = UNSCALED,
+    addresses: bytes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     sums = power_sums(bucket, grads, rule.norm_type)

@@ -18,21 +18,20 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..bucket import Bucket
 from ..formula import UNSCALED, ClipRule, LossScale
-from . import extension, triton_tables
+from ..native import packed
+from . import triton_tables
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 from .triton_tables import Group, Tables, build_tables
-
-if TYPE_CHECKING:
-    from ..plan import Bucket
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDERS = (1.0, 2.0, math.inf)
@@ -73,20 +72,22 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
     with _launching_on(bucket.device):
-        call = _prepare(bucket, grads, writes=False)
+        call = _prepare(bucket, grads, addresses)
         if call.tables.tiles:
             _combine(_partials(call, norm_type), call.tables.spans, sums, norm_type)
     return sums
 
 
-def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) -> None:
+def scale_(
+    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
+) -> None:
     """``g <- coef * g`` in place; nothing written where coef is 1."""
     with _launching_on(bucket.device):
-        call = _prepare(bucket, grads)
+        call = _prepare(bucket, grads, addresses)
         coefs = coefs.contiguous()
         for group in call.tables.scale_tiles:
             _kernels().scale_kernel[(len(group.tiles),)](
@@ -95,13 +96,18 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool) 
 
 
 def clip_(
-    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale = UNSCALED
+    bucket: Bucket,
+    grads: list[Tensor],
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale = UNSCALED,
+    addresses: bytes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
     with _launching_on(bucket.device):
-        call = _prepare(bucket, grads)
+        call = _prepare(bucket, grads, addresses)
         if not call.tables.covers_all:  # no program writes the results of components without elements
             norms.fill_(0.0)
             coefs.fill_(1.0)
@@ -209,71 +215,68 @@ class _Call:
 
     tables: Tables
     addresses: Tensor
-    pointers: tuple[int, ...]
+    pointers: bytes
 
 
-def _prepare(bucket: Bucket, grads: list[Tensor], *, writes: bool = True) -> _Call:
+@dataclass
+class _State:
+    """What a bucket keeps from call to call.
+
+    Attributes:
+        tables: on the host.
+        layout: of the gradients that the tables were made for; None where a plan sees to that.
+        calls: the last on each stream: on others, its tables may not have arrived yet.
+        spare: pinned memory for the addresses of a call that is captured.
+    """
+
+    tables: Tables
+    layout: object
+    calls: dict[int, _Call] = field(default_factory=dict)
+    spare: Tensor | None = None
+
+
+def _prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> _Call:
     """Looks up or builds what the kernels need."""
-    scratch = bucket.scratch
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
     layout = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
-    if "tables" not in scratch or scratch["layout"] != layout:
+    state: _State | None = bucket.state
+    if state is None or state.layout != layout:
         with torch.device("cpu"):  # whatever the default device is
-            tables = build_tables(bucket, grads)
-        scratch.clear()
-        scratch.update(tables=tables, layout=layout, calls={})
-    pointers = _pointers(bucket, grads, writes)
+            state = bucket.state = _State(build_tables(bucket, grads), layout)
+    pointers = packed(map(Tensor.data_ptr, grads)) if addresses is None else addresses
     if bucket.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return _prepare_captured(bucket, pointers)
-        if "spare" not in scratch:
-            scratch["spare"] = _pinned(len(pointers))
-    # One for each stream: on others, its tables may not have arrived yet.
+            return _prepare_captured(state, bucket.device, pointers)
+        if state.spare is None:
+            state.spare = _pinned(pointers)
     stream = torch.accelerator.current_stream().stream_id if bucket.device.type != "cpu" else 0
-    last: _Call | None = scratch["calls"].get(stream)
+    last = state.calls.get(stream)
     if last is None or last.pointers != pointers:
-        tables = last.tables if last else scratch["tables"].to(bucket.device)
-        addresses = upload(_on_host(pointers), bucket.device)
-        last = scratch["calls"][stream] = _Call(tables, addresses, pointers)
+        tables = last.tables if last else state.tables.to(bucket.device)
+        last = state.calls[stream] = _Call(tables, upload(_on_host(pointers), bucket.device), pointers)
     return last
 
 
-def _pointers(bucket: Bucket, grads: list[Tensor], writes: bool) -> tuple[int, ...]:
-    """Addresses; the same object while nothing moves.
-
-    Raises:
-        RuntimeError: these are not the gradients that the plan was made for.
-    """
-    if not bucket.plain or extension.unavailable() is not None:
-        return tuple(map(Tensor.data_ptr, grads))
-    scratch = bucket.scratch
-    if "addresses" not in scratch:
-        scratch.update(addresses=extension.Addresses(grads), found=b"", pointers=())
-    found = scratch["addresses"].of(grads, writes=writes)
-    if found is not scratch["found"]:
-        scratch.update(found=found, pointers=tuple(memoryview(found).cast("Q")))
-    pointers: tuple[int, ...] = scratch["pointers"]
-    return pointers
-
-
-def _prepare_captured(bucket: Bucket, pointers: tuple[int, ...]) -> _Call:
+def _prepare_captured(state: _State, device: torch.device, pointers: bytes) -> _Call:
     """Addresses of the graph's own, copied at each replay from host memory that nobody writes again."""
-    earlier = next(iter(bucket.scratch["calls"].values()), None)
+    earlier = next(iter(state.calls.values()), None)
     if earlier is None:
         raise RuntimeError(BEFORE_CAPTURE)
-    host = bucket.scratch.pop("spare", None)
+    host, state.spare = state.spare, None
     if host is None:  # a second capture in a row; allocating now may fail in older versions of torch
-        host = _pinned(len(pointers))
+        host = _pinned(pointers)
     host.copy_(_on_host(pointers))
-    addresses = torch.empty(len(pointers), dtype=torch.int64, device=bucket.device)
+    addresses = torch.empty(len(host), dtype=torch.int64, device=device)
     addresses.copy_(host, non_blocking=True)
     keep_for_graphs(host, earlier.tables)
     return _Call(earlier.tables, addresses, pointers)
 
 
-def _on_host(pointers: tuple[int, ...]) -> Tensor:
-    return torch.tensor(pointers, dtype=torch.int64, device="cpu")
+def _on_host(pointers: bytes) -> Tensor:
+    if not pointers:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(bytearray(pointers), dtype=torch.int64)
 
 
-def _pinned(length: int) -> Tensor:
-    return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
+def _pinned(pointers: bytes) -> Tensor:
+    return torch.empty(len(pointers) // 8, dtype=torch.int64, device="cpu", pin_memory=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..bucket import Bucket
 from .memory import upload
-
-if TYPE_CHECKING:
-    from ..plan import Bucket
 
 # A tile of a few blocks pays for its program, and is small enough to spread over all processors. Coarser ones for
 # scaling: many find a coefficient of 1 and leave.

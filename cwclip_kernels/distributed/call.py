@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import execute, formula
+from ..bucket import Found
 from ..caps import CapPolicy
 from ..formula import ClipRule, LossScale, wide_dtype
-from ..gradients import Gradients, WithoutData
+from ..gradients import WithoutData
 from ..plan import ClipPlan, Planner
 from ..scaled_loss import NOT_SCALED, ScaledLoss
 from .share import Held
@@ -53,7 +54,8 @@ class _Part:
     sums: dict[float, Tensor]
     measured: Tensor | None = None
     plan: ClipPlan | None = None
-    grads: Held | None = None
+    found: Sequence[Found] = ()
+    held: Held | None = None
     loss_scale: LossScale = formula.UNSCALED
     failure: Exception | None = None
 
@@ -88,10 +90,10 @@ def clip_(
         raise part.failure
     if bad:
         raise RuntimeError(execute.nonfinite_message(bad, count, order))
-    assert part.plan is not None and part.grads is not None  # noqa: PT018  # as nothing failed
+    assert part.plan is not None and part.held is not None  # noqa: PT018  # as nothing failed
     factors = spread.local_factors(part.loss_scale.factors(coefs))
-    execute.scale_(part.plan, part.grads.local, factors, rule)
-    part.grads.touched()
+    execute.scale_(part.plan, part.found, factors, rule)
+    part.held.touched()
     scaled.deliver(part.loss_scale)
     policy.update_(norms, coefs)
     return norms, coefs, caps
@@ -117,20 +119,16 @@ def _measure(
     writes: bool = False,
 ) -> _Part:
     """Measures what is here. Whatever goes wrong is in the result, not raised: the others are to be met first."""
-
-    def work(plan: ClipPlan, grads: Gradients) -> _Part:
-        # Not to the first gradient's device: where parameters lie on several, that may be another on each rank.
-        sums = {order: execute.power_sums(plan, grads, order).to(job.home) for order in orders}
-        measured = None
-        if orders[0] < 0:
-            measured = torch.tensor(execute.has_elements(plan, grads), dtype=torch.bool, device="cpu").to(job.home)
-        return _Part(sums, measured, plan, held, scaled.on(job.home))
-
     try:
         held = read()
-        if writes:
-            return job.planner.carry_out(work, held.local, job.home, orders[0], job.backend, exact=False)
-        return job.planner.measure(work, held.local, job.home, orders[0], job.backend)
+        get = job.planner.get if writes else job.planner.measured
+        plan, found = get(held.local, job.home, orders[0], job.backend)
+        # Not to the first gradient's device: where parameters lie on several, that may be another on each rank.
+        sums = {order: execute.power_sums(plan, found, order).to(job.home) for order in orders}
+        measured = None
+        if orders[0] < 0:
+            measured = torch.tensor(execute.has_elements(plan, found), dtype=torch.bool, device="cpu").to(job.home)
+        return _Part(sums, measured, plan, found, held, scaled.on(job.home))
     except WithoutData:
         raise  # on all ranks, where parameters are fake: nothing is computed anywhere
     except Exception as failure:

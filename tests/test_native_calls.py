@@ -1,4 +1,4 @@
-"""The C++ operators, called with wrong lists, devices, dtypes and sizes: an error, never a crash."""
+"""The native functions, called with wrong lists, devices, dtypes and sizes: an error, never a crash."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import fuzz_operators
+import fuzz_native
 from conftest import SEED
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_as_they_are_built():
-    fuzz_operators.main(5, SEED)
+    fuzz_native.main(5, SEED)
 
 
 def library_of(compiler, name):
@@ -50,7 +50,7 @@ def test_under_sanitizers(tmp_path):
         "CWCLIP_FUZZ": "0.1",
     }
     for command in (
-        [str(source / "tests/fuzz_operators.py"), "10", str(SEED)],
+        [str(source / "tests/fuzz_native.py"), "10", str(SEED)],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py", "-k", "cpu"],
     ):
         done = subprocess.run([sys.executable, *command], cwd=source, env=runs, capture_output=True, text=True)

@@ -1,13 +1,16 @@
-"""The compiled extension ``_C``, built from csrc/: loaded when first needed, and what its backends share."""
+"""The compiled extension ``_C``, built from csrc/: loaded when first needed, and what is shared by all who use it."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import struct
 import sys
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
+from types import EllipsisType
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +20,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 _ORDERS = (1.0, 2.0, math.inf)
 POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
-
-
-# Its registrations live as long as this does.
-_library = torch.library.Library("cwclip_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
-
 
 _loading = threading.Lock()
 
@@ -46,12 +44,11 @@ def _load() -> str | None:
             f"the compiled extension is missing ({error}); reinstall with a C++ compiler: "
             "CWCLIP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
         )
-    _complete_registration()
     return None
 
 
 def users() -> tuple[str, ...]:
-    """The backends that read gradients' addresses through the extension, and notice when they are others."""
+    """The backends that take gradients by their addresses."""
     return ("cpu", "cuda", "triton") if unavailable() is None else ()
 
 
@@ -64,36 +61,42 @@ def unserved(dtype: torch.dtype, norm_type: float) -> str | None:
     return None if dtype in _DTYPES else f"does not serve {dtype}"
 
 
-class Addresses:
-    """Where a bucket's gradients lie: read at every call, for as long as they are what they were at first.
+def packed(numbers: Iterable[int]) -> bytes:
+    """int64 numbers as native code takes them."""
+    numbers = list(numbers)
+    return struct.pack(f"{len(numbers)}q", *numbers)
 
-    Some 30 ns a tensor, and no plan has to compare dtypes, devices, shapes and strides any more.
+
+class Addresses:
+    """Where gradients lie: read at every call, for as long as they are what they were at first.
+
+    Some 20 ns a tensor, and nobody has to compare dtypes, devices, shapes and strides any more.
 
     Args:
-        grads: strided tensors, exactly of type Tensor.
+        grads: strided tensors, exactly of type Tensor; None where there is no gradient, Ellipsis where it doesn't
+            matter what there is.
 
     Attributes:
         layout: all that is compared, as csrc/tensors.h writes it.
     """
 
-    def __init__(self, grads: list[Tensor]) -> None:
-        self.layout: bytes = module().layout_of(grads)
+    def __init__(self, grads: Sequence[Tensor | EllipsisType | None]) -> None:
+        self.layout: bytes = module().layout_of(list(grads))
         self._last: dict[bool, bytes | None] = {True: None, False: None}
 
-    def of(self, grads: list[Tensor], *, writes: bool) -> bytes:
+    def of(self, grads: Sequence[Tensor | None], *, writes: bool) -> bytes | None:
         """Their addresses, int64 each; the same object while they stay where they are.
 
         Args:
-            grads: strided tensors.
+            grads: a list as long as the first.
             writes: whether they are to be written to; then they may not share memory.
 
-        Raises:
-            RuntimeError: these have another layout, or share memory.
+        Returns:
+            None if these have another layout, or share memory.
         """
         found: bytes | None = module().addresses_of(grads, self.layout, self._last[writes], writes)
-        if found is None:
-            raise RuntimeError("these are not the gradients that the plan was made for")
-        self._last[writes] = found
+        if found is not None:
+            self._last[writes] = found
         return found
 
 
@@ -113,46 +116,47 @@ def _form(parameter: Tensor) -> tuple[object, ...]:
     return type(parameter), shape, strides, parameter.dtype, parameter.device, parameter.layout, sharded
 
 
-def _refuse_meta(tensors: list[Tensor | None]) -> None:
-    # torch asks the same functions for meta tensors, outside any tracing: that would pass for a call carried out.
-    if any(type(t) is Tensor and t.is_meta for t in tensors):
-        raise RuntimeError("grads: there is no data on the meta device")
+State = TypeVar("State", bound="_HasAddresses")
 
 
-def _fake_clip_(
+class _HasAddresses(Protocol):
+    @property
+    def addresses(self) -> Addresses: ...
+
+
+def look_up(
+    bucket: Any,
     grads: list[Tensor],
-    components: Tensor,
-    cuts: Tensor | None,
-    count: int,
-    caps: Tensor,
-    inverse: Tensor | None,
-    found_inf: Tensor | None,
-    norm_type: float,
-    eps: float,
-    nonfinite: int,
-) -> tuple[Tensor, Tensor]:
-    _refuse_meta([*grads, components, cuts, caps, inverse, found_inf])
-    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    return components.new_empty(count, dtype=dtype), components.new_empty(count, dtype=dtype)
+    addresses: bytes | None,
+    make: Callable[[Any, Addresses], State],
+    *,
+    writes: bool,
+) -> tuple[State, bytes]:
+    """What a backend keeps with a bucket, made where there is none yet; and where its gradients lie.
+
+    Args:
+        bucket: a ``Bucket``.
+        grads: its own gradients.
+        addresses: theirs, if a plan has looked; None for the values of sparse gradients and the like, whose number
+            changes.
+        make: makes the state of a bucket with gradients of this layout.
+        writes: whether the gradients are to be written to.
+
+    Raises:
+        RuntimeError: the gradients share memory, or these are not those that the bucket was made for.
+    """
+    state: State | None = bucket.state
+    if state is not None:
+        found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
+        if found is not None:
+            return state, found
+        if bucket.plain:
+            raise RuntimeError(_OTHERS)
+    state = bucket.state = make(bucket, Addresses(grads))
+    found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
+    if found is None:
+        raise RuntimeError(_OTHERS)
+    return state, found
 
 
-def _fake_power_sums(
-    grads: list[Tensor], components: Tensor, cuts: Tensor | None, count: int, norm_type: float
-) -> Tensor:
-    _refuse_meta([*grads, components, cuts])
-    return components.new_empty(count, dtype=torch.float64)
-
-
-def _fake_scale_(
-    grads: list[Tensor], components: Tensor, cuts: Tensor | None, coefs: Tensor, zero_fill: bool
-) -> None:
-    _refuse_meta([*grads, components, cuts, coefs])
-
-
-def _complete_registration() -> None:
-    """What the extension's own registrations (csrc/register.cpp) leave to Python."""
-    for name, fake in (("clip_", _fake_clip_), ("power_sums", _fake_power_sums), ("scale_", _fake_scale_)):
-        # Shapes and dtypes for tracing (torch.compile, fake tensors), where there is no data to run on.
-        torch.library.register_fake(f"cwclip_kernels::{name}", fake, lib=_library)
-        # Tensors with a lazy minus sign come as they lie in memory: neither norm nor scaling depends on the sign.
-        _library.impl(name, torch.library.fallthrough_kernel, "Negative")  # type: ignore[no-untyped-call]
+_OTHERS = "these are not the gradients that the plan was made for, or they share memory"
