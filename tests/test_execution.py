@@ -287,23 +287,23 @@ class TestNativeCalls:
         params = parameters([(1 << 24,)])
         clipper = ComponentClipper(params, math.inf, backend="cpu")
         clipper.clip_()
+        state = clipper._engine._planner._plans[2.0, "cpu"][0].buckets[0].state
+        addresses = state.addresses.of([p.grad for p in params], writes=False)
+        sums = torch.zeros(1, dtype=torch.float64)
         counted, stop = 0, False
 
         def count():
             nonlocal counted
             while not stop:
                 counted += 1
+                time.sleep(0)  # lets go of the GIL
 
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1000.0)  # so that no thread loses the GIL that doesn't let go of it
         thread = threading.Thread(target=count)
         thread.start()
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1000.0)  # a thread is only waited for where it lets go by itself
         try:
-            state = clipper._engine._planner._plans[2.0, "cpu"][0].buckets[0].state
-            addresses = state.addresses.of([p.grad for p in params], writes=False)
-            sums = torch.zeros(1, dtype=torch.float64)
-            while not counted:
-                time.sleep(0.001)
+            time.sleep(0.01)
             seen = counted
             native.module().cpu_power_sums(state.program, addresses, 2.0, sums.data_ptr())
             assert counted > seen
