@@ -12,9 +12,10 @@ Example:
 from . import thresholds
 from ._version import __version__
 from .api import component_norms, fused_component_clip_
-from .clipper import ClipResult, ComponentClipper
+from .clipper import ComponentClipper
 from .grad_scaler import ComponentClipGradScaler
 from .in_backward import clip_in_backward
+from .result import ClipResult
 from .spec import ComponentSpec
 
 __all__ = [

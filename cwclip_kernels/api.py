@@ -19,6 +19,7 @@ from . import compiled
 from .caps import MaxNorm
 from .components import Grouping, Parameters, as_items, named_tensors
 from .distributed.groups import as_group, check_parts
+from .distributed.share import local_value
 from .engine import Engine, check_options, settings_in_words
 from .native import form_of
 from .resolve import resolve
@@ -190,7 +191,7 @@ class _Entry:
         form: what the parameters looked like.
         positions: of each parameter's first occurrence in the caller's list; None if each occurs once.
         module: where the tensors came from, if from a module; with it the entry goes.
-        storage: where the first tensor's data lies, if not from a module; see ``is_over``.
+        storage: where the first tensor's data lies, if not from a module.
     """
 
     engine: Engine
@@ -200,18 +201,24 @@ class _Entry:
     storage: StorageWeakRef | None
 
     def is_over(self) -> bool:
-        """Whether the parameters' memory is gone, so that the entry is hardly of use any more.
+        """Whether the parameters' memory is gone, so that the entry is hardly of use any more."""
+        return self.storage is not None and bool(self.storage.expired())  # type: ignore[no-untyped-call]
 
-        Not where ranks make their engines together: one of them can't make it anew alone.
-        """
-        if self.storage is None or self.engine.spread is not None:
+    def is_for(self, tensors: Sequence[Tensor], form: object) -> bool:
+        """Whether it serves these parameters, which have the ids of those that it was made for."""
+        if self.form != form or any(tensors[i].requires_grad for i, _ in self.engine.components.problems):
             return False
-        return bool(self.storage.expired())  # type: ignore[no-untyped-call]
+        if self.engine.spread is None or self.storage is None:
+            return True
+        # Ranks make their engines together, and ids are reused on one rank and not on another: by chance.
+        now = _storage_of(tensors)
+        return now is not None and not self.is_over() and now.cdata == self.storage.cdata
 
 
 _KEPT = 1024  # enough for who calls once for each parameter
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
+_next_look = 8  # for entries that are over, in so many insertions
 
 
 def engine_for(
@@ -239,9 +246,9 @@ def engine_for(
         if entry is not None:
             _entries.move_to_end(key)
     form = None if key is None else form_of(given)
-    if entry is not None and entry.form == form:
+    if entry is not None:
         tensors = given if entry.positions is None else [given[i] for i in entry.positions]
-        if not any(tensors[position].requires_grad for position, _ in entry.engine.components.problems):
+        if entry.is_for(tensors, form):
             return tensors, entry.engine
     check_parts(source, process_group)
     named = named_tensors(source)
@@ -261,10 +268,16 @@ def _watched(
 
     if isinstance(source, nn.Module):
         return weakref.ref(source, forget), None
-    has_storage = bool(tensors) and type(tensors[0]) in (Tensor, nn.Parameter) and tensors[0].layout == torch.strided
-    if not has_storage:
-        return None, None
-    return None, StorageWeakRef(tensors[0].untyped_storage())  # type: ignore[no-untyped-call]
+    return None, _storage_of(tensors)
+
+
+def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
+    if not tensors:
+        return None
+    first: Any = local_value(tensors[0])
+    if type(first) not in (Tensor, nn.Parameter) or first.layout != torch.strided or first.is_nested:
+        return None
+    return StorageWeakRef(first.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _positions(given: Sequence[Tensor]) -> tuple[int, ...] | None:
@@ -275,10 +288,14 @@ def _positions(given: Sequence[Tensor]) -> tuple[int, ...] | None:
 
 
 def _remember(key: Hashable, entry: _Entry) -> None:
+    global _next_look
     with _lock:
-        for over in [known for known, other in _entries.items() if other.is_over()]:
-            del _entries[over]
         _entries[key] = entry
+        _next_look -= 1
+        if _next_look <= 0:  # rarely, so that it costs each entry little however many there are
+            for over in [known for known, other in _entries.items() if other.is_over()]:
+                del _entries[over]
+            _next_look = max(8, len(_entries) // 2)
         while len(_entries) > _KEPT:
             _entries.popitem(last=False)
 

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from .components import type_name
 
 if TYPE_CHECKING:
-    from .clipper import ClipResult, ComponentClipper
+    from .clipper import ComponentClipper
+from .result import ClipResult
 
 # Of the function that torch puts around every `step` and that runs the hooks.
 _RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__

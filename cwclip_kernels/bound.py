@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from . import execute
+from . import execute, native
 from .components import Components, type_name
 from .distributed import call, share
 from .formula import ClipRule, wide_dtype
@@ -27,6 +29,15 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 def is_trained(tensor: Tensor) -> bool:
     """Whether a gradient is to be expected: of a frozen parameter nothing is measured or counted."""
     return tensor.requires_grad or tensor.grad is not None
+
+
+def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of the parameters are trained; () if all are."""
+    # Asked at every call, so without a look at each gradient where all are trained.
+    if all(map(_REQUIRES_GRAD, tensors)):
+        return ()
+    trained = tuple(map(is_trained, tensors))
+    return () if all(trained) else trained
 
 
 def home_of(tensors: Sequence[Tensor]) -> torch.device:
@@ -56,30 +67,28 @@ class BoundThreshold:
                 f"max_norm: {type_name(threshold)} looks at all components together, of which each rank of "
                 "pp_mesh has others; use a policy that looks at each by itself"
             )
-        self._threshold = threshold
+        self._threshold = weakref.ref(threshold)  # weak, since the function's cache keeps this
         self._components = components
         self._spread = spread
         self._rule = rule
         self._parameter_norms = ParameterNorms()
         self._planner = Planner(components if spread is None else spread.local, kind="parameter")
-        self._trained: tuple[bool, ...] = ()
+        self._form: object = None
         self._setting: Setting | None = None
 
     def is_for(self, threshold: Threshold, rule: ClipRule) -> bool:
         """Whether it is what a call with this threshold and rule needs."""
         own = self._rule
-        return self._threshold is threshold and (own.norm_type, own.eps) == (rule.norm_type, rule.eps)
+        return self._threshold() is threshold and (own.norm_type, own.eps) == (rule.norm_type, rule.eps)
 
-    def at_work(self, tensors: Sequence[Tensor]) -> ThresholdAtWork:
-        """For one call with these parameters, of which some may have been frozen or set free since the last."""
-        # Asked at every call, so without a look at each gradient where all are trained.
-        trained = () if all(map(_REQUIRES_GRAD, tensors)) else tuple(map(is_trained, tensors))
-        if self._setting is None or trained != self._trained:
-            self._trained = trained
-            self._setting = self._make_setting(tensors)
-        if not self._threshold.is_bound_to(self._setting):
-            self._threshold.bind(self._setting)
-        return ThresholdAtWork(self._threshold, self._parameter_norms, partial(self._measure, tensors))
+    def at_work(self, threshold: Threshold, tensors: Sequence[Tensor]) -> ThresholdAtWork:
+        """For one call with these parameters, which may have been frozen, unfrozen or given shapes since the last."""
+        form = trained_of(tensors), native.form_of(list(tensors))
+        if self._setting is None or form != self._form:
+            self._form, self._setting = form, self._make_setting(tensors)
+        if not threshold.is_bound_to(self._setting):
+            threshold.bind(self._setting)
+        return ThresholdAtWork(threshold, self._parameter_norms, partial(self._measure, tensors))
 
     @torch.no_grad()
     def _measure(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -92,14 +101,17 @@ class BoundThreshold:
         counts = (
             share.member_numels(self._components, tensors) if self._spread is None else self._spread.member_numels
         )
+        trained = trained_of(tensors)
         numels = [0] * len(self._components.names)
         for (position, component, _), count in zip(self._components.members(), counts, strict=True):
-            if not self._trained or self._trained[position]:
-                numels[component] += count
+            if not trained or trained[position]:
+                # What has no shape yet counts as one element until it has.
+                numels[component] += max(count, 1) if is_lazy(tensors[position]) else count
         rule, device = self._rule, home_of(tensors)
         if any(map(has_no_data, tensors)):
             device = torch.device("meta")  # so that no state is made yet, which would be without data, too
-        return Setting(self._components.names, tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms)
+        names = self._components.names
+        return Setting(names, tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained)
 
 
 class ThresholdAtWork:

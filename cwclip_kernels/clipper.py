@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from .components import Grouping, Parameters, named_tensors
 from .distributed.groups import check_parts
 from .engine import Engine, Options, check_options, settings_in_words
 from .messages import warn_caller
+from .result import ClipResult
 from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Threshold
 from .thresholds.base import learnt, load_learnt
@@ -26,33 +25,6 @@ from .thresholds.base import learnt, load_learnt
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-
-@dataclass(frozen=True)
-class ClipResult:
-    """What one clip found and did. Tensors stay on their device; nothing syncs until you look.
-
-    Attributes:
-        names: the K component names.
-        norms: [K], float32 (float64 if any gradient is), norms before clipping.
-        coefs: [K], same dtype, what each component was multiplied by; 1 means its bits are untouched (but for the
-            loss's scale, where that was taken out too).
-        caps: [] or [K], float64, the caps of this step.
-    """
-
-    names: tuple[str, ...]
-    norms: Tensor
-    coefs: Tensor
-    caps: Tensor
-
-    @property
-    def clipped(self) -> Tensor:
-        """[K] bool: where the coefficient is not 1."""
-        return self.coefs != 1
-
-    def as_dict(self) -> dict[str, tuple[float, float]]:
-        """{name: (norm, coefficient)} as Python floats; syncs with the device."""
-        return dict(zip(self.names, zip(self.norms.tolist(), self.coefs.tolist(), strict=True), strict=True))
 
 
 class ComponentClipper:
@@ -105,7 +77,7 @@ class ComponentClipper:
         Norm Clipping", EMNLP 2022, arXiv 2210.10325.
     """
 
-    _module: weakref.ref[nn.Module] | None
+    _places: tuple[tuple[int, nn.Module, str], ...]  # of trained parameters: position, owner and name there
 
     def __init__(
         self,
@@ -128,8 +100,8 @@ class ComponentClipper:
         engine = Engine.of(named, components, process_group, pp_mesh, settings)
         # As given; a mapping as it is now, like the caps.
         self._set_up(named.tensors, engine, dict(max_norm) if isinstance(max_norm, Mapping) else max_norm, options)
-        if isinstance(parameters, nn.Module):
-            self._module = weakref.ref(parameters)  # and of no parameter, which could then not be swapped
+        if isinstance(parameters, nn.Module) and engine.spread is None:  # which shards and gathers its parameters
+            self._places = _places_of(parameters, named.tensors)
 
     def _set_up(self, tensors: tuple[Tensor, ...], engine: Engine, max_norm: MaxNorm, options: Options) -> None:
         self.names: tuple[str, ...] = engine.components.names
@@ -138,8 +110,9 @@ class ComponentClipper:
         self._engine = engine
         self._options = options
         self._whole: ComponentClipper | None = None  # that this is a part of, with its caps
-        self._module = None
-        self._plans_seen = 0
+        self._places = ()
+        self._turn = self._plans_seen = 0
+        self._is_unpickled = False
         self._copied: dict[int, Any] | None = None  # until it is known which parameters have been copied along
         # Comes between a clip and its policy, such as a scaler that may skip the step.
         self._policy_of_clip: Callable[[CapPolicy], CapPolicy] | None = None
@@ -161,6 +134,7 @@ class ComponentClipper:
         copied, self._copied = self._copied, None
         if copied is not None:
             self._tensors = tuple(copied.get(id(tensor), tensor) for tensor in self._tensors)
+            self._places = tuple((i, copied.get(id(module), module), leaf) for i, module, leaf in self._places)
         return self._tensors
 
     def clip_(self, *, inv_scale: float | Tensor | None = None, found_inf: Tensor | None = None) -> ClipResult:
@@ -186,25 +160,38 @@ class ComponentClipper:
             untouched = inv_scale is None and found_inf is None
             scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
             policy = self._policy() if self._policy_of_clip is None else self._policy_of_clip(self._policy())
+            self._look_for_replaced()
             outcome = self._engine.clip_(self._parameters(), policy, self._options, scaled)
-            if self._engine.plans_made != self._plans_seen:
-                self._plans_seen = self._engine.plans_made
-                self._look_for_replaced()
         return ClipResult(self.names, *outcome)
 
     def _look_for_replaced(self) -> None:
-        """Warns if a parameter has no gradient, and another one has been put in its place in the model."""
-        module = None if self._module is None or self.is_spread else self._module()
-        if module is None:
-            return
-        current = set(map(id, module.parameters()))
-        for name, tensor in zip(self._engine.components.tensor_names, self._parameters(), strict=True):
-            if tensor.requires_grad and tensor.grad is None and id(tensor) not in current:
+        """Warns, once, if another parameter has been put in the place of one that is clipped."""
+        if self._is_unpickled:
+            self._is_unpickled = False
+            if self._tensors and all(tensor.grad is None for tensor in self._tensors):
                 warn_caller(
-                    f"parameters: {name!r} is no longer the model's, as after to_empty() or "
-                    "load_state_dict(assign=True); what has replaced it goes unclipped. Make the clipper anew"
+                    "parameters: none has a gradient, and this clipper was unpickled: does it clip copies that "
+                    "nobody trains? Pickle it together with its model, or make one and load state_dict() into it"
                 )
-                self._module = None
+        if not self._places:
+            return
+        turn = self._turn = (self._turn + 1) % len(self._places)
+        # One each time, as a look at all would cost more than the rest; and all where other gradients are there.
+        if self._engine.plans_made != self._plans_seen:
+            self._plans_seen = self._engine.plans_made
+            looked_at: Iterable[int] = range(len(self._places))
+        else:
+            looked_at = (turn,)
+        for i in looked_at:
+            position, module, leaf = self._places[i]
+            current = module._parameters.get(leaf)
+            if current is not None and current is not self._tensors[position]:
+                self._places = ()
+                warn_caller(
+                    f"parameters: {self._engine.components.tensor_names[position]!r} of the model is another one "
+                    "than when the clipper was made, as after to_empty() or load_state_dict(assign=True), and goes "
+                    "unclipped. Make the clipper anew"
+                )
                 return
 
     def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
@@ -235,6 +222,8 @@ class ComponentClipper:
         part = copy(self)
         part._tensors = tuple(tensors[i] for i in inside)
         part._engine = Engine(components.only(inside), part._tensors, *self._engine.ranks)
+        place = {position: i for i, position in enumerate(inside)}
+        part._places = tuple((place[i], module, leaf) for i, module, leaf in self._places if i in place)
         part._whole = self if self._whole is None else self._whole
         return part
 
@@ -372,6 +361,7 @@ class ComponentClipper:
     def __setstate__(self, state: dict[str, Any]) -> None:
         engine = Engine(state["components"], state["tensors"])
         self._set_up(state["tensors"], engine, state["max_norm"], state["options"])
+        self._is_unpickled = True
 
     def __copy__(self) -> ComponentClipper:
         twin = type(self).__new__(type(self))
@@ -383,5 +373,19 @@ class ComponentClipper:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__({**self.__getstate__(), "max_norm": deepcopy(self.max_norm, memo)})
+        twin._is_unpickled = False
+        twin._places = self._places
         twin._copied = memo
+        if all(id(tensor) in memo for tensor in twin._tensors):
+            twin._parameters()  # the memo needn't be kept, with all that is in it
         return twin
+
+
+def _places_of(model: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[tuple[int, nn.Module, str], ...]:
+    position = {id(tensor): i for i, tensor in enumerate(tensors) if tensor.requires_grad}
+    return tuple(
+        (position[id(parameter)], module, leaf)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in position
+    )

@@ -53,6 +53,8 @@ def clip_(
     device = grads[0].device if grads else tensors[0].device if tensors else torch.device("cpu")
     threshold = max_norm if isinstance(max_norm, Threshold) else None
     eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
+    if threshold is not None:
+        _check_trained(threshold, tensors)
     with torch.no_grad():
         if threshold is not None:
             norms = None
@@ -74,6 +76,16 @@ def clip_(
         if threshold is not None:
             threshold.update_(norms, coefs)
     return norms, coefs, caps_used
+
+
+def _check_trained(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
+    """Raises if the threshold was told something else about the parameters; Dynamo traces anew where they change."""
+    trained = tuple(t.requires_grad or t.grad is not None for t in tensors)
+    if threshold.setting.trained != (() if all(trained) else trained):
+        raise RuntimeError(
+            "max_norm: parameters have been frozen or unfrozen since the threshold was bound to them; clip once "
+            "outside of the compiled function, and then call it again"
+        )
 
 
 def refuse_ranks(spread: bool) -> None:

@@ -161,7 +161,7 @@ class Engine:
         if isinstance(max_norm, Threshold):
             if self._last_threshold is None or not self._last_threshold.is_for(max_norm, rule):
                 self._last_threshold = BoundThreshold(max_norm, self.components, self.spread, rule)
-            return self._last_threshold.at_work(tensors)
+            return self._last_threshold.at_work(max_norm, tensors)
         names, everywhere = self.components.names, None if self.spread is None else self.spread.all_names
         if isinstance(max_norm, Tensor):
             return Caps(max_norm, names)
@@ -195,6 +195,7 @@ class Engine:
             return call.clip_(job, tensors, policy, rule, raise_nonfinite, scaled)
 
         held = self._held(tensors)
+        held.check_not_leaves()
         plan, found = self._planner.get(held.local, home_of(tensors), rule.norm_type, options.backend)
         held.touched()
         if scaled is NOT_SCALED:
@@ -249,6 +250,6 @@ class Engine:
 
 def _stand_in(tensor: Tensor) -> Tensor | None:
     # None for what has no data yet, or is frozen and never has a gradient.
-    if not tensor.requires_grad or is_lazy(tensor) or tensor.is_meta:
+    if not tensor.requires_grad or is_lazy(tensor) or tensor.is_meta or tensor.is_nested:
         return None
     return share.local_value(tensor).detach()

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from .attach import check_not_in_backward, clipping_too, parameters_of
 from .caps import CapPolicy, Caps
-from .clipper import ClipResult, ComponentClipper
+from .clipper import ComponentClipper
 from .components import type_name
 from .messages import warn_caller
+from .result import ClipResult
 from .thresholds import Threshold
 from .thresholds.base import is_capturing
 

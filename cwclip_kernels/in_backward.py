@@ -30,10 +30,10 @@ from .backward_pass import Pass, Passes, after_others
 from .backward_steps import Optimizers, Steps, steps_of
 from .bound import ThresholdAtWork
 from .caps import MaxNorm
-from .clipper import ClipResult
 from .components import Box, Components, Grouping, Parameters, named_tensors, type_name
 from .engine import Engine, Options, check_options
 from .resolve import resolve
+from .result import ClipResult
 from .thresholds.base import learnt, load_learnt
 
 __all__ = ["BackwardClipping", "ParameterHook", "clip_in_backward", "clipped_in_backward"]

@@ -47,11 +47,6 @@ def _load() -> str | None:
     return None
 
 
-def users() -> tuple[str, ...]:
-    """The backends that take gradients by their addresses."""
-    return ("cpu", "cuda", "triton") if unavailable() is None else ()
-
-
 def unserved(dtype: torch.dtype, norm_type: float) -> str | None:
     """Why the extension has no kernel for such a gradient, or None."""
     if norm_type not in _ORDERS:
@@ -111,8 +106,9 @@ def _form(parameter: Tensor) -> tuple[object, ...]:
         return (type(parameter),)  # which will be refused when its name is read
     # Of a DTensor its mesh and placements; of FSDP's flat parameter what lies in it.
     sharded = tuple(getattr(parameter, name, None) for name in ("_spec", "_fqns", "_shapes"))
-    strides = parameter.stride() if parameter.layout == torch.strided and not parameter.is_nested else None
-    shape = None if parameter.is_nested or is_lazy(parameter) else parameter.shape
+    has_shape = not (parameter.is_nested or is_lazy(parameter))
+    shape = parameter.shape if has_shape else None
+    strides = parameter.stride() if has_shape and parameter.layout == torch.strided else None
     return type(parameter), shape, strides, parameter.dtype, parameter.device, parameter.layout, sharded
 
 

@@ -8,6 +8,7 @@ pass, which also yields their addresses: that is the only look that a call takes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from types import EllipsisType
 
@@ -175,8 +176,13 @@ def _signature(grads: Gradients) -> object:
         return object()
     dense = [values_of(g) for g in present if g.layout in (torch.strided, torch.sparse_coo)]
     strides = [g.stride() for g in dense]
-    distinct = len({g.data_ptr() for g in dense if g.device.type != "meta"})
-    return [types, *(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], distinct]
+    shared = _share_memory(dense)
+    return [types, *(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], shared]
+
+
+def _share_memory(tensors: list[Tensor]) -> bool:
+    places = sorted((str(t.device), t.data_ptr(), t.nbytes) for t in tensors if t.numel() and not t.is_meta)
+    return any(one[0] == two[0] and one[1] + one[2] > two[1] for one, two in pairwise(places))
 
 
 def _build(
@@ -205,6 +211,11 @@ def _build(
             )
         if kind == "gradient":
             check_gradient(grad, name, cut=component == CUT, writes=writes)
+            if writes and grad.is_inference():  # not asked under torch.compile, which can't trace it
+                raise ValueError(
+                    f"the gradient of {name!r} was made in inference mode, and can't be written to outside of it; "
+                    "clone() it"
+                )
         else:
             check_tensor(grad, f"the {kind} {name!r}", cut=component == CUT)
         if not served:
@@ -237,7 +248,7 @@ def _build(
                 plain=not any(_is_special(grads[i]) for i in positions),
             )
         )
-    notices = bool(buckets) and all(bucket.plain and bucket.backend in native.users() for bucket in buckets)
+    notices = bool(buckets) and all(bucket.plain for bucket in buckets) and native.unavailable() is None
     if notices:
         for bucket in buckets:
             bucket.addresses = native.Addresses(_entries(bucket, components, grads))

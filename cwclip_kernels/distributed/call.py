@@ -121,6 +121,8 @@ def _measure(
     """Measures what is here. Whatever goes wrong is in the result, not raised: the others are to be met first."""
     try:
         held = read()
+        if writes:
+            held.check_not_leaves()
         get = job.planner.get if writes else job.planner.measured
         plan, found = get(held.local, job.home, orders[0], job.backend)
         # Not to the first gradient's device: where parameters lie on several, that may be another on each rank.

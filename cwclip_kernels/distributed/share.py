@@ -88,7 +88,7 @@ def member_numels(components: Components, tensors: Sequence[Tensor], layouts: La
     found = []
     for position, _, box in components.members():
         layout, tensor = None if layouts is None else layouts[position], tensors[position]
-        if layout is None and is_lazy(tensor):
+        if layout is None and (is_lazy(tensor) or tensor.is_nested):
             found.append(0)
             continue
         shape = tuple(tensor.shape) if layout is None else layout.shape
@@ -118,6 +118,15 @@ class Held(NamedTuple):
 
     local: list[Tensor | None]
     wrapped: Sequence[Tensor]
+
+    def check_not_leaves(self) -> None:
+        """Raises ValueError where a DTensor that is to be written to is a parameter, or a leaf that requires grad."""
+        for grad in self.wrapped:
+            if isinstance(grad, torch.nn.Parameter) or (grad.requires_grad and grad.is_leaf):
+                raise ValueError(
+                    f"a gradient of shape {list(grad.shape)} is itself a parameter (or a leaf that requires grad): "
+                    "clipping would change the parameter's own data; set p.grad to its gradient, or detach it first"
+                )
 
     def touched(self) -> None:
         """Tells autograd that the DTensors were written to; of their local tensors it has been told."""

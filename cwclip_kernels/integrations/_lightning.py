@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from ..attach import check_not_in_backward
 from ..backends.memory import upload
 from ..caps import MaxNorm
-from ..clipper import ClipResult, ComponentClipper
+from ..clipper import ComponentClipper
 from ..components import named_tensors, type_name
+from ..result import ClipResult
 from ..thresholds import Threshold
 from ._already import refuse_double_clipping
 from ._fsdp1 import group_of, without_whole_frozen

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..caps import MaxNorm
-from ..clipper import ClipResult
 from ..components import Grouping
+from ..result import ClipResult
 from ._already import refuse_double_clipping, warn_already_clipped
 from ._optimizers import innermost
 from ._trainer_clipping import TrainerClipping

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from ..attach import check_not_in_backward
 from ..caps import Caps, MaxNorm
-from ..clipper import ClipResult, ComponentClipper
+from ..clipper import ComponentClipper
 from ..components import Grouping, named_tensors, type_name
 from ..engine import check_options
 from ..naming import Aliases, matches, no_match
 from ..resolve import resolve
+from ..result import ClipResult
 from ..thresholds import Threshold
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped, learns

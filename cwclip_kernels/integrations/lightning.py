@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from ..caps import MaxNorm
-from ..clipper import ClipResult, ComponentClipper
+from ..clipper import ComponentClipper
 from ..components import Grouping
 from ..engine import check_options
+from ..result import ClipResult
 from ..thresholds import Threshold
 from ._learning import learns
 from ._lightning import Clipping, Window, lightnings_own, warn_of_another_cap

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..clipper import ClipResult
+from ..result import ClipResult
 from ._already import refuse_double_clipping
 from ._trainer_callback import ComponentClipCallback
 from ._trainer_clipping import TrainerClipping

@@ -16,7 +16,7 @@ from ..components import type_name
 from .writers import WRITERS, Row, TensorBoard, Writer
 
 if TYPE_CHECKING:
-    from ..clipper import ClipResult
+    from ..result import ClipResult
 
 _NORMS, _CAPS, _COEFS = range(3)
 

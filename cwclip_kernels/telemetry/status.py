@@ -15,7 +15,7 @@ from ..formula import wide_dtype
 from ..sharding import is_dtensor
 
 if TYPE_CHECKING:
-    from ..clipper import ClipResult
+    from ..result import ClipResult
 
 _KEYS = ("current_grad_norm", "current_param_norm")
 _STATISTICS = tuple(f"{what}_{of}_value" for of in ("grad", "param") for what in ("max", "min", "mean"))

@@ -8,9 +8,9 @@
     ZScore          outliers of a running mean and variance (ZClip)
     Percentile      a percentile of the norms so far (AutoClip)
 
-State lies on the device as [K] tensors, is updated without a host sync, and is saved by ``state_dict()``. A norm that
-is inf or NaN, or 0 because a component got no gradient, changes no state. ``Threshold`` is what to derive from for a
-policy of your own.
+State lies on the device, is updated without a host sync, and is saved by ``state_dict()``. A norm that is inf or NaN,
+or 0 because a component got no gradient, teaches nothing about that component; steps are counted all the same.
+``Threshold`` is what to derive from for a policy of your own.
 
 Example:
     >>> import torch

@@ -28,6 +28,7 @@ class Setting:
         device: where the first trained parameter is.
         parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; frozen ones
             are not read and count 0. To be called in ``caps`` only, while a clipper is at work.
+        trained: of each parameter whether it is trained; () if all are.
     """
 
     names: tuple[str, ...]
@@ -36,6 +37,7 @@ class Setting:
     eps: float
     device: torch.device
     parameter_norms: Callable[[], Tensor]
+    trained: tuple[bool, ...] = ()
 
 
 class Threshold(ABC):
@@ -197,13 +199,20 @@ class Threshold(ABC):
         """Goes on from a ``state_dict()``, before or after the policy is bound, on any device.
 
         Raises:
-            TypeError: not a ``state_dict()`` of a policy.
+            TypeError: not a ``state_dict()`` of a policy, or tensors without data.
             ValueError: that of another policy, one with other arguments that decide the state's shape, or for other
                 components. Nothing is changed. Before the policy is bound, shapes and components are compared later,
                 when a clipper binds it.
         """
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
             raise TypeError("state: expected what state_dict() of a policy returned")
+        tensors, host = state["tensors"], state["host"]
+        if not isinstance(tensors, Mapping) or not all(
+            isinstance(t, Tensor) and not t.is_meta for t in tensors.values()
+        ):
+            raise TypeError("state: expected tensors with data under 'tensors'")
+        if not isinstance(host, Mapping) or set(host) != set(self.host_state()):
+            raise TypeError(f"state: expected {sorted(self.host_state())} under 'host', not {host!r}")
         if state["policy"] != type_name(self):
             raise ValueError(f"state: of a {state['policy']}, not of a {type_name(self)}")
         names = None if state["components"] is None else tuple(state["components"])

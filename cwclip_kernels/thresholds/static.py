@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class Fixed(Threshold):
             checked_cap(cap, "cap")
         self._cap = cap
         self._caps: Caps | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_caps": None}
 
     def bind(self, setting: Setting) -> None:
         """See ``Threshold``."""
@@ -81,6 +85,9 @@ class Schedule(Threshold):
         self._step = 0
         self._cap = math.nan
         self._on: dict[torch.device, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_on": {}}
 
     def at(self, step: int) -> None:
         """Goes to a step; what captured graphs read is set to its cap."""
@@ -153,6 +160,9 @@ class FromGlobal(Threshold):
             raise ValueError(f"split: expected 'uniform' or 'numel', not {split!r}")
         self._split = split
         self._on: dict[torch.device, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_on": {}}
 
     def bind(self, setting: Setting) -> None:
         """See ``Threshold``.
