@@ -162,3 +162,38 @@ def test_what_is_frozen_beside_parts():
         ignored.grad = torch.ones_like(ignored)
         with pytest.raises(ValueError, match="which was frozen when components were looked up: .* ignore"):
             clipper.clip_()
+
+
+@on_ranks(2)
+def test_ids_that_are_reused_on_one_rank_alone():
+    """The function's cache goes by ids; what one rank finds in it by chance, the other doesn't."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    kept = []
+    for _ in range(6):
+        parameter = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+        if dist.get_rank() == 1:
+            kept.append(parameter)
+        parameter.grad = distribute_tensor(torch.ones(8), mesh, [Shard(0)])
+        for _ in range(2):
+            norms = fused_component_clip_([parameter], 100.0)
+        torch.testing.assert_close(norms, torch.full((1,), 8.0**0.5))
+        del parameter
+
+
+@on_ranks(2)
+def test_a_dtensor_gradient_that_is_a_parameter():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for make in (nn.Parameter, lambda tensor: tensor.requires_grad_()):
+        parameter = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+        parameter.grad = make(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+        before = parameter.grad.to_local().detach().clone()
+        with pytest.raises(ValueError, match="is itself a parameter"):
+            fused_component_clip_([parameter], 0.1)
+        assert torch.equal(parameter.grad.to_local(), before)
+        torch.testing.assert_close(component_norms([parameter]), torch.full((1,), 8.0**0.5))
