@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 import struct
@@ -60,6 +61,11 @@ def packed(numbers: Iterable[int]) -> bytes:
     """int64 numbers as native code takes them."""
     numbers = list(numbers)
     return struct.pack(f"{len(numbers)}q", *numbers)
+
+
+def bytes_of(table: Tensor) -> bytes:
+    """The elements of a contiguous CPU tensor, as native code takes them."""
+    return ctypes.string_at(table.data_ptr(), table.nbytes) if table.numel() else b""
 
 
 class Addresses:

@@ -97,7 +97,7 @@ def _look_up(bucket: Bucket, grads: list[Tensor], addresses: bytes | None, *, wr
 
 def _make(bucket: Bucket, addresses: Addresses) -> _State:
     cuts = bucket.cuts()
-    components = native.packed(bucket.components.tolist())
+    components = native.bytes_of(bucket.components)
     packed = None if cuts is None else native.packed(cuts)
     return _State(addresses, _C().cpu_program(addresses.layout, components, packed, bucket.count))
 

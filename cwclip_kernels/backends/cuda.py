@@ -189,7 +189,7 @@ def _make_state(capturing: bool, bucket: Bucket, addresses: native.Addresses) ->
     cuts = bucket.cuts()
     tables, program, workspace_bytes = native.module().cuda_program(
         addresses.layout,
-        native.packed(bucket.components.tolist()),
+        native.bytes_of(bucket.components),
         None if cuts is None else native.packed(cuts),
         bucket.count,
     )

@@ -206,6 +206,8 @@ class Threshold(ABC):
         """
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
             raise TypeError("state: expected what state_dict() of a policy returned")
+        if state["policy"] != type_name(self):
+            raise ValueError(f"state: of a {state['policy']}, not of a {type_name(self)}")
         tensors, host = state["tensors"], state["host"]
         if not isinstance(tensors, Mapping) or not all(
             isinstance(t, Tensor) and not t.is_meta for t in tensors.values()
@@ -213,8 +215,6 @@ class Threshold(ABC):
             raise TypeError("state: expected tensors with data under 'tensors'")
         if not isinstance(host, Mapping) or set(host) != set(self.host_state()):
             raise TypeError(f"state: expected {sorted(self.host_state())} under 'host', not {host!r}")
-        if state["policy"] != type_name(self):
-            raise ValueError(f"state: of a {state['policy']}, not of a {type_name(self)}")
         names = None if state["components"] is None else tuple(state["components"])
         if names is not None and self._setting is not None and names != self._setting.names:
             raise ValueError(f"state: of other components{_difference(names, self._setting.names)}")
