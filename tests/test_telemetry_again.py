@@ -372,3 +372,18 @@ def test_a_step_that_is_no_whole_number_is_refused_and_nothing_else_lost(tmp_pat
             recorder.record(results[1], step=step)
         recorder.record(results[1])
     check_run(read_run(tmp_path / "run.jsonl"), results)
+
+
+@pytest.mark.parametrize("inside", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_steps_in_and_out_of_inference_mode(tmp_path, inside, every):
+    results = []
+    recorder = ClipRecorder(tmp_path / "run", every=every)
+    for dtype in (torch.float32, torch.float64):  # new buffers for the second
+        for mode in inside:
+            with torch.inference_mode(mode):
+                results.append(result(dtype=dtype))
+                recorder.record(results[-1])
+    with torch.inference_mode(not inside[-1]):
+        recorder.close()
+    check_run(read_run(tmp_path / "run.jsonl"), results)

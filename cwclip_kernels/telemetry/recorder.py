@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..components import type_name
+from ..modes import outside_autograd
 from .writers import WRITERS, Row, TensorBoard, Writer
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class _Half:
 class _Ring:
     """The two buffers, and where they are written to."""
 
+    @outside_autograd
     def __init__(self, every: int, result: ClipResult, writers: list[Writer]) -> None:
         device, count = result.norms.device, len(result.names)
         is_cuda = device.type == "cuda"
@@ -209,15 +211,15 @@ class _Ring:
         values = self._halves[0].values
         return values.device == result.norms.device and values.dtype == result.norms.dtype
 
+    @outside_autograd
     def put(self, step: int, result: ClipResult) -> None:
         now, before = self._halves
         if before.is_leaving and (before.arrived is None or before.arrived.query()):  # type: ignore[no-untyped-call]
             self._write(before)
-        with torch.no_grad():
-            row = now.values[len(now.steps)]
-            row[_NORMS].copy_(result.norms, non_blocking=True)
-            row[_CAPS].copy_(result.caps, non_blocking=True)
-            row[_COEFS].copy_(result.coefs, non_blocking=True)
+        row = now.values[len(now.steps)]
+        row[_NORMS].copy_(result.norms, non_blocking=True)
+        row[_CAPS].copy_(result.caps, non_blocking=True)
+        row[_COEFS].copy_(result.coefs, non_blocking=True)
         now.steps.append(step)
         if len(now.steps) < self._every:
             return
@@ -228,6 +230,7 @@ class _Ring:
         if now.arrived is None:
             self._write(now)
 
+    @outside_autograd
     def flush(self) -> None:
         now, before = self._halves
         if before.is_leaving:
