@@ -99,7 +99,8 @@ class BoundThreshold:
         rule, device = self._rule, home_of(tensors)
         if any(map(has_no_data, tensors)):
             device = torch.device("meta")  # so that no state is made yet, which would be without data, too
-        return Setting(self._components.names, tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms)
+        names, spellings = self._components.names, self._components.spellings
+        return Setting(names, tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, spellings)
 
 
 class ThresholdAtWork:

@@ -28,8 +28,11 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
     _check_names(parameters, spec.words)
     entries = list(_entries(parameters))
+    names = [name for _, name, _, _ in entries]
     if is_all:
-        spec.check_patterns([name for _, name, _, _ in entries], parameters.aliases)
+        spec.check_patterns(names, parameters.aliases, parameters.prefix)
+    if parameters.prefix:
+        spec = spec.read_for(names, parameters.prefix)
     order: dict[Hashable, int] = {}
     written: list[str] = []
     index: list[int] = []
@@ -39,6 +42,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     for other, first in parameters.aliases:
         tied.setdefault(first, []).append(other)
     aliases: dict[str, str] = {}
+    spellings: dict[str, str] = {}
 
     def component_of(key: Hashable, name: str) -> int:
         component = order.setdefault(key, len(order))
@@ -77,13 +81,23 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
             other_key = spec.key_by_name(other, tensor)
             if other_key is not None:
                 aliases |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
+        if parameters.prefix:
+            other_key = spec.prefixed_key(name, tensor, parameters.prefix)
+            if other_key is not None:
+                spellings |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
     if len(set(written)) < len(written):
         twice = next(n for i, n in enumerate(written) if n in written[:i])
         raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
     for name in written:
         aliases.pop(name, None)
     return Components(
-        tuple(written), tuple(index), parameters.names, tuple(slices), tuple(problems), tuple(aliases.items())
+        tuple(written),
+        tuple(index),
+        parameters.names,
+        tuple(slices),
+        tuple(problems),
+        tuple(aliases.items()),
+        tuple(spellings.items()),
     )
 
 
