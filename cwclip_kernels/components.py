@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -224,8 +224,12 @@ def _is_plain(tensor: Tensor) -> bool:
     return not (isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.grad is not None)
 
 
-def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]:
+def key_function(grouping: Grouping, beside: Collection[str] = ()) -> Callable[[str, Tensor], Hashable | None]:
     """What tells a whole tensor's component.
+
+    Args:
+        grouping: one of ``WORDS``, None or a function.
+        beside: names of the other tensors.
 
     Raises:
         TypeError, ValueError: neither one of ``WORDS``, nor None, nor a function.
@@ -236,7 +240,7 @@ def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]
         if grouping not in WORDS:
             raise ValueError(f"components: expected {_GROUPINGS}, not {grouping!r}")
         word = WORD_KEYS[grouping]
-        return lambda name, _: word(name)
+        return lambda name, _: word(name, beside)
     if not callable(grouping):
         raise TypeError(f"components: expected {_GROUPINGS}, not {type_name(grouping)}")
     return grouping

@@ -29,6 +29,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     _check_names(parameters, spec.words)
     entries = list(_entries(parameters))
     names = [name for _, name, _, _ in entries]
+    beside = frozenset(names)
     if is_all:
         spec.check_patterns(names, parameters.aliases, parameters.prefix)
     if parameters.prefix:
@@ -53,7 +54,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     for position, name, tensor, original in entries:
         if position == len(index):
             index.append(LEFT_ALONE)
-        key = spec.key_of(name, tensor)
+        key = spec.key_of(name, tensor, beside)
         if key is None:
             continue
         try:
@@ -78,13 +79,13 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
             else:
                 index[position] = component
         for other in tied.get(name, ()):
-            other_key = spec.key_by_name(other, tensor)
+            other_key = spec.key_by_name(other, tensor, beside)
             if other_key is not None:
                 aliases |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
         if parameters.prefix:
-            other_key = spec.prefixed_key(name, tensor, parameters.prefix)
-            if other_key is not None:
-                spellings |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
+            prefixed = spec.prefixed_key(name, key, parameters.prefix)
+            if prefixed is not None:
+                spellings |= {f"{prefixed}{label}": f"{key}{label}" for label, _ in parts}
     if len(set(written)) < len(written):
         twice = next(n for i, n in enumerate(written) if n in written[:i])
         raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")

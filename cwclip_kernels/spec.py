@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from operator import index as as_index
@@ -136,25 +136,23 @@ class ComponentSpec:
 
         return replace(self, groups=tuple(map(read, self.groups)), cuts=tuple(map(read, self.cuts)))
 
-    def key_of(self, name: str, tensor: Tensor) -> Hashable | None:
+    def key_of(self, name: str, tensor: Tensor, beside: Collection[str] = ()) -> Hashable | None:
         """The key of the component that a whole parameter would belong to, None to leave it alone."""
         group = self._group_of(name)
         if group is None:
-            return key_function(self.base)(name, tensor)
-        return group.pattern if group.by == "all" else key_function(group.by)(name, tensor)
+            return key_function(self.base, beside)(name, tensor)
+        return group.pattern if group.by == "all" else key_function(group.by, beside)(name, tensor)
 
-    def key_by_name(self, name: str, tensor: Tensor) -> Hashable | None:
+    def key_by_name(self, name: str, tensor: Tensor, beside: Collection[str] = ()) -> Hashable | None:
         """As ``key_of``, but None where a callable would have to be asked."""
         group = self._group_of(name)
-        return None if callable(self.base if group is None else group.by) else self.key_of(name, tensor)
+        return None if callable(self.base if group is None else group.by) else self.key_of(name, tensor, beside)
 
-    def prefixed_key(self, name: str, tensor: Tensor, prefix: str) -> Hashable | None:
-        """What the parameter's key would be, had its name kept this prefix; None where a callable decides."""
+    def prefixed_key(self, name: str, key: Hashable, prefix: str) -> str | None:
+        """What a parameter's key would be, had its name kept this prefix; None where that makes no difference."""
         group = self._group_of(name)
         by = self.base if group is None else group.by
-        if callable(by):
-            return None
-        return group.pattern if group is not None and by == "all" else key_function(by)(prefix + name, tensor)
+        return None if by == "all" or callable(by) else f"{prefix}{key}".removesuffix(".")
 
     def _group_of(self, name: str) -> _Group | None:
         return next((group for group in reversed(self.groups) if group.matches(name)), None)
