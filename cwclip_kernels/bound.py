@@ -110,8 +110,8 @@ class BoundThreshold:
         rule, device = self._rule, home_of(tensors)
         if any(map(has_no_data, tensors)):
             device = torch.device("meta")  # so that no state is made yet, which would be without data, too
-        names = self._components.names
-        return Setting(names, tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained)
+        names, spellings, norms = self._components.names, self._components.spellings, self._parameter_norms
+        return Setting(names, tuple(numels), rule.norm_type, rule.eps, device, norms, trained, spellings)
 
 
 class ThresholdAtWork:

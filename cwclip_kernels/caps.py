@@ -55,10 +55,12 @@ class Caps:
         names: the K component names.
         everywhere: those that a pattern may match, if ranks have different ones.
         aliases: other names of tied components, for the error where a pattern matches nothing.
+        spellings: other ways to write names, as ``Components`` has them.
 
     Raises:
         TypeError: none of these (bool and str included).
-        ValueError: negative or NaN, a shape other than [] or [K], a pattern that matches nothing.
+        ValueError: negative or NaN, a shape other than [] or [K], a pattern that matches nothing, or that may be
+            meant in two ways.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Caps:
         names: tuple[str, ...],
         everywhere: tuple[str, ...] | None = None,
         aliases: Aliases = (),
+        spellings: Aliases = (),
     ) -> None:
         self._live: Tensor | None = None
         self._fixed: float | list[float] = math.inf
@@ -75,7 +78,7 @@ class Caps:
             self._live = _checked_tensor(max_norm, len(names))
         elif isinstance(max_norm, Mapping):
             values = {_checked_pattern(p): checked_cap(v, f"max_norm[{p!r}]") for p, v in max_norm.items()}
-            self._fixed = match_patterns(names, values, math.inf, everywhere, aliases)
+            self._fixed = match_patterns(names, values, math.inf, everywhere, aliases, spellings)
         else:
             self._fixed = checked_cap(max_norm, "max_norm")
 

@@ -148,7 +148,8 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
         index.append(component)
         names.append(name)
     slices = tuple((moved[position], *rest) for position, *rest in components.slices if position in moved)
-    return grads, repr((components.names, tuple(index), tuple(names), slices, (), components.aliases))
+    named = components.aliases, components.spellings
+    return grads, repr((components.names, tuple(index), tuple(names), slices, (), *named))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
@@ -207,7 +208,7 @@ def _planner(components: str, device: torch.device, dtype: torch.dtype, shape: t
 def _fixed_caps(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> Caps:
     known = _read(components)
     max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
-    return Caps(max_norm, known.names, aliases=known.aliases)
+    return Caps(max_norm, known.names, aliases=known.aliases, spellings=known.spellings)
 
 
 @lru_cache(maxsize=64)

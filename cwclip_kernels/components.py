@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,12 +34,14 @@ class NamedTensors:
         tensors: the parameters, in order.
         named: False where the names are only positions.
         aliases: other names of tied parameters, each with the one that counts.
+        prefix: what all names began with and lost, which may be a wrapper's or the model's own; "" if nothing.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     named: bool
     aliases: Aliases = ()
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Components:
         problems: position of a frozen parameter that can't be clipped as it is, or cut by a ``ComponentSpec``, and
             the reason: the error that is raised as soon as it has a gradient.
         aliases: names that components would have by other names of tied parameters, each with the one that counts.
+        spellings: names that components would have if the parameters' had kept the prefix that they lost, each with
+            the one that counts; patterns may be written for them.
     """
 
     names: tuple[str, ...]
@@ -62,6 +66,7 @@ class Components:
     slices: tuple[tuple[int, int, Box], ...] = ()
     problems: tuple[tuple[int, str], ...] = ()
     aliases: Aliases = ()
+    spellings: Aliases = ()
 
     def only(self, positions: Sequence[int]) -> Components:
         """The same components, and of the tensors these alone."""
@@ -73,6 +78,7 @@ class Components:
             tuple((place[i], component, box) for i, component, box in self.slices if i in place),
             tuple((place[i], problem) for i, problem in self.problems if i in place),
             self.aliases,
+            self.spellings,
         )
 
     def members(self) -> Iterator[tuple[int, int, Box]]:
@@ -92,7 +98,8 @@ def named_tensors(parameters: Parameters) -> NamedTensors:
 
     Names don't depend on what wraps a model or its modules (``torch.compile``, ``DistributedDataParallel``,
     ``FullyShardedDataParallel``, activation checkpointing): a Module's are told by the wrappers themselves, those of
-    pairs by the names. Where two would become equal that way, all stay as they are.
+    pairs by the names. Where two would become equal that way, all stay as they are. Pairs that all begin with
+    ``module.`` lose it, and patterns may be written with it or without.
 
     Raises:
         TypeError: not a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs.
@@ -203,12 +210,13 @@ def _unwrapped(given: NamedTensors) -> NamedTensors:
     if not given.named:
         return given
     names = [*given.names, *(other for other, _ in given.aliases)]
-    own = dict(zip(names, without_wrappers_of_all(names), strict=True))
+    unwrapped, prefix = without_wrappers_of_all(names)
+    own = dict(zip(names, unwrapped, strict=True))
     plain = tuple(own[name] for name in given.names)
     if len(set(plain)) < len(plain):
         return given
     aliases = {own[other]: own[first] for other, first in given.aliases if own[other] != own[first]}
-    return NamedTensors(plain, given.tensors, True, tuple(aliases.items()))
+    return NamedTensors(plain, given.tensors, True, tuple(aliases.items()), prefix)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -216,8 +224,12 @@ def _is_plain(tensor: Tensor) -> bool:
     return not (isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.grad is not None)
 
 
-def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]:
+def key_function(grouping: Grouping, beside: Collection[str] = ()) -> Callable[[str, Tensor], Hashable | None]:
     """What tells a whole tensor's component.
+
+    Args:
+        grouping: one of ``WORDS``, None or a function.
+        beside: names of the other tensors.
 
     Raises:
         TypeError, ValueError: neither one of ``WORDS``, nor None, nor a function.
@@ -228,7 +240,7 @@ def key_function(grouping: Grouping) -> Callable[[str, Tensor], Hashable | None]
         if grouping not in WORDS:
             raise ValueError(f"components: expected {_GROUPINGS}, not {grouping!r}")
         word = WORD_KEYS[grouping]
-        return lambda name, _: word(name)
+        return lambda name, _: word(name, beside)
     if not callable(grouping):
         raise TypeError(f"components: expected {_GROUPINGS}, not {type_name(grouping)}")
     return grouping

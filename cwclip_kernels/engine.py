@@ -144,7 +144,7 @@ class Engine:
         )
         if not is_all and isinstance(grouping, ComponentSpec):
             names = parameters.names if engine.spread is None else engine.spread.all_parameters
-            grouping.check_patterns(names, parameters.aliases)
+            grouping.check_patterns(names, parameters.aliases, parameters.prefix)
         return engine
 
     @property
@@ -169,7 +169,10 @@ class Engine:
         named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
         items = [(pattern, type(value), value) for pattern, value in named]
         if self._last_caps is None or self._last_caps[0] != items:
-            self._last_caps = items, Caps(max_norm, names, everywhere, self.components.aliases)
+            self._last_caps = (
+                items,
+                Caps(max_norm, names, everywhere, self.components.aliases, self.components.spellings),
+            )
         return self._last_caps[1]
 
     @outside_autograd

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -67,11 +67,34 @@ def without_wrappers(name: str) -> str:
     return ".".join([part for part in parts[:-1] if part not in _UNMISTAKABLE] + parts[-1:])
 
 
-def without_wrappers_of_all(names: Sequence[str]) -> list[str]:
-    """Own names, where only names are known: ``module.`` is a wrapper's if every name begins with it."""
+PREFIX = "module."
+
+
+def without_wrappers_of_all(names: Sequence[str]) -> tuple[list[str], str]:
+    """Own names, where only names are known, and what they lost: ``PREFIX`` if every name began with it, or "".
+
+    It is a wrapper's then, or that of a model with one child of that name; patterns may be written either way.
+    """
     own = [without_wrappers(name) for name in names]
-    prefix = "module."
-    return [name.removeprefix(prefix) for name in own] if all(name.startswith(prefix) for name in own) else own
+    if own and all(name.startswith(PREFIX) for name in own):
+        return [name.removeprefix(PREFIX) for name in own], PREFIX
+    return own, ""
+
+
+def are_same_names(some: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two lists of component names differ at most by a leading ``PREFIX`` on all names of one of them."""
+    return (
+        tuple(some) == tuple(others)
+        or _without_prefix(some) == tuple(others)
+        or _without_prefix(others) == tuple(some)
+    )
+
+
+def _without_prefix(names: Sequence[str]) -> tuple[str, ...] | None:
+    whole = PREFIX.removesuffix(".")  # the component of what lies in the outermost module itself, which is "" without
+    if not all(name == whole or name.startswith((PREFIX, f"{whole}[")) for name in names):
+        return None
+    return tuple(name.removeprefix(whole).removeprefix(".") for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,58 +102,72 @@ def without_wrappers_of_all(names: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def module_of(name: str) -> str:
+def module_of(name: str, beside: Collection[str] = ()) -> str:
     """The owning module: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3.output.dense".
 
     What ``torch.nn.utils.parametrize`` made of a parameter still belongs to its module:
     "dense.parametrizations.weight.original0" -> "dense".
+
+    Args:
+        name: the parameter's.
+        beside: the other parameters', which tell "parametrizations.a.0.b" of a parametrized "a" in the outermost
+            module, beside "parametrizations.a.original", from that of a module which is merely called so.
     """
-    return _parametrized(name)[0].rpartition(".")[0]
+    return _parametrized(name, beside)[0].rpartition(".")[0]
 
 
-def layer_of(name: str) -> str:
+def layer_of(name: str, beside: Collection[str] = ()) -> str:
     """Up to and including the last all-digits part: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3".
 
     Numbers of parametrizations, as in "dense.parametrizations.weight.0.scale", aren't layers.
     """
-    parts = _parametrized(name)[0].split(".")
+    parts = _parametrized(name, beside)[0].split(".")
     for last in range(len(parts), 0, -1):
         if parts[last - 1].isdecimal():
             return ".".join(parts[:last])
-    return module_of(name)
+    return module_of(name, beside)
 
 
-def type_of(name: str) -> str:
+def type_of(name: str, beside: Collection[str] = ()) -> str:
     """All-digits parts become "*": "encoder.layer.3.output.dense.bias" -> "encoder.layer.*.output.dense.bias".
 
     Numbers of parametrizations stay.
     """
-    own, rest = _parametrized(name)
+    own, rest = _parametrized(name, beside)
     if rest:
         own = own.rpartition(".")[0]
         rest = f"{'.' if own else ''}{rest}"
     return ".".join("*" if part.isdecimal() else part for part in own.split(".")) + rest
 
 
-def _parametrized(name: str) -> tuple[str, str]:
+def _parametrized(name: str, beside: Collection[str]) -> tuple[str, str]:
     """The name that a parameter had before it was parametrized, and all that comes after its module now, if it was.
 
     "h.3.dense.parametrizations.weight.original0" -> "h.3.dense.weight", "parametrizations.weight.original0"
     """
     parts = name.split(".")
     for i, part in enumerate(parts[:-2]):
-        number = parts[i + 2].removeprefix("original")
-        if part == "parametrizations" and (number.isdecimal() or not number):
+        if part == "parametrizations" and _is_parametrization(parts, i, beside):
             return ".".join([*parts[:i], parts[i + 1]]), ".".join(parts[i:])
     return name, ""
 
 
-WORD_KEYS: dict[str, Callable[[str], str]] = {
-    "parameter": lambda name: name,
+def _is_parametrization(parts: Sequence[str], at: int, beside: Collection[str]) -> bool:
+    kind = parts[at + 2]
+    if kind.startswith("original"):  # a parameter itself: "original", or "original0" and so on
+        return len(parts) == at + 3 and (kind == "original" or kind.removeprefix("original").isdecimal())
+    if not kind.isdecimal() or len(parts) == at + 3:  # what lies in a parametrization, which is a module
+        return False
+    original = ".".join([*parts[: at + 2], "original"])
+    return at > 0 or original in beside or f"{original}0" in beside
+
+
+WORD_KEYS: dict[str, Callable[[str, Collection[str]], str]] = {
+    "parameter": lambda name, beside: name,
     "module": module_of,
     "layer": layer_of,
     "type": type_of,
-    "all": lambda name: "all",
+    "all": lambda name, beside: "all",
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -144,6 +181,7 @@ def match_patterns(
     default: float,
     everywhere: tuple[str, ...] | None = None,
     aliases: Aliases = (),
+    spellings: Aliases = (),
 ) -> list[float]:
     """The value of the first pattern, in the mapping's order, that matches each name.
 
@@ -153,34 +191,70 @@ def match_patterns(
         default: value of a name that no pattern matches.
         everywhere: names that a pattern may match instead, on other ranks.
         aliases: other names of tied components, for messages.
+        spellings: of names that lost ``PREFIX`` what they would be with it: a pattern may be meant for these.
 
     Raises:
-        ValueError: a pattern matches no name at all.
+        ValueError: a pattern matches no name at all, or others with the prefix than without.
 
     Warns:
         UserWarning: a pattern matches another name of a tied component, whose first name none matches.
     """
     everywhere = everywhere or names
-    found = [default] * len(names)
-    free = set(range(len(names)))
+    spelt = {own: other for other, own in spellings}
+    if spellings:  # names of other ranks' components lost the prefix as well
+        spelt = {**{name: PREFIX + name for name in everywhere}, **{name: name for name in names}, **spelt}
+    found: dict[str, float] = {}
     for pattern, value in values.items():
-        hits = [i for i, name in enumerate(names) if matches(name, pattern)]
-        if not hits and not any(matches(name, pattern) for name in everywhere):
+        hits = _hits(pattern, {*everywhere, *names}, spelt, found)
+        if not hits:
             raise ValueError(
                 f"max_norm: the pattern {pattern!r} {no_match(pattern, everywhere, 'components', aliases)}"
             )
-        for i in free.intersection(hits):
-            found[i] = value
-        free.difference_update(hits)
-    unmatched = {names[i] for i in free}
+        for name in hits:
+            found.setdefault(name, value)
+    unmatched = set(names).difference(found)
     for other, first in aliases:
-        if first in unmatched and any(matches(other, pattern) for pattern in values):
+        spelt_other = (other, PREFIX + other) if spellings else (other,)
+        if first in unmatched and any(matches(name, pattern) for pattern in values for name in spelt_other):
             unmatched.remove(first)
             warn_caller(
                 f"max_norm: {_tied(other, first)}, which no pattern matches: it will not be clipped. "
                 f"Give {first!r} a cap (math.inf if it is not to be clipped)"
             )
-    return found
+    return [found.get(name, default) for name in names]
+
+
+def _hits(pattern: str, names: Collection[str], spelt: Mapping[str, str], settled: Collection[str]) -> set[str]:
+    """The names that match, or if none does, those that match as they are spelt with the prefix.
+
+    Raises:
+        ValueError: where both do, and it makes a difference to names that aren't settled yet.
+    """
+    hits = {name for name in names if matches(name, pattern)}
+    if not spelt:
+        return hits
+    others = {name for name in names if matches(spelt[name], pattern)}
+    check_readings("max_norm: the pattern", pattern, hits, others, settled)
+    return hits or others
+
+
+def check_readings(what: str, pattern: str, own: set[str], prefixed: set[str], settled: Collection[str] = ()) -> None:
+    """Raises ValueError if a pattern matches names without ``PREFIX`` and others with it.
+
+    Args:
+        what: the beginning of the message.
+        pattern: the pattern.
+        own: the names that it matches as they are.
+        prefixed: those that it matches with the prefix.
+        settled: names that don't count.
+    """
+    difference = sorted((own ^ prefixed).difference(settled))
+    if own and prefixed and difference:
+        raise ValueError(
+            f"{what} {pattern!r} may mean two things: all names of the pairs begin with {PREFIX!r}, which is a "
+            f"wrapper's or the model's own, and {difference[0]!r} matches only "
+            f"{'without' if difference[0] in own else 'with'} it; pass the Module instead of pairs"
+        )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -211,7 +285,7 @@ _FEW = 10_000  # names that are compared with a misspelt one within a second
 
 def _hints(pattern: str, names: Sequence[str], aliases: Aliases) -> Iterator[str]:
     for other, first in aliases:
-        if matches(other, pattern):
+        if matches(other, pattern) or matches(PREFIX + other, pattern):
             yield _tied(other, first)
     bare = without_wrappers(pattern).removeprefix("module.")
     if bare != pattern and any(matches(name, bare) for name in names):

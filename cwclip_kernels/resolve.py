@@ -28,8 +28,12 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
     _check_names(parameters, spec.words)
     entries = list(_entries(parameters))
+    names = [name for _, name, _, _ in entries]
+    beside = frozenset(names)
     if is_all:
-        spec.check_patterns([name for _, name, _, _ in entries], parameters.aliases)
+        spec.check_patterns(names, parameters.aliases, parameters.prefix)
+    if parameters.prefix:
+        spec = spec.read_for(names, parameters.prefix)
     order: dict[Hashable, int] = {}
     written: list[str] = []
     index: list[int] = []
@@ -39,6 +43,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     for other, first in parameters.aliases:
         tied.setdefault(first, []).append(other)
     aliases: dict[str, str] = {}
+    spellings: dict[str, str] = {}
 
     def component_of(key: Hashable, name: str) -> int:
         component = order.setdefault(key, len(order))
@@ -49,7 +54,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
     for position, name, tensor, original in entries:
         if position == len(index):
             index.append(LEFT_ALONE)
-        key = spec.key_of(name, tensor)
+        key = spec.key_of(name, tensor, beside)
         if key is None:
             continue
         try:
@@ -74,16 +79,26 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
             else:
                 index[position] = component
         for other in tied.get(name, ()):
-            other_key = spec.key_by_name(other, tensor)
+            other_key = spec.key_by_name(other, tensor, beside)
             if other_key is not None:
                 aliases |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
+        if parameters.prefix:
+            prefixed = spec.prefixed_key(name, key, parameters.prefix)
+            if prefixed is not None:
+                spellings |= {f"{prefixed}{label}": f"{key}{label}" for label, _ in parts}
     if len(set(written)) < len(written):
         twice = next(n for i, n in enumerate(written) if n in written[:i])
         raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
     for name in written:
         aliases.pop(name, None)
     return Components(
-        tuple(written), tuple(index), parameters.names, tuple(slices), tuple(problems), tuple(aliases.items())
+        tuple(written),
+        tuple(index),
+        parameters.names,
+        tuple(slices),
+        tuple(problems),
+        tuple(aliases.items()),
+        tuple(spellings.items()),
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from operator import index as as_index
+from typing import TypeVar
 
 from torch import Tensor
 from torch.nn import UninitializedParameter
 
 from .components import Box, Grouping, key_function, type_name
-from .naming import Aliases, matches, no_match
+from .naming import Aliases, check_readings, matches, no_match
 
 
 @dataclass(frozen=True)
@@ -104,30 +105,57 @@ class ComponentSpec:
         """Whether names and shapes alone decide: no callable is to be asked."""
         return not any(map(callable, self.words))
 
-    def check_patterns(self, names: Sequence[str], aliases: Aliases = ()) -> None:
-        """Raises ValueError if a pattern matches none of these parameters, of which tied ones have other names."""
-        methods = [("group", g.pattern) for g in self.groups]
-        methods += [("unitwise" if cut.unitwise else "split", cut.pattern) for cut in self.cuts]
-        for method, pattern in methods:
-            if not any(matches(name, pattern) for name in names):
+    def check_patterns(self, names: Sequence[str], aliases: Aliases = (), prefix: str = "") -> None:
+        """Raises ValueError if a pattern matches none of these parameters, of which tied ones have other names.
+
+        Args:
+            names: of the parameters.
+            aliases: other names of tied ones, for the message.
+            prefix: that the names have lost, and a pattern may begin with.
+        """
+        parts: tuple[_Part, ...] = (*self.groups, *self.cuts)
+        for part in parts:
+            method, pattern = part.method, part.pattern
+            if not any(matches(name, pattern) or (prefix and matches(prefix + name, pattern)) for name in names):
                 raise ValueError(
                     f"components: {method}({pattern!r}) {no_match(pattern, names, 'parameters', aliases)}"
                 )
 
-    def key_of(self, name: str, tensor: Tensor) -> Hashable | None:
+    def read_for(self, names: Sequence[str], prefix: str) -> ComponentSpec:
+        """The same, its patterns read without the prefix that these names have lost, or with it if none matches so.
+
+        Raises:
+            ValueError: a pattern matches names without it and others with it.
+        """
+
+        def read(part: _AnyPart) -> _AnyPart:
+            own = {name for name in names if matches(name, part.pattern)}
+            prefixed = {name for name in names if matches(prefix + name, part.pattern)}
+            check_readings(f"components: the pattern of {part.method}", part.pattern, own, prefixed)
+            return replace(part, prefix=prefix) if prefixed and not own else part
+
+        return replace(self, groups=tuple(map(read, self.groups)), cuts=tuple(map(read, self.cuts)))
+
+    def key_of(self, name: str, tensor: Tensor, beside: Collection[str] = ()) -> Hashable | None:
         """The key of the component that a whole parameter would belong to, None to leave it alone."""
         group = self._group_of(name)
         if group is None:
-            return key_function(self.base)(name, tensor)
-        return group.pattern if group.by == "all" else key_function(group.by)(name, tensor)
+            return key_function(self.base, beside)(name, tensor)
+        return group.pattern if group.by == "all" else key_function(group.by, beside)(name, tensor)
 
-    def key_by_name(self, name: str, tensor: Tensor) -> Hashable | None:
+    def key_by_name(self, name: str, tensor: Tensor, beside: Collection[str] = ()) -> Hashable | None:
         """As ``key_of``, but None where a callable would have to be asked."""
         group = self._group_of(name)
-        return None if callable(self.base if group is None else group.by) else self.key_of(name, tensor)
+        return None if callable(self.base if group is None else group.by) else self.key_of(name, tensor, beside)
+
+    def prefixed_key(self, name: str, key: Hashable, prefix: str) -> str | None:
+        """What a parameter's key would be, had its name kept this prefix; None where that makes no difference."""
+        group = self._group_of(name)
+        by = self.base if group is None else group.by
+        return None if by == "all" or callable(by) else f"{prefix}{key}".removesuffix(".")
 
     def _group_of(self, name: str) -> _Group | None:
-        return next((group for group in reversed(self.groups) if matches(name, group.pattern)), None)
+        return next((group for group in reversed(self.groups) if group.matches(name)), None)
 
     def slices_of(self, name: str, tensor: Tensor) -> list[tuple[str, Box]]:
         """The slices of a parameter, each with what is appended to its component's name; none if it stays whole.
@@ -141,7 +169,7 @@ class ComponentSpec:
             return []
         cuts: dict[int, _Cut] = {}
         for cut in self.cuts:
-            if not matches(name, cut.pattern):
+            if not cut.matches(name):
                 continue
             if isinstance(tensor, UninitializedParameter):  # torch's is_lazy() can't be traced
                 raise ValueError(f"components: {name!r} can't be cut before its shape is known; run the model once")
@@ -163,18 +191,36 @@ class ComponentSpec:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _Part:
     pattern: str
+    prefix: str = field(default="", kw_only=True)  # which names get before they are held against the pattern
+
+    def matches(self, name: str) -> bool:
+        return matches(self.prefix + name, self.pattern)
+
+    @property
+    def method(self) -> str:
+        return "group"
+
+
+_AnyPart = TypeVar("_AnyPart", bound=_Part)
+
+
+@dataclass(frozen=True)
+class _Group(_Part):
     by: Grouping
 
 
 @dataclass(frozen=True)
-class _Cut:
-    pattern: str
+class _Cut(_Part):
     sizes: int | tuple[int, ...]
     names: tuple[str, ...] | None
     dim: int
     unitwise: bool = False
+
+    @property
+    def method(self) -> str:
+        return "unitwise" if self.unitwise else "split"
 
     def dim_of(self, name: str, tensor: Tensor) -> int:
         if not -tensor.ndim <= self.dim < tensor.ndim:

@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
-from torch.nn.utils import parametrizations, parametrize
 
-from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_
+from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
 from cwclip_kernels.components import named_tensors
 from cwclip_kernels.integrations._trainer_clipping import TrainerClipping
-from cwclip_kernels.naming import layer_of, module_of, type_of
 from cwclip_kernels.resolve import resolve
 from cwclip_kernels.thresholds import EMA
 from helpers import random_grad
@@ -173,57 +171,6 @@ def test_a_model_that_names_its_parameters_itself():
             return ((f"_orig_mod.mine.{name}", p) for name, p in super().named_parameters(*args, **kwargs))
 
     assert named_tensors(Own(2, 1)).names == ("mine.weight", "mine.bias")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Parametrizations
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "layer", "kind"),
-    [
-        ("enc.lin.parametrizations.weight.original0", "enc.lin", "enc.lin", None),
-        ("enc.lin.parametrizations.weight.original", "enc.lin", "enc.lin", None),
-        ("h.3.lin.parametrizations.weight.0.lora_A", "h.3.lin", "h.3", "h.*.lin.parametrizations.weight.0.lora_A"),
-        ("h.3.parametrizations.weight.1.net.2.bias", "h.3", "h.3", "h.*.parametrizations.weight.1.net.2.bias"),
-        ("parametrizations.weight.original1", "", "", None),
-        # A module of that name which is none of torch's.
-        ("parametrizations.weight", "parametrizations", "parametrizations", None),
-        ("parametrizations.lin.weight", "parametrizations.lin", "parametrizations.lin", None),
-    ],
-)
-def test_name_rules_of_parametrizations(name, module, layer, kind):
-    assert (module_of(name), layer_of(name), type_of(name)) == (module, layer, kind or name)
-
-
-class LowRank(nn.Module):
-    def __init__(self, rows, columns):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.ones(rows, 1)), nn.Parameter(torch.ones(1, columns))
-
-    def forward(self, weight):
-        return weight + self.a @ self.b
-
-
-def with_low_rank(linear):
-    parametrize.register_parametrization(linear, "weight", LowRank(*linear.weight.shape))
-    return linear
-
-
-@pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.spectral_norm, with_low_rank])
-def test_a_parametrized_weight_goes_with_its_bias(change):
-    model = small()
-    expected = resolve(named_tensors(model), "module").names
-    change(model[0])
-    change(change(model[1][0]))
-    named = named_tensors(model)
-    assert resolve(named, "module").names == resolve(named, "layer").names == expected
-    for p in model.parameters():
-        p.grad = random_grad(p.shape)
-    together = torch.cat([p.grad.flatten() for p in model[0].parameters()])
-    norms = component_norms(model, components="module")
-    torch.testing.assert_close(norms[0], together.norm())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -339,3 +340,50 @@ def test_a_converted_models_steps_are_written_at_the_end_of_the_program(tmp_path
     assert code != KILLED
     subprocess.run([sys.executable, "-c", code, tmp_path / "run", "exit"], check=True, timeout=120)
     assert read_run(tmp_path / "run.jsonl").steps == list(range(8))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Steps that aren't ints, and inference mode
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("number", [int, np.int64, np.uint8, np.array, torch.tensor, lambda i: torch.tensor([i])])
+def test_steps_of_every_integer_type(tmp_path, kind, number):
+    results = [result() for _ in range(3)]
+    with ClipRecorder(tmp_path / "run", every=2, formats=(kind,)) as recorder:
+        for i, r in enumerate(results[:2]):
+            recorder.record(r, step=number(3 * i))
+        recorder.record(results[2])
+    check_run(read_run(tmp_path / f"run.{kind}"), results, [0, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "step", [0.5, 1.0, np.float32(1), torch.tensor(1.0), torch.tensor([1, 2]), "1", True, torch.tensor(True), [1]]
+)
+def test_a_step_that_is_no_whole_number_is_refused_and_nothing_else_lost(tmp_path, step):
+    results = [result() for _ in range(2)]
+    with ClipRecorder(tmp_path / "run") as recorder:
+        with pytest.raises(TypeError, match="^step: expected a whole number, not "):
+            recorder.record(results[0], step=step)
+        assert list(tmp_path.iterdir()) == []
+        recorder.record(results[0])
+        with pytest.raises(TypeError, match="^step: expected a whole number, not "):
+            recorder.record(results[1], step=step)
+        recorder.record(results[1])
+    check_run(read_run(tmp_path / "run.jsonl"), results)
+
+
+@pytest.mark.parametrize("inside", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_steps_in_and_out_of_inference_mode(tmp_path, inside, every):
+    results = []
+    recorder = ClipRecorder(tmp_path / "run", every=every)
+    for dtype in (torch.float32, torch.float64):  # new buffers for the second
+        for mode in inside:
+            with torch.inference_mode(mode):
+                results.append(result(dtype=dtype))
+                recorder.record(results[-1])
+    with torch.inference_mode(not inside[-1]):
+        recorder.close()
+    check_run(read_run(tmp_path / "run.jsonl"), results)

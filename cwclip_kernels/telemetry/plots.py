@@ -79,9 +79,10 @@ def main(arguments: Sequence[str]) -> int:
 def _by_type(run: Run) -> dict[str, list[tuple[str, int]]]:
     """Parameter type -> its layers and components, the types with most layers first."""
     types: dict[str, list[tuple[str, int]]] = {}
+    beside = frozenset(run.names)
     for i, name in enumerate(run.names):
-        layer = layer_of(name) if type_of(name) != name else ""
-        types.setdefault(type_of(name), []).append((layer, i))
+        kind = type_of(name, beside)
+        types.setdefault(kind, []).append((layer_of(name, beside) if kind != name else "", i))
     return dict(sorted(types.items(), key=lambda item: -len(item[1])))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index as as_index
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..components import type_name
+from ..modes import outside_autograd
 from .writers import WRITERS, Row, TensorBoard, Writer
 
 if TYPE_CHECKING:
@@ -80,17 +82,19 @@ class ClipRecorder:
 
         Args:
             result: what ``ComponentClipper.clip_()`` returned.
-            step: its number; without, one more than the last, from 0 or, in files that are continued, from the step
-                after their last. Give it after a restart from an older checkpoint: a step that is recorded twice
-                counts as it was recorded last.
+            step: its number, an int or what stands for one (numpy's, a Tensor of one integer); without, one more than
+                the last, from 0 or, in files that are continued, from the step after their last. Give it after a
+                restart from an older checkpoint: a step that is recorded twice counts as it was recorded last.
 
         Raises:
+            TypeError: ``step`` isn't a whole number; nothing is recorded.
             ValueError: of other components than before.
             RuntimeError: after ``close()``.
             OSError: steps that were due could not be written. They are kept, and the next call tries again.
         """
         if self._closed:
             raise RuntimeError(f"this ClipRecorder ({self._path}) is closed")
+        given = None if step is None else _checked_step(step)  # before files are made
         if self._ring is None:
             self._open(result)
         elif result.names != self._names:
@@ -99,7 +103,7 @@ class ClipRecorder:
         if not self._ring.fits(result):  # the model has moved, or been converted
             self._ring.flush()
             self._start(_Ring(self._every, result, self._ring.writers))
-        at = self._step if step is None else step
+        at = self._step if given is None else given
         self._step = at + 1
         self._ring.put(at, result)
 
@@ -157,6 +161,16 @@ class ClipRecorder:
         self._at_exit = weakref.finalize(self, _Ring.flush, ring)
 
 
+def _checked_step(step: object) -> int:
+    """The step as int: what isn't one would be found when it is written, with all steps before it."""
+    try:
+        if isinstance(step, bool) or (isinstance(step, Tensor) and step.dtype == torch.bool):
+            raise TypeError
+        return as_index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"step: expected a whole number, not {step!r}") from None
+
+
 @dataclass
 class _Half:
     """One of the two buffers.
@@ -179,6 +193,7 @@ class _Half:
 class _Ring:
     """The two buffers, and where they are written to."""
 
+    @outside_autograd
     def __init__(self, every: int, result: ClipResult, writers: list[Writer]) -> None:
         device, count = result.norms.device, len(result.names)
         is_cuda = device.type == "cuda"
@@ -196,15 +211,15 @@ class _Ring:
         values = self._halves[0].values
         return values.device == result.norms.device and values.dtype == result.norms.dtype
 
+    @outside_autograd
     def put(self, step: int, result: ClipResult) -> None:
         now, before = self._halves
         if before.is_leaving and (before.arrived is None or before.arrived.query()):  # type: ignore[no-untyped-call]
             self._write(before)
-        with torch.no_grad():
-            row = now.values[len(now.steps)]
-            row[_NORMS].copy_(result.norms, non_blocking=True)
-            row[_CAPS].copy_(result.caps, non_blocking=True)
-            row[_COEFS].copy_(result.coefs, non_blocking=True)
+        row = now.values[len(now.steps)]
+        row[_NORMS].copy_(result.norms, non_blocking=True)
+        row[_CAPS].copy_(result.caps, non_blocking=True)
+        row[_COEFS].copy_(result.coefs, non_blocking=True)
         now.steps.append(step)
         if len(now.steps) < self._every:
             return
@@ -215,6 +230,7 @@ class _Ring:
         if now.arrived is None:
             self._write(now)
 
+    @outside_autograd
     def flush(self) -> None:
         now, before = self._halves
         if before.is_leaving:

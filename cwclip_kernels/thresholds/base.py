@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..components import type_name
 from ..formula import wide_dtype
+from ..naming import Aliases, are_same_names
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Setting:
         parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; frozen ones
             are not read and count 0. To be called in ``caps`` only, while a clipper is at work.
         trained: of each parameter whether it is trained; () if all are.
+        spellings: other ways in which a pattern may write names, each with the name that it stands for.
     """
 
     names: tuple[str, ...]
@@ -38,6 +40,7 @@ class Setting:
     device: torch.device
     parameter_norms: Callable[[], Tensor]
     trained: tuple[bool, ...] = ()
+    spellings: Aliases = ()
 
 
 class Threshold(ABC):
@@ -98,12 +101,12 @@ class Threshold(ABC):
         Raises:
             ValueError: the policy, or the state that it has loaded, is for other components.
         """
-        if self._setting is not None and self._setting.names != setting.names:
+        if self._setting is not None and not are_same_names(self._setting.names, setting.names):
             raise ValueError(
                 f"max_norm: this {type_name(self)} is in use for other components"
                 f"{_difference(self._setting.names, setting.names)}; make one for each clipper"
             )
-        if self._loaded_names is not None and self._loaded_names != setting.names:
+        if self._loaded_names is not None and not are_same_names(self._loaded_names, setting.names):
             raise ValueError(
                 f"max_norm: this {type_name(self)} has loaded the state of other components"
                 f"{_difference(self._loaded_names, setting.names)}"
@@ -216,7 +219,7 @@ class Threshold(ABC):
         if not isinstance(host, Mapping) or set(host) != set(self.host_state()):
             raise TypeError(f"state: expected {sorted(self.host_state())} under 'host', not {host!r}")
         names = None if state["components"] is None else tuple(state["components"])
-        if names is not None and self._setting is not None and names != self._setting.names:
+        if names is not None and self._setting is not None and not are_same_names(names, self._setting.names):
             raise ValueError(f"state: of other components{_difference(names, self._setting.names)}")
         for name, tensor in state["tensors"].items():
             if name in self._state:

@@ -44,7 +44,7 @@ class Fixed(Threshold):
 
     def bind(self, setting: Setting) -> None:
         """See ``Threshold``."""
-        caps = Caps(self._cap, setting.names)
+        caps = Caps(self._cap, setting.names, spellings=setting.spellings)
         super().bind(setting)
         self._caps = caps
 

@@ -1,0 +1,121 @@
+"""What a call costs the host: many tiny gradients, where Python and the look at each tensor are all that there is.
+
+    python benchmarks/host_time.py                      # this checkout
+    python benchmarks/host_time.py --against PATH       # and another one, in turn, by the median of their runs
+
+A run is a process of its own, with one thread; its figure is the fastest of several rounds of calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from machine import metadata
+
+ROOT = Path(__file__).parent.parent
+
+
+def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in made:
+        parameter.grad = torch.randn_like(parameter) * 1e-6
+    return made
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    from cwclip_kernels import ComponentClipper, fused_component_clip_
+
+    for count in (200, 2000):
+        tiny = parameters([(8,)] * count)
+        clipper = ComponentClipper(tiny, 1.0)
+        yield f"clip_(), {count} tensors of 8", clipper.clip_
+        yield f"fused_component_clip_, {count} tensors of 8", lambda tiny=tiny: fused_component_clip_(tiny, 1.0)
+    tiny = parameters([(8,)] * 200)
+    strict = ComponentClipper(tiny, 1.0, error_if_nonfinite=True)
+    yield "clip_() with error_if_nonfinite, 200 tensors of 8", strict.clip_
+    clipper = ComponentClipper(tiny, 1.0)
+    gradient = tiny[0].grad
+
+    def alternating() -> None:
+        tiny[0].grad = None if tiny[0].grad is not None else gradient
+        clipper.clip_()
+
+    yield "clip_(), a gradient that comes and goes, 200 tensors of 8", alternating
+    lora = parameters([(8, 1024), (1024, 8)] * 192)
+    yield "clip_(), 384 LoRA factors in cache (12.6 MB)", ComponentClipper(lora, 1e9).clip_
+    yield "clip_(), 384 LoRA factors in cache, all clipped", clipped(lora)
+
+
+def clipped(lora: list[nn.Parameter]) -> Callable[[], object]:
+    from cwclip_kernels import ComponentClipper
+
+    cap = torch.tensor(1.0)
+    clipper = ComponentClipper(lora, cap)
+
+    def call() -> object:
+        cap.mul_(0.9999)  # below what the last call left
+        return clipper.clip_()
+
+    for parameter in lora:
+        assert parameter.grad is not None
+        parameter.grad.normal_()
+    return call
+
+
+def measure(call: Callable[[], object], seconds: float = 0.4) -> float:
+    """Microseconds of a call: the fastest round's mean."""
+    call()
+    rounds = []
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        start = time.perf_counter()
+        for _ in range(20):
+            call()
+        rounds.append((time.perf_counter() - start) / 20)
+    return min(rounds) * 1e6
+
+
+def run(root: Path) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--once"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=root)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="another checkout, built")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.once:
+        torch.set_num_threads(1)
+        print(json.dumps({name: measure(call) for name, call in cases()}))
+        return
+    roots = [ROOT] if options.against is None else [options.against.resolve(), ROOT]
+    found: list[list[dict[str, float]]] = [[] for _ in roots]
+    for _ in range(options.runs):
+        for i, root in enumerate(roots):
+            found[i].append(run(root))
+    print(", ".join(f"{key} {value}" for key, value in metadata(torch.device("cpu")).items()))
+    for name in found[0][0]:
+        medians = [statistics.median(figures[name] for figures in runs) for runs in found]
+        shown = " -> ".join(f"{value:8.1f}" for value in medians)
+        ratio = f"   {medians[0] / medians[-1]:.2f} times as fast" if len(medians) > 1 else ""
+        print(f"{name:60} {shown} us{ratio}")
+
+
+if __name__ == "__main__":
+    main()
