@@ -26,7 +26,7 @@ from .backward_hooks import (
     parameter_hook,
     watch,
 )
-from .backward_pass import Pass, Passes, after_others
+from .backward_pass import Pass, Passes, after_others, check_torch
 from .backward_steps import Optimizers, Steps, steps_of
 from .bound import ThresholdAtWork
 from .caps import MaxNorm
@@ -34,6 +34,7 @@ from .clipper import ClipResult
 from .components import Box, Components, Grouping, Parameters, named_tensors, type_name
 from .engine import Engine, Options, check_options
 from .resolve import resolve
+from .thresholds import EMA
 from .thresholds.base import learnt, load_learnt
 
 __all__ = ["BackwardClipping", "ParameterHook", "clip_in_backward", "clipped_in_backward"]
@@ -98,6 +99,7 @@ def clip_in_backward(
         >>> model.weight.grad is None, handle.last.norms
         (True, tensor([1.4142, 1.0000]))
     """
+    check_torch()
     options = check_options(norm_type, False, eps, nonfinite, backend)
     if options.raise_nonfinite:
         raise ValueError(
@@ -156,6 +158,7 @@ class BackwardClipping:
         self._lock = threading.Lock()  # gradients of several devices arrive on several threads
         self._passes = Passes(self._begin, self._policy, self._finish)
         self._looked_for_averaging = False
+        self._grown = 0  # passes in which somebody had got hold of a parameter
         self._handles: list[Any] = []
         try:
             self._put_hooks(tensors, components)
@@ -240,7 +243,10 @@ class BackwardClipping:
         hook.check(current, grad)
         if current.is_watched and hook.has_more_references(parameter) and not current.was_looked_for:
             current.was_looked_for = True
-            self._refuse_averaging()
+            # After the 1st, 2nd, 4th, ... such pass: looking takes long, and the end of the pass is checked anyway.
+            self._grown += 1
+            if self._grown.bit_count() == 1:
+                self._refuse_averaging()
         if hook.clips:
             check_whole(hook.name, parameter)
             engine = hook.engine(parameter)
@@ -318,7 +324,8 @@ class BackwardClipping:
         """Raises where gradients were averaged after they were clipped, by whom the first look didn't find."""
         for part in whole.all():
             for name, parameter, outline in part.watched:
-                if outline != (None if parameter.grad is None else _outline(parameter.grad)):
+                # Whoever has freed it has averaged nothing.
+                if parameter.grad is not None and outline != _outline(parameter.grad):
                     self._refuse_averaging()
                     raise RuntimeError(
                         f"the gradient of {name!r} was written to in the backward pass after it had been clipped, as "
@@ -331,9 +338,15 @@ def _outline(grad: Tensor) -> tuple[int, int]:
 
 
 def _needs_norms(max_norm: object) -> str:
+    too_early = (
+        ", until its warm-up is over: load the state of one for which it is, before this call "
+        "(max_norm.load_state_dict(...))"
+        if isinstance(max_norm, EMA)
+        else ""
+    )
     return (
         f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward "
-        "pass; clip at the step instead (ComponentClipper.attach)"
+        f"pass{too_early}; {'or ' if too_early else ''}clip at the step instead (ComponentClipper.attach)"
     )
 
 
