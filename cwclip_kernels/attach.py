@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Attachment:
     """A clipper at work in an optimizer; made by ``ComponentClipper.attach``. As a context manager it ends itself.
 
-    It can't be copied or pickled, and neither are the hooks of an optimizer that is: attach to the copy.
+    It can't be copied or pickled, so don't store it on a module, which couldn't either. The hooks of an optimizer
+    aren't copied with it: attach to the copy.
 
     Attributes:
         last: what the last step's clipping found and did; None before the first.
@@ -184,7 +185,7 @@ def _may_step_within_step(optimizer: Optimizer) -> bool:
 
 def _nested(optimizer: Optimizer) -> str:
     return (
-        f"optimizer: the step() of this {type_name(optimizer)} may call another step, at which its gradients would be "
+        f"optimizer: the step() of this {type_name(optimizer)} may call another step, at which gradients would be "
         "clipped again, and in a compiled function that can't be told; don't compile the step, or clip before it, "
         "outside of the compiled function: clip_()"
     )

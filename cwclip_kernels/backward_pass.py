@@ -193,7 +193,10 @@ def _is_called_by_node() -> bool:
 
 def _codes() -> tuple[CodeType, CodeType]:
     """Of what calls the engine, and of what the engine calls for a node written in Python."""
-    return torch.autograd.graph._engine_run_backward.__code__, torch.autograd.function.BackwardCFunction.apply.__code__
+    return (
+        torch.autograd.graph._engine_run_backward.__code__,
+        torch.autograd.function.BackwardCFunction.apply.__code__,
+    )
 
 
 def _is_within_another() -> bool:

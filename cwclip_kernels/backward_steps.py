@@ -173,8 +173,8 @@ def _check_not_wrapper(optimizer: Optimizer, whose: str) -> None:
     inner = "" if runs_hooks(optimizer) else inside_of(optimizer)
     if inner:
         raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer{whose}, not a {type_name(optimizer)}, which wraps one; pass "
-            f"the optimizer inside{inner}"
+            f"optimizer: expected a torch.optim.Optimizer{whose}, not a {type_name(optimizer)}, which wraps one; "
+            f"pass the optimizer inside{inner}"
         )
 
 
