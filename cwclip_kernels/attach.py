@@ -106,6 +106,7 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_dynamo_compiling():
             if self._may_nest:
+                torch._dynamo.graph_break()  # what is raised while Dynamo traces only makes it go on untraced
                 raise RuntimeError(_nested(optimizer))
         elif self._is_inside(optimizer):
             return None

@@ -61,14 +61,17 @@ def clip_in_backward(
     more than a few gradients exist, and the peak of memory falls by nearly the size of them all. The training loop
     is then ``loss.backward()`` and nothing else; ``optimizer.step()`` and ``zero_grad()`` find nothing to do.
 
-    Not for gradients of a scaled loss (float16 under a ``GradScaler``), nor for gradients that a collective of your own
-    averages, in a hook or after ``backward()``: neither can be noticed. Nor for gradient accumulation, which is noticed
-    only if nothing else writes to gradients or replaces them in between; zeroing through ``.data`` looks like it. A
-    ``backward()`` that is called in a hook is a pass of its own. Hooks sit on the parameters as they are now: when others take their place (``load_state_dict(assign=True)``,
+    Not for gradients of a scaled loss (float16 under a ``GradScaler``), nor for gradients that a collective of your
+    own averages over ranks, in a hook or after ``backward()``, which can't be noticed. Nor for gradient accumulation,
+    which is noticed only if nothing else writes to gradients or replaces them in between; zeroing through ``.data``
+    looks like it. A ``backward()`` that is called in a hook is a pass of its own.
+
+    Hooks sit on the parameters as they are now: when others take their place (``load_state_dict(assign=True)``,
     ``fully_shard``, a conversion that swaps tensors), remove the handle and set it up again. A parameter that is
     frozen now is clipped as soon as it is trained. Under ``thresholds.FromGlobal``, which counts those that are
-    trained, that is refused: before anything is clipped if ``parameters`` is a Module or the optimizer owns it;
-    otherwise when its own gradient comes, and freezing one then isn't noticed and leaves the caps as they were.
+    trained, that is refused, and so is freezing: before anything is clipped, if ``parameters`` is a Module or the
+    optimizer owns the parameter. Otherwise one that is unfrozen is refused when its own gradient comes, and one that
+    is frozen isn't noticed: the caps stay as they were.
 
     With an ``optimizer`` the hooks keep it and its parameters alive until ``remove()``. Don't store the handle on a
     module, which could be neither copied nor pickled then.
@@ -96,8 +99,8 @@ def clip_in_backward(
             sharded ones, whose hooks see local gradients; a component of several parameters; parameters that another
             ``clip_in_backward`` or, at the optimizer's step, ``ComponentClipper.attach`` clips.
         RuntimeError: not made for this version of torch. In the backward pass, where a gradient is accumulated onto
-            one that has been clipped already, ``create_graph=True``, compiled autograd, or ``DistributedDataParallel`` around the parameters; the latter
-            three before anything is clipped.
+            one that has been clipped already, ``create_graph=True``, compiled autograd, or
+            ``DistributedDataParallel`` around the parameters; the latter three before anything is clipped.
 
     Example:
         >>> import torch
@@ -369,7 +372,7 @@ def _outline(grad: Tensor) -> tuple[int, int]:
 
 def _needs_norms(max_norm: object) -> str:
     too_early = (
-        ", until its warm-up is over: load the state of one for which it is, before this call "
+        ", until its warm-up is over: before clip_in_backward load a state for which it is "
         "(max_norm.load_state_dict(...))"
         if isinstance(max_norm, EMA)
         else ""
