@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
@@ -16,14 +20,12 @@ if TYPE_CHECKING:
     from .clipper import ComponentClipper
 from .result import ClipResult
 
-# Of the function that torch puts around every `step` and that runs the hooks.
-_RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__
-
 
 class Attachment:
     """A clipper at work in an optimizer; made by ``ComponentClipper.attach``. As a context manager it ends itself.
 
-    It can't be copied or pickled, and neither are the hooks of an optimizer that is: attach to the copy.
+    It can't be copied or pickled, so don't store it on a module, which couldn't either. The hooks of an optimizer
+    aren't copied with it: attach to the copy.
 
     Attributes:
         last: what the last step's clipping found and did; None before the first.
@@ -39,6 +41,7 @@ class Attachment:
         if not isinstance(replace, bool):
             raise TypeError(f"replace: expected a bool, not {type_name(replace)}")
         _check_optimizer(optimizer)
+        _runner_of_hooks()
         self.last: ClipResult | None = None
         self._owner = clipper
         self._on_clip = on_clip
@@ -46,6 +49,7 @@ class Attachment:
         self._part = clipper
         self._clipped: tuple[Tensor, ...] = ()
         self._turn = 0
+        self._may_nest = _may_step_within_step(optimizer)
         self._look_up_owned(optimizer)
         check_not_in_backward(clipper, self._clipped)
         earlier = clipping_too(optimizer, self._clipped)
@@ -101,7 +105,11 @@ class Attachment:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not is_dynamo_compiling() and self._is_inside(optimizer):
+        if is_dynamo_compiling():
+            if self._may_nest:
+                torch._dynamo.graph_break()  # what is raised while Dynamo traces only makes it go on untraced
+                raise RuntimeError(_nested(optimizer))
+        elif self._is_inside(optimizer):
             return None
         # What an optimizer that unscales by itself is handed by torch.amp.GradScaler.step.
         if getattr(optimizer, "grad_scale", None) is not None or kwargs.get("grad_scaler") is not None:
@@ -132,8 +140,10 @@ class Attachment:
         and once if not.
 
         Raises:
-            RuntimeError: the outer step is another optimizer's, with a clipper of its own.
+            RuntimeError: the outer step is another optimizer's, with a clipper of its own; or it can't be told.
         """
+        if self._may_nest and _is_compiled_in_parts():
+            raise RuntimeError(_nested(optimizer))
         for outer in _steps_around():
             if outer is optimizer:
                 return True
@@ -167,6 +177,22 @@ class Attachment:
             )
 
 
+def _may_step_within_step(optimizer: Optimizer) -> bool:
+    """Whether a step may call another one that runs hooks, too: its base class's, or that of an optimizer inside."""
+    # torch puts a function of its own around a class's step when the class is first used.
+    steps = {inspect.unwrap(c.__dict__["step"]) for c in type(optimizer).__mro__[:-1] if "step" in c.__dict__}
+    steps.discard(Optimizer.step)
+    return len(steps) > 1 or any(True for _ in _inside(optimizer))
+
+
+def _nested(optimizer: Optimizer) -> str:
+    return (
+        f"optimizer: the step() of this {type_name(optimizer)} may call another step, at which gradients would be "
+        "clipped again, and in a compiled function that can't be told; don't compile the step, or clip before it, "
+        "outside of the compiled function: clip_()"
+    )
+
+
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """What an optimizer owns, group by group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -185,6 +211,11 @@ def clipping_too(
                 if shared is not None:
                     found.append((attachment, _name(attachment._owner, shared)))
     return found
+
+
+def inside_of(outer: object) -> str:
+    """Of an optimizer that others wrap, how to get at it: ": its .optimizer (AdamW)"; "" if there is none."""
+    return next((f": its {path} ({type_name(o)})" for path, o in _inside(outer) if runs_hooks(o)), "")
 
 
 def check_not_in_backward(clipper: ComponentClipper, parameters: Iterable[Tensor]) -> None:
@@ -207,16 +238,25 @@ def _attached(optimizer: Optimizer) -> list[Attachment]:
 def _inside(outer: object, seen: tuple[object, ...] = ()) -> Iterator[tuple[str, Optimizer]]:
     """The optimizers that an object holds in attributes, and that these hold, each with the way to it."""
     seen = (*seen, outer)
-    for name, value in getattr(outer, "__dict__", {}).items():
-        public = name.lstrip("_")
-        path = f".{public if getattr(outer, public, None) is value else name}"
-        held = [(path, value)]
+    for name, value in tuple(getattr(outer, "__dict__", {}).items()):
+        held = [("", value)]
         if isinstance(value, list | tuple):
-            held = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
-        for way, inner in held:
-            if isinstance(inner, Optimizer) and all(inner is not known for known in seen):
+            held = [(f"[{i}]", item) for i, item in enumerate(value)]
+        for place, inner in held:
+            # By type: isinstance asks an object for its __class__, and proxies may do anything then.
+            if issubclass(type(inner), Optimizer) and all(inner is not known for known in seen):
+                way = f".{_public(outer, name, value)}{place}"
                 yield way, inner
                 yield from ((way + further, innermost) for further, innermost in _inside(inner, seen))
+
+
+def _public(outer: object, name: str, value: object) -> str:
+    """The name under which others get at an attribute, if it has one."""
+    public = name.lstrip("_")
+    try:
+        return public if getattr(outer, public, None) is value else name
+    except Exception:  # a property of somebody's
+        return name
 
 
 def _steps_around() -> Iterator[Optimizer]:
@@ -224,14 +264,45 @@ def _steps_around() -> Iterator[Optimizer]:
 
     Read off the stack, because a step that raised an error tells nobody that it is over.
     """
+    runner = _runner_of_hooks()
     frame = sys._getframe()
     is_own = True
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is _RUNS_HOOKS:
+        if frame.f_code is runner:
             if not is_own:
                 yield frame.f_locals["self"]
             is_own = False
+
+
+def _is_compiled_in_parts() -> bool:
+    """Whether a step around this one goes on in a part that Dynamo has made of it, so that it can't be recognised."""
+    known = _runner_of_hooks()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code is not known and code.co_filename == known.co_filename and known.co_name in code.co_name:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@cache
+def _runner_of_hooks() -> CodeType:
+    """Of the function that torch puts around every ``step`` and that runs the hooks.
+
+    Raises:
+        RuntimeError: this version of torch has none.
+    """
+    try:
+        code = Optimizer.profile_hook_step(lambda: None).__code__
+    except AttributeError:
+        code = None
+    if isinstance(code, CodeType):
+        return code
+    raise RuntimeError(
+        f"attach isn't made for the Optimizer of torch {torch.__version__}; clip by hand: clip_() before step()"
+    )
 
 
 def _name(clipper: ComponentClipper, parameter: Tensor) -> str:
@@ -239,7 +310,7 @@ def _name(clipper: ComponentClipper, parameter: Tensor) -> str:
     return next(name for name, tensor in zip(names, clipper._parameters(), strict=True) if tensor is parameter)
 
 
-def _runs_hooks(optimizer: Optimizer) -> bool:
+def runs_hooks(optimizer: Optimizer) -> bool:
     """Whether every ``optimizer.step()`` runs this optimizer's hooks.
 
     torch puts the function that does so around the class's ``step``, in ``Optimizer.__init__``, and marks it as
@@ -253,7 +324,7 @@ def _runs_hooks(optimizer: Optimizer) -> bool:
 
 def _check_optimizer(optimizer: object) -> None:
     """Raises TypeError or ValueError unless each of its steps is certain to run its hooks."""
-    inner = next((f": its {path} ({type_name(o)})" for path, o in _inside(optimizer) if _runs_hooks(o)), "")
+    inner = inside_of(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, not {type_name(optimizer)}; of a wrapper pass the "
@@ -265,7 +336,7 @@ def _check_optimizer(optimizer: object) -> None:
             f"optimizer: {kind} with overlap_with_ddp=True steps in the backward pass, before anything could be "
             "clipped; make it without"
         )
-    if _runs_hooks(optimizer):
+    if runs_hooks(optimizer):
         return
     if "step" in vars(optimizer) and not inner:
         raise TypeError(

@@ -101,7 +101,8 @@ def runs_on_several_ranks() -> bool:
 def averaging(is_ours: Callable[[Tensor], bool]) -> str | None:
     """The kind of a living ``DistributedDataParallel``, perhaps ``replicate``'s, that averages one of our gradients.
 
-    It leaves no trace on the parameters, so all objects are looked through: about 0.1 s, once for each handle.
+    It leaves no trace on the parameters, so all objects are looked through, 0.1 s and more. A handle looks at set-up,
+    in its first pass, and in a few of those in which somebody has got hold of a parameter (``BackwardClipping``).
     """
     if not any(map(is_ours, _averaged())):
         return None

@@ -135,8 +135,9 @@ class ParameterHook:
         if self._clipped is not None and self._clipped.was_written_once(grad):
             raise RuntimeError(
                 f"the gradient of {self.name!r} was added to one that is clipped already: gradient accumulation "
-                "can't be clipped in the backward pass. Call zero_grad() between backward passes, or clip once at "
-                "the step: ComponentClipper.attach(optimizer)"
+                "can't be clipped in the backward pass; or it was zeroed through .data, which can't be told from "
+                "that. Call zero_grad() between backward passes, or clip once at the step: "
+                "ComponentClipper.attach(optimizer)"
             )
         self._seen = weakref.ref(current)
 

@@ -7,7 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FrameType
+from operator import attrgetter
+from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,25 @@ from .backward_hooks import Own
 from .caps import CapPolicy
 from .formula import wide_dtype
 
-_autograd: Any = torch.autograd.Variable._execution_engine
+_PRIVATE = (
+    "autograd.Variable._execution_engine.queue_callback",
+    "autograd.function.BackwardCFunction.apply.__code__",
+    "autograd.graph._engine_run_backward.__code__",
+    "_C._current_graph_task_id",
+    "_C._current_autograd_node",
+)
+
+
+def check_torch() -> None:
+    """Raises RuntimeError unless this version of torch has what is used here and is autograd's own."""
+    for path in _PRIVATE:
+        try:
+            attrgetter(path)(torch)
+        except AttributeError:
+            raise RuntimeError(
+                f"clip_in_backward isn't made for torch {torch.__version__}, which has no torch.{path}; clip at the "
+                "step instead: ComponentClipper.attach(optimizer)"
+            ) from None
 
 
 class Pass:
@@ -95,7 +114,9 @@ class Passes:
     """The backward passes that are under way.
 
     Reentrant checkpointing runs a graph task inside a node of another one. What the inner one found goes to the outer
-    one, by a hook that runs in the outer task right after that node; the outermost task's end is the pass's.
+    one, by a hook that runs in the outer task right after that node; the outermost task's end is the pass's. A
+    backward() that is called in a hook is a pass of its own: no hook of that node need come any more, and the
+    gradients that it adds are whole.
 
     Args:
         begin: called at a graph task's first gradient, before anything is done; returns whether the gradients must be
@@ -127,15 +148,15 @@ class Passes:
             found = self._open.get(task)
             if found is None:
                 found = Pass(task, self._policy, self._begin())
-                _autograd.queue_callback(partial(self._end, found))
+                after_others(partial(self._end, found))
                 self._open[task] = found
         return found
 
     def _end(self, ended: Pass) -> None:
         node: Any = torch._C._current_autograd_node()
-        if node is not None:
+        if node is not None and _is_called_by_node():
             hook: Any = node.register_hook(lambda *_: self._join(ended, hook))
-        elif sys._getframe().f_back is None and _is_within_another():
+        elif node is None and sys._getframe().f_back is None and _is_within_another():
             # One of autograd's own threads, such as a device's. An inner graph task ends on another than its
             # node's if it lies 60 deep, or if its last gradient is on another device; then no node is known.
             raise RuntimeError(
@@ -153,10 +174,34 @@ class Passes:
             self.current().take(ended)
 
 
+def _is_called_by_node() -> bool:
+    """Whether the backward pass that ends here was called by a node's own code, and not by a hook on it."""
+    inner, node = _codes()
+    frame: FrameType | None = sys._getframe()
+    has_called = False
+    caller = None
+    while frame is not None:
+        if frame.f_code is inner:
+            if has_called:
+                break
+            has_called = True
+        if has_called:
+            caller = frame.f_code
+        frame = frame.f_back
+    return caller is node
+
+
+def _codes() -> tuple[CodeType, CodeType]:
+    """Of what calls the engine, and of what the engine calls for a node written in Python."""
+    return (
+        torch.autograd.graph._engine_run_backward.__code__,
+        torch.autograd.function.BackwardCFunction.apply.__code__,
+    )
+
+
 def _is_within_another() -> bool:
     """Whether any thread is in a backward pass that was called by a node of another one."""
-    inner = torch.autograd.graph._engine_run_backward.__code__
-    node = torch.autograd.function.BackwardCFunction.apply.__code__
+    inner, node = _codes()
     for innermost in sys._current_frames().values():
         frame: FrameType | None = innermost
         has_called = False
@@ -170,4 +215,5 @@ def _is_within_another() -> bool:
 
 def after_others(call: Callable[[], None]) -> None:
     """Has something called, from a callback at a backward pass's end, after those that are queued now."""
-    _autograd.queue_callback(call)
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any, Protocol, TypeAlias
@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .attach import clipping_too, inside_of, parameters_of, runs_hooks
 from .components import NamedTensors, type_name
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
@@ -35,6 +36,9 @@ class Steps(Protocol):
     def step_of(self, parameter: Tensor) -> Callable[[], None] | None:
         """What steps this parameter; None if it isn't the optimizer's."""
 
+    def parameters(self) -> Iterable[Tensor]:
+        """All that it steps."""
+
 
 def steps_of(optimizer: object, named: NamedTensors) -> Steps:
     """Steps by this optimizer, or by one for each parameter.
@@ -43,12 +47,14 @@ def steps_of(optimizer: object, named: NamedTensors) -> Steps:
         TypeError, ValueError: one that can't be right when it steps one parameter after the other.
     """
     if isinstance(optimizer, Optimizer):
+        _check_not_wrapper(optimizer, "")
+        _check_not_attached(optimizer, named)
         return _GroupSteps(optimizer, named)
     if isinstance(optimizer, Mapping):
         return _OwnSteps(optimizer, named)
     raise TypeError(
         "optimizer: expected a torch.optim.Optimizer, a mapping of parameters to optimizers, or None, not "
-        f"{type_name(optimizer)}"
+        f"{type_name(optimizer)}{inside_of(optimizer)}"
     )
 
 
@@ -73,6 +79,9 @@ class _GroupSteps:
         if outline != self._outline:
             self._look_up()
             self._outline = outline
+
+    def parameters(self) -> Iterable[Tensor]:
+        return parameters_of(self._optimizer)
 
     def _look_up(self) -> None:
         groups = self._optimizer.param_groups
@@ -119,6 +128,8 @@ class _OwnSteps:
                 raise TypeError(
                     f"optimizer: expected a torch.optim.Optimizer for {name!r}, not {type_name(optimizer)}"
                 )
+            _check_not_wrapper(optimizer, f" for {name!r}")
+            _check_not_attached(optimizer, named)
             _check_no_closure(optimizer)
             if not _owns_exactly(optimizer, parameter):
                 raise ValueError(
@@ -130,6 +141,9 @@ class _OwnSteps:
 
     def begin(self) -> None:
         pass
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [p for _, optimizer in self._optimizers.values() for p in parameters_of(optimizer)]
 
     def step_of(self, parameter: Tensor) -> Callable[[], None] | None:
         found = self._optimizers.get(id(parameter))
@@ -153,6 +167,24 @@ def _owns_exactly(optimizer: Optimizer, parameter: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 # Which optimizers treat each parameter by itself
 # ------------------------------------------------------------------------------------------------------------
+
+
+def _check_not_wrapper(optimizer: Optimizer, whose: str) -> None:
+    inner = "" if runs_hooks(optimizer) else inside_of(optimizer)
+    if inner:
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer{whose}, not a {type_name(optimizer)}, which wraps one; "
+            f"pass the optimizer inside{inner}"
+        )
+
+
+def _check_not_attached(optimizer: Optimizer, named: NamedTensors) -> None:
+    too = clipping_too(optimizer, named.tensors)
+    if too:
+        raise ValueError(
+            f"optimizer: a clipper that was attached to it (ComponentClipper.attach) clips {too[0][1]!r} as well; "
+            "remove() that one's handle, or don't call clip_in_backward"
+        )
 
 
 def _check_no_closure(optimizer: Optimizer) -> None:

@@ -131,7 +131,7 @@ class ThresholdAtWork:
         self._measure = measure
         self.adds_eps = threshold.adds_eps
         self.reads_parameters = threshold.reads_parameters
-        self.needs_all_components = threshold.needs_all_components
+        self.counts_trained = threshold.needs_all_components and threshold.reads_numels
 
     @property
     def needs_norms(self) -> bool:

@@ -237,8 +237,9 @@ class ComponentClipper:
         """Clips at every ``optimizer.step()``, right before the step: what this optimizer owns of the parameters.
 
         With several optimizers attach to each. Gradients that were accumulated over several backward passes are
-        clipped once, whole. A closure's gradients are clipped each time it has been called. A parameter that two
-        optimizers own is clipped at the steps of both.
+        clipped once, whole. A closure's gradients are clipped each time it has been called, and thresholds count each
+        call (``LBFGS`` makes many in a step). A parameter that two optimizers own is clipped at the steps of both.
+        Don't call ``clip_()`` by hand as well: gradients would be clipped and counted twice.
 
         Only ``step()`` clips. With SAM, whose ``first_step()`` and ``second_step()`` are called instead of it, attach
         to its ``base_optimizer``. A copied or unpickled optimizer has lost its hooks, this one among them: attach to

@@ -45,8 +45,9 @@ class ComponentClipGradScaler(GradScaler):
     decides that on the device, without telling the host: there it counts.
 
     ``state_dict()`` is that of torch's scaler, and either loads the other's; ``clipper.state_dict()`` holds what
-    thresholds have learnt. ``copy.deepcopy`` copies the clipper as well, and calls the same ``on_clip``. It can't be
-    pickled, since copies of the parameters would come along: make one anew, around a clipper, and load its state.
+    thresholds have learnt. ``copy.deepcopy`` copies the clipper as well (the copy's ``clipper`` is its own, and so is
+    what that learns), and calls the same ``on_clip``. It can't be pickled, since copies of the parameters would come
+    along: make one anew, around a clipper, and load its state.
 
     Args:
         clipper: what to clip, and how. With several optimizers each clips what it owns.
@@ -107,6 +108,20 @@ class ComponentClipGradScaler(GradScaler):
         self._unscaling = False
         self._clipped: WeakSet[Optimizer] = WeakSet()  # since their last step; used while disabled
         self._steps_without = 0
+
+    @property
+    def clipper(self) -> ComponentClipper:
+        """What clips, for its ``state_dict()``; a deep-copied scaler has one of its own.
+
+        Example:
+            >>> import copy, torch
+            >>> from cwclip_kernels import ComponentClipGradScaler, ComponentClipper
+            >>> clipper = ComponentClipper(torch.nn.Linear(2, 1), max_norm=0.1)
+            >>> scaler = ComponentClipGradScaler(clipper, device="cpu")
+            >>> scaler.clipper is clipper, copy.deepcopy(scaler).clipper is clipper
+            (True, False)
+        """
+        return self._clipper
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Unscales and clips the optimizer's gradients; once for each ``step``, and only when they are complete.

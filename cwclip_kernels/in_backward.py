@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backward_checks import (
     averaged_by,
@@ -26,7 +28,7 @@ from .backward_hooks import (
     parameter_hook,
     watch,
 )
-from .backward_pass import Pass, Passes, after_others
+from .backward_pass import Pass, Passes, after_others, check_torch
 from .backward_steps import Optimizers, Steps, steps_of
 from .bound import ThresholdAtWork
 from .caps import MaxNorm
@@ -34,6 +36,7 @@ from .components import Box, Components, Grouping, Parameters, named_tensors, ty
 from .engine import Engine, Options, check_options
 from .resolve import resolve
 from .result import ClipResult
+from .thresholds import EMA
 from .thresholds.base import learnt, load_learnt
 
 __all__ = ["BackwardClipping", "ParameterHook", "clip_in_backward", "clipped_in_backward"]
@@ -58,14 +61,25 @@ def clip_in_backward(
     more than a few gradients exist, and the peak of memory falls by nearly the size of them all. The training loop
     is then ``loss.backward()`` and nothing else; ``optimizer.step()`` and ``zero_grad()`` find nothing to do.
 
-    Not for gradients of a scaled loss (float16 under a ``GradScaler``), and not for gradient accumulation. Hooks sit
-    on the parameters as they are now: when others take their place (``load_state_dict(assign=True)``,
+    Not for gradients of a scaled loss (float16 under a ``GradScaler``), nor for gradients that a collective of your
+    own averages over ranks, in a hook or after ``backward()``, which can't be noticed. Nor for gradient accumulation,
+    which is noticed only if nothing else writes to gradients or replaces them in between; zeroing through ``.data``
+    looks like it. A ``backward()`` that is called in a hook is a pass of its own.
+
+    Hooks sit on the parameters as they are now: when others take their place (``load_state_dict(assign=True)``,
     ``fully_shard``, a conversion that swaps tensors), remove the handle and set it up again. A parameter that is
-    frozen now is clipped as soon as it is trained.
+    frozen now is clipped as soon as it is trained. Under ``thresholds.FromGlobal``, which counts those that are
+    trained, that is refused, and so is freezing: before anything is clipped, if ``parameters`` is a Module or the
+    optimizer owns the parameter. Otherwise one that is unfrozen is refused when its own gradient comes, and one that
+    is frozen isn't noticed: the caps stay as they were.
+
+    With an ``optimizer`` the hooks keep it and its parameters alive until ``remove()``. Don't store the handle on a
+    module, which could be neither copied nor pickled then.
 
     Args:
         parameters: as for :func:`fused_component_clip_`; some must require grad.
-        max_norm: likewise. Of ``cwclip_kernels.thresholds`` those that don't depend on the step's own norms.
+        max_norm: likewise. Of ``cwclip_kernels.thresholds`` those that don't depend on the step's own norms; ``EMA``
+            after its warm-up, so at a resume load its state before this call: ``ema.load_state_dict(...)``.
         norm_type: likewise.
         components: likewise; each component must lie within one parameter.
         eps: likewise.
@@ -83,10 +97,10 @@ def clip_in_backward(
     Raises:
         TypeError, ValueError: an argument that isn't what it should be; parameters of ``DistributedDataParallel`` or
             sharded ones, whose hooks see local gradients; a component of several parameters; parameters that another
-            ``clip_in_backward`` clips.
-        RuntimeError: in the backward pass, where a gradient is accumulated onto one that has been clipped already,
-            ``create_graph=True``, compiled autograd, or ``DistributedDataParallel`` around the parameters; the latter
-            three before anything is clipped.
+            ``clip_in_backward`` or, at the optimizer's step, ``ComponentClipper.attach`` clips.
+        RuntimeError: not made for this version of torch. In the backward pass, where a gradient is accumulated onto
+            one that has been clipped already, ``create_graph=True``, compiled autograd, or
+            ``DistributedDataParallel`` around the parameters; the latter three before anything is clipped.
 
     Example:
         >>> import torch
@@ -98,6 +112,7 @@ def clip_in_backward(
         >>> model.weight.grad is None, handle.last.norms
         (True, tensor([1.4142, 1.0000]))
     """
+    check_torch()
     options = check_options(norm_type, False, eps, nonfinite, backend)
     if options.raise_nonfinite:
         raise ValueError(
@@ -118,7 +133,8 @@ def clip_in_backward(
     resolved = resolve(named, components)
     check_separate(resolved, trained)
     steps = None if optimizer is None else steps_of(optimizer, named)
-    return BackwardClipping(named.tensors, resolved, max_norm, options, steps, on_clip)
+    module = parameters if isinstance(parameters, nn.Module) else None
+    return BackwardClipping(named.tensors, resolved, max_norm, options, steps, on_clip, module)
 
 
 class BackwardClipping:
@@ -141,6 +157,7 @@ class BackwardClipping:
         options: Options,
         steps: Steps | None,
         on_clip: Callable[[ClipResult], object] | None,
+        module: nn.Module | None = None,
     ) -> None:
         self.names = components.names
         self.last: ClipResult | None = None
@@ -148,14 +165,17 @@ class BackwardClipping:
         policy = Engine(components, tensors).policy(self._max_norm, tensors, options.rule)
         if policy.needs_norms:
             raise ValueError(_needs_norms(max_norm))
-        # No parameter is kept here: a cycle of parameter, hook and this would never be collected.
+        # No parameter is kept here, since a cycle of parameter, hook and this would never be collected. With steps
+        # there is one, of parameter, hook and optimizer: these live until remove().
         self._policy = policy.without_parameters() if isinstance(policy, ThresholdAtWork) else policy
         self._options = options
         self._steps = steps
+        self._module = None if module is None else weakref.ref(module)
         self._on_clip = on_clip
         self._lock = threading.Lock()  # gradients of several devices arrive on several threads
         self._passes = Passes(self._begin, self._policy, self._finish)
         self._looked_for_averaging = False
+        self._grown = 0  # passes in which somebody had got hold of a parameter
         self._handles: list[Any] = []
         try:
             self._put_hooks(tensors, components)
@@ -240,7 +260,10 @@ class BackwardClipping:
         hook.check(current, grad)
         if current.is_watched and hook.has_more_references(parameter) and not current.was_looked_for:
             current.was_looked_for = True
-            self._refuse_averaging()
+            # After the 1st, 2nd, 4th, ... such pass: looking takes long, and the end of the pass is checked anyway.
+            self._grown += 1
+            if self._grown.bit_count() == 1:
+                self._refuse_averaging()
         if hook.clips:
             check_whole(hook.name, parameter)
             engine = hook.engine(parameter)
@@ -263,11 +286,8 @@ class BackwardClipping:
         policy = self._policy
         if not isinstance(policy, ThresholdAtWork):
             caps = current.caps_on(device)
-        elif policy.needs_all_components and hook.was_frozen:
-            raise RuntimeError(
-                f"max_norm: {type_name(self._max_norm)} was told about the parameters when {hook.name!r} was frozen; "
-                "remove() the handle and set it up again"
-            )
+        elif policy.counts_trained and hook.was_frozen:
+            raise RuntimeError(self._other_are_trained(hook))
         elif policy.reads_parameters:
             norms = engine.parameter_norms((parameter,), self._options.rule.norm_type)
             everywhere = torch.zeros(len(self.names), dtype=norms.dtype, device=norms.device)
@@ -284,11 +304,30 @@ class BackwardClipping:
             raise RuntimeError(_needs_norms(self._max_norm))
         if self._steps is not None:
             self._steps.begin()
+        if isinstance(self._policy, ThresholdAtWork) and self._policy.counts_trained:
+            self._check_same_are_trained()
         is_watched = runs_on_several_ranks()
         if is_watched and not self._looked_for_averaging:
             self._refuse_averaging()
             self._looked_for_averaging = True
         return is_watched
+
+    def _check_same_are_trained(self) -> None:
+        """Raises where a parameter that can be got at has been frozen or unfrozen since set-up."""
+        module = None if self._module is None else self._module()
+        of_module = () if module is None else module.parameters()
+        of_optimizer = () if self._steps is None else self._steps.parameters()
+        for parameter in chain(of_module, of_optimizer):
+            for hook in hooks_of(parameter):
+                if hook.clipping is self and hook.clips and hook.was_frozen == parameter.requires_grad:
+                    raise RuntimeError(self._other_are_trained(hook))
+
+    def _other_are_trained(self, hook: ParameterHook) -> str:
+        then, now = ("frozen", "trained") if hook.was_frozen else ("trained", "frozen")
+        return (
+            f"max_norm: {type_name(self._max_norm)} counted the trained parameters when {hook.name!r} was {then}, "
+            f"which is {now} now; remove() the handle and set it up again"
+        )
 
     def _refuse_averaging(self) -> None:
         wrapper = averaging(lambda tensor: any(hook.clipping is self for hook in hooks_of(tensor)))
@@ -318,7 +357,8 @@ class BackwardClipping:
         """Raises where gradients were averaged after they were clipped, by whom the first look didn't find."""
         for part in whole.all():
             for name, parameter, outline in part.watched:
-                if outline != (None if parameter.grad is None else _outline(parameter.grad)):
+                # Whoever has freed it has averaged nothing.
+                if parameter.grad is not None and outline != _outline(parameter.grad):
                     self._refuse_averaging()
                     raise RuntimeError(
                         f"the gradient of {name!r} was written to in the backward pass after it had been clipped, as "
@@ -331,9 +371,15 @@ def _outline(grad: Tensor) -> tuple[int, int]:
 
 
 def _needs_norms(max_norm: object) -> str:
+    too_early = (
+        ", until its warm-up is over: before clip_in_backward load a state for which it is "
+        "(max_norm.load_state_dict(...))"
+        if isinstance(max_norm, EMA)
+        else ""
+    )
     return (
         f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward "
-        "pass; clip at the step instead (ComponentClipper.attach)"
+        f"pass{too_early}; {'or ' if too_early else ''}clip at the step instead (ComponentClipper.attach)"
     )
 
 

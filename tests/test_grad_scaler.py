@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from cwclip_kernels import ComponentClipGradScaler, ComponentClipper
+from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, thresholds
 from helpers import DEVICE, parameter, random_grad, same_bits
 
 CAP = 0.05
@@ -203,3 +203,16 @@ def test_scaler_arguments(monkeypatch):
     monkeypatch.setattr(GradScaler, "_unscale_grads_", lambda self, optimizer: {})
     with pytest.raises(RuntimeError, match=r"isn't made for the GradScaler of torch .* scaler.unscale_\(optimizer\)"):
         ComponentClipGradScaler(ComponentClipper(model, CAP), DEVICE)
+
+
+def test_the_clipper_can_be_read():
+    model = torch.nn.Linear(2, 1)
+    clipper = ComponentClipper(model, thresholds.EMA())
+    scaler = ComponentClipGradScaler(clipper, device="cpu")
+    assert scaler.clipper is clipper
+    with pytest.raises(AttributeError):
+        scaler.clipper = clipper
+    twin = copy.deepcopy(scaler)
+    assert twin.clipper is not clipper
+    assert twin.clipper.max_norm is not clipper.max_norm
+    twin.clipper.load_state_dict(clipper.state_dict())

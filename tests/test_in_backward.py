@@ -240,3 +240,57 @@ class TestInBackward:
         del model
         gc.collect()
         assert alive() is None
+
+
+class TestFrozenOrUnfrozenLater:
+    """Caps that share out a budget were counted at set-up; those of single components weren't."""
+
+    @staticmethod
+    def set_up(form, policy):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)).to(DEVICE)
+        model[0].weight.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0) if "stepped" in form else None
+        parameters = model if form == "module" else model.parameters()
+        return model, clip_in_backward(parameters, policy, optimizer=optimizer)
+
+    @pytest.mark.parametrize("split", ["uniform", "numel"])
+    @pytest.mark.parametrize(("which", "now"), [("0.weight", "trained"), ("0.bias", "frozen"), ("1.bias", "frozen")])
+    @pytest.mark.parametrize("form", ["module", "stepped"])
+    def test_shares_of_a_budget(self, form, which, now, split):
+        model, handle = self.set_up(form, thresholds.FromGlobal(1.0, split))
+        parameter = model.get_parameter(which)
+        before = copy.deepcopy(model.state_dict())
+        parameter.requires_grad_(now == "trained")
+        name = "[0-9]" if form == "stepped" else which
+        with pytest.raises(RuntimeError, match=f"max_norm: FromGlobal counted .*'{name}' was .*{now} now; remove"):
+            (model(torch.ones(1, 3, device=DEVICE)) * 100).sum().backward()
+        assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
+        assert all(p.grad is None or p.grad.norm() > 1 for p in model.parameters())
+        assert handle.last is None
+        parameter.requires_grad_(now == "frozen")
+        model.zero_grad()
+        (model(torch.ones(1, 3, device=DEVICE)) * 100).sum().backward()
+        assert handle.last.caps[0] == 0
+        assert (handle.last.coefs[1:] < 1).all()
+
+    def test_unfrozen_where_only_its_hook_knows(self):
+        model, _ = self.set_up("parameters", thresholds.FromGlobal(1.0))
+        model[0].weight.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="max_norm: FromGlobal counted .*'0' was frozen, which is trained now"):
+            model(torch.ones(1, 3, device=DEVICE)).sum().backward()
+
+    @pytest.mark.parametrize("form", ["module", "stepped", "parameters"])
+    @pytest.mark.parametrize("kind", ["EMA", "ParamRelative", "Fixed"])
+    def test_caps_of_single_components(self, kind, form):
+        policy = {
+            "EMA": lambda: thresholds.EMA(warmup_steps=0),
+            "ParamRelative": thresholds.ParamRelative,
+            "Fixed": lambda: thresholds.Fixed(CAP),
+        }[kind]()
+        model, handle = self.set_up(form, policy)
+        for trained in (True, False, True):
+            model[0].weight.requires_grad_(trained)
+            model[1].bias.requires_grad_(not trained)
+            (model(torch.ones(1, 3, device=DEVICE)) * 100).sum().backward()
+            assert (handle.last.norms > 0).tolist() == [trained, True, True, not trained]
+            model.zero_grad()

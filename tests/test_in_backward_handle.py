@@ -343,6 +343,10 @@ class TestHandle:
                 assert ours["host"] == states[-1]["host"]
                 assert all(torch.equal(t, states[-1]["tensors"][name]) for name, t in ours["tensors"].items())
         assert clipped > 0
+        with pytest.raises(
+            ValueError, match=r"until its warm-up is over: .*load a state .*max_norm.load_state_dict\("
+        ):
+            clip_in_backward(tied(), thresholds.EMA(warmup_steps=2))
         # Back in the warm-up, all norms are needed again.
         handle.load_state_dict({"max_norm": states[0]})
         model.zero_grad()

@@ -268,3 +268,106 @@ def test_create_graph_is_refused_where_gradients_stay():
         p.grad is None or same_bits(p.grad.detach(), q.grad)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True)
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# backward() in a hook
+# ------------------------------------------------------------------------------------------------------------
+
+
+def of_module(net, hook):
+    net.register_full_backward_hook(hook)
+    return net(inputs())
+
+
+def before_module(net, hook):
+    net.register_full_backward_pre_hook(hook)
+    return net(inputs())
+
+
+def of_node(net, hook):
+    y = net(inputs())
+    y.grad_fn.register_hook(hook)
+    return y
+
+
+def before_node(net, hook):
+    y = net(inputs())
+    y.grad_fn.register_prehook(hook)
+    return y
+
+
+def of_tensor(net, hook):
+    y = net(inputs())
+    y.register_hook(hook)
+    return y
+
+
+def of_parameter(net, hook):
+    net[-1].weight.register_post_accumulate_grad_hook(hook)
+    return net(inputs())
+
+
+def of_checkpointed_module(net, hook):
+    net.register_full_backward_hook(hook)
+    return checkpoint(net, inputs(), use_reentrant=True)
+
+
+HOOKS = (of_module, before_module, of_node, before_node, of_tensor, of_parameter, of_checkpointed_module)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("put", HOOKS)
+def test_a_pass_in_a_hook_is_one_of_its_own(put, checkpointed, stepped):
+    model = nn.Linear(4, 4).to(DEVICE)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).to(DEVICE)
+    counter = thresholds.Schedule(lambda _: CAP)
+    seen, called = [], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = clip_in_backward(model, counter, optimizer=optimizer if stepped else None, on_clip=seen.append)
+
+    def hook(*_):
+        called.append(1)
+        with torch.enable_grad():
+            x = inputs()
+            y = checkpoint(model, x, use_reentrant=True) if checkpointed else model(x)
+            (y * 100).sum().backward()
+        assert handle.last is seen[-1]
+        model.zero_grad()
+
+    loss = put(net, hook).sum()
+    for i in range(3):
+        loss.backward(retain_graph=True)
+        assert len(called) == len(seen) == i + 1
+        assert counter.state_dict()["host"] == {"step": i + 1}
+        assert all(result.clipped.all() for result in seen)
+
+
+@pytest.mark.parametrize("where", [(), (0,), (2,), (0, 2)])
+def test_a_pass_in_a_hook_of_one_that_clips_too(where):
+    """Both count, each with what it has found."""
+    inner = nn.Linear(4, 4).to(DEVICE)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).to(DEVICE)
+    outer = [net[i] for i in where]
+    seen = []
+    clip_in_backward(nn.ModuleList([inner, *outer]), CAP, on_clip=seen.append)
+
+    def hook(*_):
+        with torch.enable_grad():
+            (inner(inputs()) * 100).sum().backward()
+
+    net[1].register_full_backward_hook(hook)
+    (net(inputs()) * 100).sum().backward()
+    found = [(result.norms > 0).tolist() for result in seen]
+    rest = [True, True] * len(outer)
+    assert found == [[True, True, *[False] * len(rest)]] + ([[False, False, *rest]] if outer else [])
+
+
+@pytest.mark.parametrize(
+    "path", ["_C._current_graph_task_id", "_C._current_autograd_node", "autograd.graph._engine_run_backward"]
+)
+def test_another_torch_is_refused_by_name(path, monkeypatch):
+    monkeypatch.delattr(f"torch.{path}")
+    with pytest.raises(RuntimeError, match=f"isn't made for torch .* no torch.{path}.*attach"):
+        clip_in_backward(nn.Linear(2, 2), CAP)

@@ -203,3 +203,52 @@ def test_data_parallel_is_right():
     twin(x).square().sum().backward()
     fused_component_clip_(twin, CAP)
     assert all(same_bits(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@on_ranks(2)
+def test_freed_by_a_later_hook():
+    """An optimizer in the backward pass, by hand."""
+    model = made()
+    seen = []
+    handle = clip_in_backward(model, CAP, on_clip=seen.append)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for i in range(3):
+        loss_of(model).backward()
+        assert len(seen) == i + 1
+        assert all(p.grad is None for p in model.parameters())
+    handle.remove()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_written_to_by_a_later_hook(how):
+    def change(grad):
+        return grad.mul_(0.5) if how == "written to" else grad.clone()
+
+    model = made()
+    handle = clip_in_backward(model, CAP)
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", change(p.grad)))
+    with pytest.raises(RuntimeError, match="the gradient of '0.weight' was written to"):
+        loss_of(model).backward()
+    handle.remove()
+
+
+@on_ranks(2)
+def test_looking_for_it_grows_rare_where_references_grow():
+    from cwclip_kernels import in_backward
+
+    looks, bag = [], []
+    original = in_backward.averaging
+    in_backward.averaging = lambda is_ours: looks.append(1) or original(is_ours)
+    try:
+        model = made()
+        handle = clip_in_backward(model, CAP)
+        for _ in range(33):
+            loss_of(model).backward()
+            model.zero_grad()
+            bag.append(list(model.parameters()))
+        handle.remove()
+    finally:
+        in_backward.averaging = original
+    assert 3 < len(looks) <= 8

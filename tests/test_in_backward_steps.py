@@ -9,6 +9,7 @@ from torch import nn
 
 from cwclip_kernels import ComponentClipper, clip_in_backward, fused_component_clip_
 from helpers import DEVICE
+from test_attach_optimizers import Lookahead, accelerated
 from tied_model import CAP, batch, loss_of, same_parameters, tied
 
 TORCHS = {
@@ -295,6 +296,10 @@ def test_what_would_happen_once_a_parameter_is_refused(what, when):
         clip_in_backward(model, CAP, optimizer=optimizer)
 
     message = "optimizer: its step was replaced" if what == "replaced" else "optimizer: has hooks on its step"
+    if what == "attached":
+        message = (
+            r"optimizer: a clipper that was attached to it \(ComponentClipper.attach\) clips '0.weight.*remove\(\)"
+        )
     if when == "before":
         put()
         with pytest.raises(ValueError, match=message):
@@ -337,3 +342,26 @@ def test_a_scaled_loss_is_noticed_by_torchs_scaler():
     scaler.scale(loss_of(model, batch())).backward()
     with pytest.raises(AssertionError, match="No inf checks were recorded"):
         scaler.step(optimizer)
+
+
+def test_attached_to_one_of_many():
+    model = tied()
+    ours = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    weight = model.body[0].weight
+    attached = ComponentClipper(model, CAP).attach(ours[weight])
+    with pytest.raises(ValueError, match=r"clipper that was attached to it .*attach\) clips 'body.0.weight' as well"):
+        clip_in_backward(model, CAP, optimizer=ours)
+    attached.remove()
+    clip_in_backward(model, CAP, optimizer=ours)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    ("wrapper", "inner"),
+    [(accelerated, ".optimizer"), (lambda ps: Lookahead(torch.optim.SGD(ps, lr=0.1)), "._base_optimizer")],
+)
+def test_of_a_wrapper_the_one_inside_is_asked_for(wrapper, inner, many):
+    p = torch.nn.Parameter(torch.ones(2, device=DEVICE))
+    optimizer = wrapper([p])
+    with pytest.raises(TypeError, match=rf"optimizer: .* wraps one; pass the optimizer inside: its {inner} \(SGD\)"):
+        clip_in_backward([p], CAP, optimizer={p: optimizer} if many else optimizer)

@@ -95,6 +95,7 @@ class EMA(Threshold):
     """
 
     needs_all_components = True
+    reads_numels = False
 
     def __init__(
         self, ratio: float = 1.05, decay: float = 0.98, warmup_steps: int = 100, warmup_norm: float = 1.0

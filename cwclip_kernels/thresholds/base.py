@@ -72,6 +72,10 @@ class Threshold(ABC):
     needs_all_components = False
     """Whether the cap of one component depends on what the others are: not on a rank of a pipeline then."""
 
+    reads_numels = True
+    """Where ``needs_all_components``: whether caps depend on ``setting.numels``. In the backward pass these stay as
+    they were at set-up, so that it is refused then to freeze or unfreeze parameters."""
+
     def __init__(self) -> None:
         self._setting: Setting | None = None
         self._state: dict[str, Tensor] = {}
