@@ -1,4 +1,4 @@
-# make demo | test | bench | wheel | lint | clean. Everything lives in .venv, made on first use.
+# make demo | test | test-fast | bench | wheel | lint | clean. Everything lives in .venv, made on first use.
 #
 # PYTHON  the interpreter that .venv is made from. If it already has torch >= 2.10, that torch is used.
 # TORCH   what is installed otherwise.
@@ -13,11 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench wheel lint clean
+.PHONY: help demo test test-fast bench wheel lint clean
 
 help:
 	@echo "make demo   fine-tune a real encoder with component clipping, then tables and a picture (4 min)"
-	@echo "make test   the whole test suite"
+	@echo "make test   the whole test suite, and which tests took longest"
+	@echo "make test-fast  a part of it, under a minute: no ranks, builds, compilers or trainers"
 	@echo "make bench  speed against torch, as a table"
 	@echo "make wheel  one cp310-abi3 wheel in dist/"
 	@echo "make lint   ruff and mypy"
@@ -26,7 +27,16 @@ demo: $(VENV)/built
 	$(BIN)/python examples/finetune_demo.py $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=20 $(ARGS)
+
+# No file whose tests start ranks or programs, build anything or import a trainer; and of these files no test that goes
+# through the stand-in for a GPU, Triton's interpreter or torch.compile.
+FAST := against_torch arguments attach components grad_scaler grad_scaler_state in_backward in_backward_handle \
+	in_backward_steps naming_parametrizations naming_prefix nonfinite odd_situations properties situations_changes \
+	situations_scale spec_frozen thresholds
+test-fast: $(VENV)/built
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" \
+		-k "not cuda and not triton and not traced and not compile" $(FAST:%=tests/test_%.py) $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/compare.py $(ARGS)
