@@ -8,6 +8,8 @@ from cwclip_kernels.attach import _runner_of_hooks
 from helpers import parameter, random_grad, same_bits
 from tied_model import CAP
 
+JIT = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # Dynamo's own imports
+
 
 class WithSuper(torch.optim.AdamW):
     def step(self, closure=None):
