@@ -304,8 +304,3 @@ class TestHandle:
             handle.load_state_dict({"max_norm": thresholds.EMA().state_dict()})
         with pytest.raises(TypeError, match="state_dict: "):
             handle.load_state_dict(None)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Compiled steps
-# ------------------------------------------------------------------------------------------------------------
