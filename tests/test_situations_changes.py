@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_, thresholds
-from helpers import DEVICE, same_bits
+from helpers import BACKENDS, DEVICE, same_bits
 from ways import (
     CAP,
     CAPS,
@@ -54,7 +54,7 @@ def test_converted_between_two_steps(way, kind):
                 assert g.norm().item() == pytest.approx(min(CAP, before.norm().item()), rel=1e-2)
 
 
-@pytest.mark.parametrize("backend", [None, "foreach", "reference"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("call", ["norms", "function", "clipper", "Percentile"])
 def test_a_plan_notices_each_change(backend, call):
     model = nn.Linear(6, 4).to(DEVICE)
