@@ -3,7 +3,7 @@
     python benchmarks/host_time.py                      # this checkout
     python benchmarks/host_time.py --against PATH       # and another one, in turn, by the median of their runs
 
-A run is a process of its own, with one thread; its figure is the fastest of several rounds of calls.
+A run is a process of its own, with one thread unless told otherwise; its figure is the fastest of several rounds.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def measure(call: Callable[[], object], seconds: float = 0.4) -> float:
     return min(rounds) * 1e6
 
 
-def run(root: Path) -> dict[str, float]:
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+def run(root: Path, threads: int) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--once"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=root)
     figures: dict[str, float] = json.loads(done.stdout)
@@ -98,17 +98,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout, built")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of a run")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
-        torch.set_num_threads(1)
         print(json.dumps({name: measure(call) for name, call in cases()}))
         return
     roots = [ROOT] if options.against is None else [options.against.resolve(), ROOT]
     found: list[list[dict[str, float]]] = [[] for _ in roots]
     for _ in range(options.runs):
         for i, root in enumerate(roots):
-            found[i].append(run(root))
+            found[i].append(run(root, options.threads))
     print(", ".join(f"{key} {value}" for key, value in metadata(torch.device("cpu")).items()))
     for name in found[0][0]:
         medians = [statistics.median(figures[name] for figures in runs) for runs in found]
