@@ -21,7 +21,7 @@ from .caps import Caps, MaxNorm, checked_cap
 from .components import CUT, LEFT_ALONE, Components, type_name
 from .engine import Options
 from .formula import ClipRule, wide_dtype
-from .gradients import WIDE_DTYPES, check_gradient
+from .gradients import WIDE_DTYPES, check_gradient, was_frozen
 from .plan import Planner
 from .scaled_loss import ScaledLoss
 from .thresholds import Threshold
@@ -140,7 +140,7 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
         if grad is None or component == LEFT_ALONE:
             continue
         if position in problems:
-            raise ValueError(problems[position])
+            raise was_frozen(name, problems[position])
         # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
         check_gradient(grad, name, cut=component == CUT)
         moved[position] = len(grads)

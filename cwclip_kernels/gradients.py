@@ -52,12 +52,26 @@ def check_gradient(grad: Tensor, name: str, *, cut: bool = False, writes: bool =
         ValueError: a parameter set as gradient, if it ``writes``; elements on one memory place; a meta tensor.
     """
     where = f"the gradient of {name!r}"
-    if writes and (isinstance(grad, torch.nn.Parameter) or (grad.is_leaf and grad.requires_grad)):
+    if writes:
+        check_not_leaf(grad, where)
+    check_tensor(grad, where, cut=cut)
+
+
+def check_not_leaf(grad: Tensor, where: str) -> None:
+    """Raises ValueError if what is to be written to is a parameter, or a leaf that requires grad."""
+    if isinstance(grad, torch.nn.Parameter) or (grad.is_leaf and grad.requires_grad):
         raise ValueError(
             f"{where} is itself a parameter (or a leaf that requires grad): clipping would change the parameter's "
             "own data; set p.grad to its gradient, or detach it first"
         )
-    check_tensor(grad, where, cut=cut)
+
+
+def was_frozen(name: str, problem: str) -> ValueError:
+    """The error where a parameter has a gradient that could not be clipped when it was frozen; see ``Components``."""
+    return ValueError(
+        f"the gradient of {name!r}, which was frozen when components were looked up: {problem}. "
+        "Make the clipper after parameters have been unfrozen"
+    )
 
 
 def check_tensor(grad: Tensor, where: str, *, cut: bool = False) -> None:

@@ -27,6 +27,7 @@ from .gradients import (
     check_tensor,
     overlaps,
     values_of,
+    was_frozen,
 )
 
 
@@ -205,10 +206,7 @@ def _build(
             continue
         name = components.tensor_names[position]
         if position in problems:
-            raise ValueError(
-                f"the gradient of {name!r}, which was frozen when components were looked up: {problems[position]}. "
-                "Make the clipper after parameters have been unfrozen"
-            )
+            raise was_frozen(name, problems[position])
         if kind == "gradient":
             check_gradient(grad, name, cut=component == CUT, writes=writes)
             if writes and grad.is_inference():  # not asked under torch.compile, which can't trace it

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..components import Box, Components, type_name
+from ..gradients import check_not_leaf
 from ..sharding import Layout, is_dtensor
 from .groups import Group
 
@@ -122,11 +123,7 @@ class Held(NamedTuple):
     def check_not_leaves(self) -> None:
         """Raises ValueError where a DTensor that is to be written to is a parameter, or a leaf that requires grad."""
         for grad in self.wrapped:
-            if isinstance(grad, torch.nn.Parameter) or (grad.requires_grad and grad.is_leaf):
-                raise ValueError(
-                    f"a gradient of shape {list(grad.shape)} is itself a parameter (or a leaf that requires grad): "
-                    "clipping would change the parameter's own data; set p.grad to its gradient, or detach it first"
-                )
+            check_not_leaf(grad, "a gradient that is a DTensor")
 
     def touched(self) -> None:
         """Tells autograd that the DTensors were written to; of their local tensors it has been told."""
