@@ -257,3 +257,17 @@ def test_rounding_of_half_precisions_bit_by_bit(backend):
             result = ComponentClipper(params, max_norm, math.inf, backend=backend).clip_()
             for p, grad, coef in zip(params, expected, result.coefs, strict=True):
                 assert same_bits(p.grad, (grad.float() * coef).to(dtype) if coef != 1 else grad)
+
+
+# torch promotes the product of two 0-d tensors: a tiny float64 coefficient would come to it unrounded, where the
+# definition rounds it to the gradient's arithmetic first, to 0, and inf * 0 is NaN.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_scalars_beside_float64_are_rounded_as_all_others(dtype, shape):
+    params = [parameter(torch.full((), 2.0).double()), parameter(torch.full(shape, math.inf).to(dtype))]
+    expected = copy_of(params)
+    fused_component_clip_(params, 1e-100, 0.0)
+    fused_component_clip_(expected, 1e-100, 0.0, backend="reference")
+    assert params[1].grad.isnan().all()
+    assert expected[1].grad.isnan().all()
+    assert params[0].grad == expected[0].grad

@@ -6,6 +6,7 @@ Reads every gradient once for its norm, then reads and writes every gradient, cl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ def scale_(
 ) -> None:
     """g <- coef * g in place; of a complex gradient both parts, since a complex product makes NaN of inf + 0j."""
     grads = [torch.view_as_real(g) if g.is_complex() else g for g in bucket.pieces(grads)]
-    factors = coefs[_state(bucket).components].unbind()
+    factors = _factors(grads, coefs[_state(bucket).components])
     if bucket.device.type == "cpu":
         torch._foreach_mul_(grads, factors)
     else:
@@ -128,7 +129,16 @@ def scale_(
             grad.masked_fill_(factor == 0, 0.0)
 
 
-def _multiply(grads: list[Tensor], factors: tuple[Tensor, ...]) -> None:
+def _factors(grads: list[Tensor], factors: Tensor) -> Sequence[Tensor]:
+    """The factor of each gradient, [], never wider than its arithmetic: torch promotes where both are 0-d."""
+    wide = factors.unbind()
+    if factors.dtype != torch.float64:
+        return wide
+    narrow = factors.float().unbind()
+    return [w if g.dtype == torch.float64 else n for g, w, n in zip(grads, wide, narrow, strict=True)]
+
+
+def _multiply(grads: list[Tensor], factors: Sequence[Tensor, ...]) -> None:
     """Off the CPU torch rounds a 0-d factor to a half-precision tensor's dtype: those tensors are widened first."""
     wide = [(g, f) for g, f in zip(grads, factors, strict=True) if g.dtype.itemsize > 2]
     if wide:
