@@ -31,12 +31,14 @@ test: $(VENV)/built
 
 # No file whose tests start ranks or programs, build anything or import a trainer; and of these files no test that goes
 # through the stand-in for a GPU, Triton's interpreter or torch.compile.
-FAST := against_torch arguments attach components grad_scaler grad_scaler_state in_backward in_backward_handle \
-	in_backward_steps naming_parametrizations naming_prefix nonfinite odd_situations properties situations_changes \
-	situations_scale spec_frozen thresholds
+FAST := test_against_torch test_arguments test_attach test_grad_scaler test_grad_scaler_state test_odd_situations \
+	test_properties test_situations_changes test_situations_scale components/test_components \
+	components/test_naming_parametrizations components/test_naming_prefix components/test_spec_frozen \
+	core/test_nonfinite in_backward/test_in_backward in_backward/test_in_backward_handle \
+	in_backward/test_in_backward_steps thresholds/test_thresholds
 test-fast: $(VENV)/built
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" \
-		-k "not cuda and not triton and not traced and not compile" $(FAST:%=tests/test_%.py) $(ARGS)
+		-k "not cuda and not triton and not traced and not compile" $(FAST:%=tests/%.py) $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/compare.py $(ARGS)

@@ -35,9 +35,10 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
 
 stage_tests() {
   # shellcheck disable=SC2086 # arguments are words
-  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/test_cuda_gpu.py tests/test_training_gpu.py
-    tests/test_mixed_precision.py tests/test_grad_scaler.py tests/test_spec.py tests/test_thresholds.py tests/test_attach.py
-    tests/test_in_backward.py tests/test_telemetry.py}
+  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/backends/test_cuda_gpu.py tests/core/test_training_gpu.py
+    tests/core/test_mixed_precision.py tests/test_grad_scaler.py tests/components/test_spec.py tests/test_attach.py
+    tests/thresholds/test_thresholds.py
+    tests/in_backward/test_in_backward.py tests/telemetry/test_telemetry.py}
 }
 
 stage_sanitize() {
@@ -72,7 +73,7 @@ sanitize() {
   # CUDA graphs need that cache.
   # shellcheck disable=SC2086
   timeout --kill-after=3 $((limit > 1 ? limit : 1)) compute-sanitizer "${options[@]}" \
-    "$PYTHON" -m pytest -p no:cacheprovider -q ${SANITIZE_ARGS:-tests/test_cuda_gpu.py -k "not(graph)"}
+    "$PYTHON" -m pytest -p no:cacheprovider -q ${SANITIZE_ARGS:-tests/backends/test_cuda_gpu.py -k "not(graph)"}
 }
 
 stage_bench() {

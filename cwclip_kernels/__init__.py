@@ -11,12 +11,12 @@ Example:
 
 from . import thresholds
 from ._version import __version__
-from .api import component_norms, fused_component_clip_
 from .clipper import ComponentClipper
+from .components.spec import ComponentSpec
+from .functional import component_norms, fused_component_clip_
 from .grad_scaler import ComponentClipGradScaler
-from .in_backward import clip_in_backward
+from .in_backward.clipping import clip_in_backward
 from .result import ClipResult
-from .spec import ComponentSpec
 
 __all__ = [
     "ClipResult",

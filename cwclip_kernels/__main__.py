@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
-from .dispatch import BACKENDS, ELSEWHERE, PREFERENCE
+from .backends.registry import BACKENDS, ELSEWHERE, PREFERENCE
 
 
 def main(arguments: Sequence[str]) -> int:

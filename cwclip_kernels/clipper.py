@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
-from . import compiled
-from .attach import Attachment
-from .caps import CapPolicy, MaxNorm
-from .components import Grouping, Parameters, named_tensors
+from .arguments import warn_caller
+from .attachment import Attachment
+from .components.parameters import Parameters, named_tensors
+from .components.spec import Grouping
+from .core import traced
+from .core.engine import Engine, Options, check_options, settings_in_words
+from .core.loss_scale import NOT_SCALED, ScaledLoss
 from .distributed.groups import check_parts
-from .engine import Engine, Options, check_options, settings_in_words
-from .messages import warn_caller
 from .result import ClipResult
-from .scaled_loss import NOT_SCALED, ScaledLoss
 from .thresholds import Threshold
 from .thresholds.base import learnt, load_learnt
+from .thresholds.caps import CapPolicy, MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -153,9 +154,9 @@ class ComponentClipper:
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
         if is_dynamo_compiling():
-            compiled.refuse_ranks(self.is_spread)
+            traced.refuse_ranks(self.is_spread)
             components, options = self._engine.components, self._options
-            outcome = compiled.clip_(self._parameters(), components, self.max_norm, options, inv_scale, found_inf)
+            outcome = traced.clip_(self._parameters(), components, self.max_norm, options, inv_scale, found_inf)
         else:
             untouched = inv_scale is None and found_inf is None
             scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
@@ -297,8 +298,8 @@ class ComponentClipper:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""
         norm_type, backend = self._options.rule.norm_type, self._options.backend
         if is_dynamo_compiling():
-            compiled.refuse_ranks(self.is_spread)
-            return compiled.norms_of(self._parameters(), self._engine.components, norm_type, backend)
+            traced.refuse_ranks(self.is_spread)
+            return traced.norms_of(self._parameters(), self._engine.components, norm_type, backend)
         return self._engine.norms(self._parameters(), norm_type, backend)
 
     def total_norm(self, norms: Tensor) -> Tensor:

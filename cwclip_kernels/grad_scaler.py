@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .attach import check_not_in_backward, clipping_too, parameters_of
-from .caps import CapPolicy, Caps
+from .arguments import type_name, warn_caller
+from .attachment import check_not_in_backward, clipping_too, parameters_of
 from .clipper import ComponentClipper
-from .components import type_name
-from .messages import warn_caller
 from .result import ClipResult
 from .thresholds import Threshold
 from .thresholds.base import is_capturing
+from .thresholds.caps import CapPolicy, Caps
 
 # Steps with nothing to clip, before any other, until that is told: a GAN may take 100 with one of its optimizers.
 _STEPS_WITHOUT = 128

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from .bucket import Bucket
-from .formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
+from .core.bucket import Bucket
+from .core.formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:

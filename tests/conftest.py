@@ -1,7 +1,6 @@
 """Fixtures: fresh random inputs whose seed is printed, and the backends that this machine can run."""
 
 import os
-import random
 from collections.abc import Iterator
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
@@ -12,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-SEED = int(os.environ.setdefault("CWCLIP_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+from seed import SEED
 
 
 def pytest_report_header() -> str:

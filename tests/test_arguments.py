@@ -184,7 +184,7 @@ def test_a_named_backend_is_used_or_refused(params, monkeypatch):
         fused_component_clip_(params, 1.0, 3.0, backend="cpu")
     with pytest.raises(RuntimeError, match="backend='cuda' serves NVIDIA GPUs, not cpu; backend=None takes"):
         fused_component_clip_(params, 1.0, backend="cuda")
-    from cwclip_kernels import native
+    from cwclip_kernels.backends import native
 
     monkeypatch.setattr(native, "unavailable", lambda: "the compiled extension is missing (for this test)")
     with pytest.raises(RuntimeError, match="backend='cpu' the compiled extension is missing"):

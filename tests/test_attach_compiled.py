@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, thresholds
-from cwclip_kernels.attach import _runner_of_hooks
+from cwclip_kernels.attachment import _runner_of_hooks
 from helpers import parameter, random_grad, same_bits
 from tied_model import CAP
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from conftest import SEED
 from cwclip_kernels import ComponentClipper, ComponentSpec
 from helpers import BACKENDS, DEVICE, DTYPES, assert_grads, assert_norms, copy_of, parameter, same_bits
+from seed import SEED
 
 LONGER = float(os.environ.get("CWCLIP_FUZZ", "1"))
 # As many as take each backend some ten seconds; Triton's interpreter takes milliseconds for each program of a kernel.

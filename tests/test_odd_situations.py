@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, native
+from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_
+from cwclip_kernels.backends import native
 from helpers import (
     BACKENDS,
     DEVICE,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
-from ..bucket import Bucket
-from ..formula import UNSCALED, ClipRule, LossScale
-from ..native import Addresses
+from ..core.bucket import Bucket
+from ..core.formula import UNSCALED, ClipRule, LossScale
+from . import native
+from .native import Addresses
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:

@@ -15,9 +15,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from .. import native
-from ..bucket import Bucket
-from ..formula import UNSCALED, ClipRule, LossScale
+from ..core.bucket import Bucket
+from ..core.formula import UNSCALED, ClipRule, LossScale
+from . import native
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 
 _POWER_SUMS, _SCALE, _CLIP = range(3)  # csrc/cuda/launch.h: Kind

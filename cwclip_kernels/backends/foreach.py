@@ -6,14 +6,13 @@ Reads every gradient once for its norm, then reads and writes every gradient, cl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket
-from ..formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
+from ..core.bucket import Bucket
+from ..core.formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -129,16 +128,16 @@ def scale_(
             grad.masked_fill_(factor == 0, 0.0)
 
 
-def _factors(grads: list[Tensor], factors: Tensor) -> Sequence[Tensor]:
+def _factors(grads: list[Tensor], factors: Tensor) -> list[Tensor]:
     """The factor of each gradient, [], never wider than its arithmetic: torch promotes where both are 0-d."""
-    wide = factors.unbind()
+    wide = list(factors.unbind())
     if factors.dtype != torch.float64:
         return wide
     narrow = factors.float().unbind()
     return [w if g.dtype == torch.float64 else n for g, w, n in zip(grads, wide, narrow, strict=True)]
 
 
-def _multiply(grads: list[Tensor], factors: Sequence[Tensor, ...]) -> None:
+def _multiply(grads: list[Tensor], factors: list[Tensor]) -> None:
     """Off the CPU torch rounds a 0-d factor to a half-precision tensor's dtype: those tensors are widened first."""
     wide = [(g, f) for g, f in zip(grads, factors, strict=True) if g.dtype.itemsize > 2]
     if wide:

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket
-from ..formula import UNSCALED, ClipRule, LossScale
-from ..native import packed
+from ..core.bucket import Bucket
+from ..core.formula import UNSCALED, ClipRule, LossScale
 from . import triton_tables
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
+from .native import packed
 from .triton_tables import Group, Tables, build_tables
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket
+from ..core.bucket import Bucket
 from .memory import upload
 
 # A tile of a few blocks pays for its program, and is small enough to spread over all processors. Coarser ones for

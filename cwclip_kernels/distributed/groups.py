@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..components import type_name
+from ..arguments import type_name
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.memory import upload
-from ..formula import neutral
+from ..core.formula import neutral
 from .groups import Group, Pending
 
 Measured = Tensor | None  # bool, whether there are elements; wanted for p < 0 alone

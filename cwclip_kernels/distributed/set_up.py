@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch.distributed as dist
 from torch import Tensor
 
-from ..components import Components
-from ..sharding import Layout, is_dtensor, is_flattened, layout_of, place_of
-from . import share
-from .agreement import agree
+from ..components.membership import Components
+from . import local
+from .consistency import agree
 from .groups import Group, along, as_group
-from .spread import Spread, neighbours_of
+from .reduction_plan import Spread, neighbours_of
+from .shards import Layout, is_dtensor, is_flattened, layout_of, place_of
 
 
 def spread_of(
@@ -43,7 +43,7 @@ def spread_of(
 
 def _layouts(
     components: Components, tensors: Sequence[Tensor], group: Group | None
-) -> tuple[share.Layouts, list[tuple[int, ValueError]]]:
+) -> tuple[local.Layouts, list[tuple[int, ValueError]]]:
     """How each tensor is held here; and what is wrong with which, perhaps on this rank alone."""
     layouts: list[Layout | None] = []
     problems: list[tuple[int, ValueError]] = []
@@ -60,14 +60,14 @@ def _layouts(
             problems.append((position, found))
         layouts.append(layout)
     if group is not None:
-        problems += share.cut_parts(components, layouts)
+        problems += local.cut_parts(components, layouts)
     return layouts, problems
 
 
 def _compare(
     components: Components,
     tensors: Sequence[Tensor],
-    layouts: share.Layouts,
+    layouts: local.Layouts,
     group: Group | None,
     stages: Group | None,
     problem: ValueError | None,
@@ -81,7 +81,7 @@ def _compare(
         for tensor, layout in zip(tensors, layouts, strict=True)
     ]
     if stages is None:
-        agree(neighbours, share.statement(components, layouts, shared_or_trained), problem, settings)
+        agree(neighbours, local.statement(components, layouts, shared_or_trained), problem, settings)
         return
     for shared in neighbours:  # whose other components are none of this rank's business
         mine = [
@@ -91,7 +91,7 @@ def _compare(
             for layout in layouts
         ]
         try:
-            agree([shared], share.statement(components, layouts, mine))
+            agree([shared], local.statement(components, layouts, mine))
         except ValueError as found:
             problem = problem or found
     agree([*neighbours, stages], {}, problem, settings)

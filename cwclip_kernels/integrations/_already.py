@@ -10,8 +10,8 @@ from numbers import Real
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attach import clipping_too
-from ..components import type_name
+from ..arguments import type_name
+from ..attachment import clipping_too
 from ..grad_scaler import ComponentClipGradScaler
 
 _said: set[str] = set()

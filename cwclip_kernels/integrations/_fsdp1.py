@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..components import NamedTensors, Parameters, named_tensors
+from ..components.parameters import NamedTensors, Parameters, named_tensors
 from ..distributed.groups import Group
-from ..sharding import is_flattened
+from ..distributed.shards import is_flattened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..caps import MaxNorm
 from ..thresholds import Threshold
+from ..thresholds.caps import MaxNorm
 from ._optimizers import innermost
 
 

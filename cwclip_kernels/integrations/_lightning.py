@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attach import check_not_in_backward
+from ..arguments import type_name
+from ..attachment import check_not_in_backward
 from ..backends.memory import upload
-from ..caps import MaxNorm
 from ..clipper import ComponentClipper
-from ..components import named_tensors, type_name
+from ..components.parameters import named_tensors
 from ..result import ClipResult
 from ..thresholds import Threshold
+from ..thresholds.caps import MaxNorm
 from ._already import refuse_double_clipping
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped

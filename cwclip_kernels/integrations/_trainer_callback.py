@@ -11,9 +11,9 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..caps import MaxNorm
-from ..components import Grouping
+from ..components.spec import Grouping
 from ..result import ClipResult
+from ..thresholds.caps import MaxNorm
 from ._already import refuse_double_clipping, warn_already_clipped
 from ._optimizers import innermost
 from ._trainer_clipping import TrainerClipping

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..attach import check_not_in_backward
-from ..caps import Caps, MaxNorm
+from ..arguments import type_name
+from ..attachment import check_not_in_backward
 from ..clipper import ComponentClipper
-from ..components import Grouping, named_tensors, type_name
-from ..engine import check_options
-from ..naming import Aliases, matches, no_match
-from ..resolve import resolve
+from ..components.naming import Aliases
+from ..components.parameters import named_tensors
+from ..components.patterns import matches, no_match
+from ..components.resolve import resolve
+from ..components.spec import Grouping
+from ..core.engine import check_options
 from ..result import ClipResult
 from ..thresholds import Threshold
+from ..thresholds.caps import Caps, MaxNorm
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped, learns
 

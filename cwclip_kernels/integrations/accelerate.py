@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..api import engine_for
-from ..caps import MaxNorm
-from ..components import Grouping, Parameters, as_items, named_tensors
-from ..engine import check_options, settings_in_words
+from ..components.parameters import Parameters, as_items, named_tensors
+from ..components.spec import Grouping
+from ..core.cache import engine_for
+from ..core.engine import check_options, settings_in_words
+from ..thresholds.caps import MaxNorm
 from ._already import refuse_double_clipping
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped

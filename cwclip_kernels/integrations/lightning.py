@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from ..caps import MaxNorm
 from ..clipper import ComponentClipper
-from ..components import Grouping
-from ..engine import check_options
+from ..components.spec import Grouping
+from ..core.engine import check_options
 from ..result import ClipResult
 from ..thresholds import Threshold
+from ..thresholds.caps import MaxNorm
 from ._learning import learns
 from ._lightning import Clipping, Window, lightnings_own, warn_of_another_cap
 

@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..api import engine_for
-from ..caps import MaxNorm
-from ..components import Grouping, Parameters
-from ..engine import Engine, check_options, settings_in_words
-from ..spec import ComponentSpec
+from ..components.parameters import Parameters
+from ..components.spec import ComponentSpec, Grouping
+from ..core.cache import engine_for
+from ..core.engine import Engine, check_options, settings_in_words
 from ..thresholds import ParamRelative
+from ..thresholds.caps import MaxNorm
 
 MODES = ("norm", "value", "agc")
 

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..api import engine_for
-from ..caps import MaxNorm
-from ..components import Grouping, Parameters, type_name
-from ..engine import check_options, settings_in_words
+from ..arguments import type_name
+from ..components.parameters import Parameters
+from ..components.spec import Grouping
+from ..core.cache import engine_for
+from ..core.engine import check_options, settings_in_words
+from ..thresholds.caps import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..naming import layer_of, type_of
+from ..components.grouping import layer_of, type_of
 from .runs import Run, read_run
 
 _MOST_PANELS = 24

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..components import type_name
-from ..modes import outside_autograd
+from ..arguments import type_name
+from ..core.modes import outside_autograd
 from .writers import WRITERS, Row, TensorBoard, Writer
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..components import Parameters, named_tensors
-from ..formula import wide_dtype
-from ..sharding import is_dtensor
+from ..components.parameters import Parameters, named_tensors
+from ..core.formula import wide_dtype
+from ..distributed.shards import is_dtensor
 
 if TYPE_CHECKING:
     from ..result import ClipResult

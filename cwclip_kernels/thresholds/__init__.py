@@ -24,7 +24,7 @@ Example:
 
 from .adaptive import EMA, ParamRelative, Percentile, ZScore
 from .base import Setting, Threshold
-from .static import Fixed, FromGlobal, Schedule
+from .constant import Fixed, FromGlobal, Schedule
 
 __all__ = [
     "EMA",

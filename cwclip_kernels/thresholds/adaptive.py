@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..formula import root
+from ..core.formula import root
 from .base import Threshold, as_wide, checked_count, checked_number, is_capturing, observed
 
 

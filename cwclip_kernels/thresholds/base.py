@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..components import type_name
-from ..formula import wide_dtype
-from ..naming import Aliases, are_same_names
+from ..arguments import type_name
+from ..components.naming import Aliases, are_same_names
+from ..core.formula import wide_dtype
 
 
 @dataclass(frozen=True)

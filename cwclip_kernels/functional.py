@@ -1,0 +1,173 @@
+"""The functions: component clipping in one call, and measuring without touching."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from .components.parameters import Parameters, named_tensors
+from .components.resolve import resolve
+from .components.spec import Grouping
+from .core import traced
+from .core.cache import engine_for
+from .core.engine import check_options, settings_in_words
+from .core.loss_scale import NOT_SCALED, ScaledLoss
+from .thresholds.caps import MaxNorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def fused_component_clip_(
+    parameters: Parameters,
+    max_norm: MaxNorm,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    *,
+    components: Grouping = None,
+    eps: float = 1e-6,
+    nonfinite: str = "propagate",
+    inv_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    pp_mesh: ProcessGroup | DeviceMesh | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Clips each component's gradient to its own norm, in place.
+
+        norm_c = (sum over component c of |g|^p)^(1/p)
+        coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g
+
+    The first four arguments are those of ``torch.nn.utils.clip_grad_norm_``, in its order. Where coef_c is 1
+    nothing is written. No host sync, except to raise for a non-finite norm when that is asked for, to add up
+    duplicate indices of a sparse gradient, and where one call's gradients lie on several devices.
+
+    Args:
+        parameters: a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs, whose ``.grad`` is
+            clipped: float32, bfloat16, float16, float64 or complex, dense or sparse COO, on any mix of
+            devices. A tensor that comes twice, tied weights included, counts once, under its first name. Names are
+            the model's own, whatever wraps it or its modules: ``torch.compile``, ``DistributedDataParallel``,
+            ``FullyShardedDataParallel``, activation checkpointing. Of pairs, a leading ``module.`` is left out if all
+            names begin with it. Where two names would become equal, all stay as they are.
+        max_norm: the cap. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a
+            sync; a mapping of ``fnmatch`` patterns on component names to numbers: the first that matches
+            counts, a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``, which
+            follow the norms. ``inf`` measures only, 0 zeroes.
+        norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
+        error_if_nonfinite: same as ``nonfinite="error"``.
+        components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
+            module owns, with what ``torch.nn.utils.parametrize`` made of it. "layer": all under the name up to its
+            last number (``encoder.layer.3``). "type": the same place in every layer
+            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable
+            (name, tensor) -> hashable key, None to leave the tensor alone; it is asked for every tensor at every
+            call (once by ``ComponentClipper``, the faster way then). Parameters that the root module itself owns
+            have "" for module and layer. Or a ``ComponentSpec``, which composes these and cuts single tensors into
+            several components.
+        eps: added to the norm before dividing, as ``clip_grad_norm_`` does. It isn't where ``max_norm`` is a
+            threshold that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own):
+            beside a small cap it would clip what is below the cap.
+        nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
+            0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.
+            "error": RuntimeError that names the components, no gradient changed; syncs with the host. A
+            component whose cap is inf is only measured, whatever its norm.
+        inv_scale: for gradients of a scaled loss, what undoes the scale: a number, or a Tensor of one element, used
+            where it lies, without a sync. Norms and caps are those of g * inv_scale, and that is what is left in
+            ``.grad``, clipped, from the same pass. A parameter left alone keeps its scale.
+        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is; what
+            ``torch.amp.GradScaler`` decides by.
+        process_group: for plain tensors of which each rank holds a part (``FullyShardedDataParallel``, partitions of
+            ZeRO): the ranks that together hold all; sums over it make norms whole. DTensors need no word: norms and
+            slices are those of the logical gradient, whatever its mesh and placements. Not for
+            ``DistributedDataParallel``, where each rank has all.
+        pp_mesh: ranks that hold different parameters of one model, such as stages of a pipeline. Components that
+            several of them have parts of are added up over it; all others cause no traffic.
+        backend: None for the best available, or "cuda", "triton", "cpu", "foreach", "reference": used or refused.
+
+    With sharded parameters all ranks that share them call this together, and pass all of them, with or without a
+    gradient. The first call with them compares the ranks' components (with a callable in ``components`` every call,
+    so prefer ``ComponentClipper`` there); from then on each costs one all-reduce of a number a component for each set
+    of ranks that parameters are spread over. It doesn't matter which ranks have gradients for which shards.
+
+    Returns:
+        [K] norms before clipping, float32 (float64 if any gradient of this call is), on the device of the first
+        gradient. K and the order depend on ``parameters`` alone: without gradient, a component's norm is 0.
+
+    Raises:
+        TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed. On all ranks,
+            at the first call: they don't have the same components.
+        RuntimeError: a non-finite norm under "error", on all ranks alike; or a named backend that can't serve.
+            Nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels import fused_component_clip_
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> model.bias.grad = torch.tensor([0.5])
+        >>> fused_component_clip_(model, max_norm=1.0)
+        tensor([5.0000, 0.5000])
+        >>> model.weight.grad, model.bias.grad
+        (tensor([[0.6000, 0.8000]]), tensor([0.5000]))
+
+    References:
+        Yang & Ma, "Improving Stability of Fine-Tuning Pretrained Language Models via Component-Wise Gradient
+        Norm Clipping", EMNLP 2022, arXiv 2210.10325. eps: ``torch.nn.utils.clip_grad_norm_``.
+    """
+    options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+    if is_dynamo_compiling():
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        named = named_tensors(parameters)
+        resolved = resolve(named, components)
+        return traced.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
+    scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
+    settings = partial(settings_in_words, options, max_norm, pp_mesh)
+    tensors, engine = engine_for(parameters, components, settings, process_group, pp_mesh)
+    return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
+
+
+def component_norms(
+    parameters: Parameters,
+    norm_type: float = 2.0,
+    *,
+    components: Grouping = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    pp_mesh: ProcessGroup | DeviceMesh | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Norm of each component's gradient; nothing is changed.
+
+    Args:
+        parameters: as for :func:`fused_component_clip_`.
+        norm_type: likewise.
+        components: likewise.
+        process_group: likewise.
+        pp_mesh: likewise.
+        backend: likewise.
+
+    Returns:
+        [K] norms, float32 (float64 if any gradient is), on the gradients' device; no host sync.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fused_component_clip_`.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels import component_norms
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> component_norms(model)
+        tensor([5., 0.])
+        >>> component_norms(model, norm_type=1.0, components="all")
+        tensor([7.])
+    """
+    options = check_options(norm_type, False, 0.0, "propagate", backend)
+    if is_dynamo_compiling():
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        named = named_tensors(parameters)
+        return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
+    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options), process_group, pp_mesh)
+    return engine.norms(tensors, options.rule.norm_type, backend)

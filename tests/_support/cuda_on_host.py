@@ -1,0 +1,73 @@
+"""The CUDA backend on CPU tensors: its kernels compiled by g++, their threads as fibers: native/."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from cwclip_kernels.backends import cuda, native
+
+ROOT = Path(__file__).parents[2]
+CXX = os.environ.get("CXX", "g++").split()[0]
+CSRC = [ROOT / "csrc" / name for name in ("segments.cpp", "cuda/tables.cpp")]
+KERNELS = ["-x", "c++", ROOT / "csrc/cuda/launch.cu"]
+FLAGS = ["-std=c++20", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+FORMS = (1, 2)  # two launches, one launch
+
+
+def compile_(*arguments: object) -> None:
+    """Hands these to the C++ compiler, and the kernels after them."""
+    command = [CXX, *FLAGS, f"-I{ROOT / 'tests/_support/native'}", *map(str, arguments), *map(str, KERNELS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "sanitize" in " ".join(command) and "cannot find" in done.stderr:
+        pytest.skip("this compiler came without sanitizers")
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def module() -> Any:
+    """The stand-in for cwclip_kernels._C, built once a session (10 s)."""
+    if shutil.which(CXX) is None:
+        pytest.skip("no C++ compiler for the CUDA kernels")
+    folder = Path(tempfile.mkdtemp(prefix="cwclip_cuda_on_host"))
+    target = folder / "cwclip_cuda_on_host.so"
+    native = [ROOT / "tests/_support/native" / name for name in ("cuda_on_host.cpp", "blocks_as_fibers.cpp")]
+    csrc = [*CSRC, ROOT / "csrc/tensors.cpp", ROOT / "csrc/cuda/calls.cpp"]
+    python = ["-DPy_LIMITED_API=0x030a0000", f"-I{sysconfig.get_path('include')}"]
+    compile_("-O2", "-fPIC", "-shared", *python, *native, *csrc, "-o", target)
+    spec = importlib.util.spec_from_file_location("cwclip_cuda_on_host", target)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    shutil.rmtree(folder)
+    return loaded
+
+
+@contextmanager
+def in_place_of_a_gpu() -> Iterator[Any]:
+    """Lets ``backend="cuda"`` serve CPU tensors, on two processors with two blocks each."""
+    assert native.unavailable() is None
+    stand_in = module()
+    stand_in.set_machine(2, 4, 0)
+
+    def refuses(device, dtype, norm_type):
+        return native.unserved(dtype, norm_type) if device.type == "cpu" else f"serves no {device.type} here"
+
+    with (
+        mock.patch.object(native, "module", return_value=stand_in),
+        mock.patch.object(cuda, "refuses", refuses),
+        mock.patch.dict(os.environ, {"CWCLIP_CUDA_BLOCKS_PER_SM": "2"}),
+    ):
+        yield stand_in

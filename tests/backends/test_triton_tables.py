@@ -1,0 +1,135 @@
+"""The Triton backend's host side: tile tables, addresses that move, graphs, and what it says where it can't run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cwclip_kernels.backends import memory, triton_tables
+from cwclip_kernels.backends import triton as backend
+from cwclip_kernels.backends.native import packed
+from helpers import DEVICE, DTYPES, random_grad, same_bits
+from triton_buckets import bucket_of, expected_sums, one_each
+
+pytestmark = pytest.mark.usefixtures("needs_triton")
+
+
+# Sizes that no machine here could hold; a tensor on the meta device has shape and strides only.
+def test_tables_of_huge_gradients():
+    grads = [
+        torch.empty(2**31 + 12_345, dtype=torch.bfloat16, device="meta"),
+        torch.empty(3, dtype=torch.float32, device="meta"),
+        torch.empty(2**24, dtype=torch.float32, device="meta"),
+        torch.empty(2**28, dtype=torch.float64, device="meta"),
+        torch.empty(0, device="meta"),
+    ]
+    bucket = bucket_of(grads, [2, 2, 0, 2, 1])
+    tables = triton_tables.build_tables(bucket, grads)
+    for tiles in (tables.sum_tiles, tables.scale_tiles):
+        for dtype, _, group in tiles:
+            assert group.dtype == torch.int64
+            for i in group[:, 0].unique().tolist():
+                assert grads[i].dtype == dtype
+                _, start, length, *_ = group[group[:, 0] == i].sort(0).values.T
+                assert start[0] == 0
+                assert torch.equal((start[1:] - start[:-1]).unique(), length.max().view(1)) or len(start) == 1
+                assert length.sum() == grads[i].numel()
+    slots = torch.cat([group[:, 3] for *_, group in tables.sum_tiles])
+    assert torch.equal(slots.sort().values, torch.arange(tables.tiles))
+    leaders = torch.cat([group[group[:, 4] == 1, 3] for *_, group in tables.scale_tiles])
+    assert sorted(leaders.tolist()) == [0, 2]
+    assert tables.chunks is not None
+    assert (tables.chunks.diff() <= triton_tables.CHUNK).all()
+    assert tables.chunks[-1] == tables.tiles
+    assert tables.spans[-1] == len(tables.chunks) - 1
+    assert tables.spans.diff()[0] <= triton_tables.CHUNK  # 64 MB
+    assert not tables.covers_all
+
+
+def test_offsets_beyond_32_bits():
+    grads = [random_grad((5000,), dtype) for dtype in DTYPES]
+    bucket = one_each(grads)
+    for i, grad in enumerate(grads):
+        call = backend._prepare(bucket, grads, None)
+        far = call.addresses - 2**33 * grad.element_size()
+        tiles = []
+        for group in call.tables.sum_tiles:
+            moved_tiles = group.tiles.clone()
+            moved_tiles[:, 1] += 2**33
+            tiles.append(group._replace(tiles=moved_tiles))
+        moved = replace(call, addresses=far, tables=replace(call.tables, tiles=len(grads), sum_tiles=(tiles[i],)))
+        with backend._launching_on(bucket.device):
+            partials = backend._partials(moved, 1.0)
+        assert partials[i].item() == pytest.approx(grad.double().abs().sum().item(), rel=1e-6)
+
+
+def test_gradients_move_between_calls():
+    grads = [random_grad((300,)), random_grad((9,), torch.bfloat16)]
+    bucket = one_each(grads)
+    first = backend.power_sums(bucket, grads, 2.0)
+    tables = bucket.state.tables
+    (before,) = bucket.state.calls.values()
+    assert same_bits(backend.power_sums(bucket, grads, 2.0), first)
+    (again,) = bucket.state.calls.values()
+    assert again is before
+    moved = [g.clone() for g in grads]
+    assert same_bits(backend.power_sums(bucket, moved, 2.0), first)
+    (after,) = bucket.state.calls.values()
+    assert after.pointers == packed(g.data_ptr() for g in moved)
+    assert bucket.state.tables is tables
+
+
+def test_values_of_sparse_gradients_change_size():
+    bucket = bucket_of([torch.empty(0)], [0], plain=False)
+    for n in (10, 20_000, 3):
+        values = random_grad((n,))
+        expected = expected_sums([values], [0], 1, 2.0)
+        torch.testing.assert_close(backend.power_sums(bucket, [values], 2.0), expected, rtol=2e-6, atol=0)
+
+
+def test_default_device_does_not_matter():
+    grad = random_grad((100,))
+    bucket = one_each([grad])
+    with torch.device("meta"):
+        sums = backend.power_sums(bucket, [grad], 2.0)
+    torch.testing.assert_close(sums, expected_sums([grad], [0], 1, 2.0), rtol=2e-6, atol=0)
+
+
+def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
+    # Only the bookkeeping: nothing is captured here, and pinned memory needs a GPU.
+    monkeypatch.setattr(backend, "_pinned", lambda pointers: torch.empty(len(pointers) // 8, dtype=torch.int64))
+    monkeypatch.setattr(memory, "_KEPT_FOR_GRAPHS", [])
+    grads = [random_grad((300,)), random_grad((9,))]
+    bucket = one_each(grads)
+    eager = backend._prepare(bucket, grads, None)
+    calls, bucket.state.calls = bucket.state.calls, {}
+    with pytest.raises(RuntimeError, match="make one before"):
+        backend._prepare_captured(bucket.state, bucket.device, packed((1, 2)))
+    bucket.state.calls = calls
+    captured = [
+        backend._prepare_captured(bucket.state, bucket.device, packed(pointers)) for pointers in ((1, 2), (3, 4))
+    ]
+    assert [call.addresses.tolist() for call in captured] == [[1, 2], [3, 4]]
+    assert [host.tolist() for host, _ in memory._KEPT_FOR_GRAPHS] == [[1, 2], [3, 4]]
+    assert backend._prepare(bucket, grads, None) is eager
+
+
+def test_refusals_say_what_to_do(monkeypatch):
+    device = torch.device(DEVICE)
+    assert backend.refuses(device, torch.bfloat16, 2.0) is None
+    assert "norm_type 1, 2 and inf, not 3" in backend.refuses(device, torch.bfloat16, 3.0)
+    assert "torch.int8" in backend.refuses(device, torch.int8, 2.0)
+    assert "not mps" in backend.unavailable(torch.device("mps"))
+
+    unavailable = backend.unavailable.__wrapped__
+    interpreted = backend._kernels().interpreted
+    monkeypatch.setattr(backend._kernels(), "interpreted", not interpreted)
+    wrong = unavailable(device)
+    assert "TRITON_INTERPRET" in wrong
+    assert ("set" if DEVICE == "cpu" else "unset") in wrong
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(backend, "_kernels", missing)
+    assert "pip install" in unavailable(device)

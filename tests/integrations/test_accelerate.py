@@ -1,0 +1,337 @@
+"""Accelerate's call: a plain loop, accumulation, loss scales, both kinds of FSDP, and what clips for itself."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distributed import Block, Model, full
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, fused_component_clip_, thresholds
+from cwclip_kernels.integrations.accelerate import clip_grad_norm_
+from helpers import same_bits
+from ranks import on_ranks
+
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def batches(number=4):
+    return torch.randint(7, (number, 2, 4))
+
+
+def test_importing_the_package_leaves_accelerate_alone():
+    code = "import sys, cwclip_kernels.integrations.accelerate; print('accelerate' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("components", [None, "layer", "all"])
+def test_a_plain_loop(components):
+    accelerator = Accelerator(cpu=True)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    model, ours = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9))
+    for tokens in batches():
+        accelerator.backward(model(tokens).square().sum())
+        plain(tokens).square().sum().backward()
+        expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        fused_component_clip_(plain, 0.1, components=components)
+        norm = clip_grad_norm_(accelerator, model, 0.1, components=components)
+        assert norm.shape == ()
+        torch.testing.assert_close(norm, expected)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(same_bits, model.state_dict().values(), plain.state_dict().values()))
+
+
+def test_one_norm_of_all_is_what_accelerate_does():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(Model())
+    accelerator.backward(model(batches()[0]).square().sum())
+    before = [p.grad.clone() for p in model.parameters()]
+    norm = clip_grad_norm_(accelerator, model.parameters(), 0.1, components="all")
+    ours = [p.grad for p in model.parameters()]
+    for p, grad in zip(model.parameters(), before, strict=True):
+        p.grad = grad
+    torch.testing.assert_close(norm, accelerator.clip_grad_norm_(model.parameters(), 0.1))
+    torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
+
+
+def test_accumulated_gradients_are_clipped_once_and_whole():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    for i, tokens in enumerate(batches(4)):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(tokens).square().sum())
+            (plain(tokens).square().sum() / 2).backward()
+            assert accelerator.sync_gradients == (i % 2 == 1)
+            if accelerator.sync_gradients:
+                clip_grad_norm_(accelerator, model.parameters(), 0.1)
+                fused_component_clip_(plain, 0.1)
+                torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+                plain.zero_grad()
+            else:
+                before = [p.grad.clone() for p in model.parameters()]
+                with pytest.raises(RuntimeError, match="if accelerator.sync_gradients"):
+                    clip_grad_norm_(accelerator, model.parameters(), 0.1)
+                assert all(map(same_bits, before, (p.grad for p in model.parameters())))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def scaled(accelerator, monkeypatch, scaler):
+    """Accelerate has float16 on accelerators alone: its optimizers' scaler is put there by hand."""
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(AcceleratorState, "mixed_precision", "fp16")
+    return scaler
+
+
+def test_a_scaled_loss_is_unscaled_first(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = scaled(accelerator, monkeypatch, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    tokens = batches()[0]
+    scaler.scale(model(tokens).square().sum()).backward()
+    plain(tokens).square().sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match="max_norm"):
+        clip_grad_norm_(accelerator, model.parameters(), "low")
+    assert all(map(same_bits, before, (p.grad for p in model.parameters())))
+    expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    torch.testing.assert_close(clip_grad_norm_(accelerator, model.parameters(), 0.1), expected)
+    fused_component_clip_(plain, 0.1)
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+POLICIES = {
+    "Schedule": lambda: thresholds.Schedule(lambda step: 0.5 / (1 + step)),
+    "EMA": lambda: thresholds.EMA(warmup_steps=2),
+    "ZScore": lambda: thresholds.ZScore(warmup_steps=2, threshold=0.5),
+    "Percentile": lambda: thresholds.Percentile(50.0),
+}
+
+
+@pytest.mark.parametrize("skipped", [0, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_skipped_step_teaches_nothing(monkeypatch, policy, skipped):
+    """As for a clipper that isn't called where no step is taken; what is returned tells of it."""
+    accelerator = Accelerator(cpu=True)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, _ = accelerator.prepare(model, inner)
+    other = accelerator.prepare(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    scaler = scaled(accelerator, monkeypatch, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    ours, theirs = POLICIES[policy](), POLICIES[policy]()
+    for i, tokens in enumerate(batches(6)):
+        scaler.scale(model(tokens).square().sum()).backward()
+        plain(tokens).square().sum().backward()
+        bad = 1 if i == skipped else 0
+        if bad:
+            model.head.bias.grad.fill_(torch.inf)
+        else:
+            fused_component_clip_(plain, theirs)
+            plain_optimizer.step()
+        # An optimizer of something else may well overflow.
+        scaler.scale(torch.ones(()))
+        other.param_groups[0]["params"][0].grad = torch.full((1,), torch.inf if i == 3 else 1.0)
+        assert clip_grad_norm_(accelerator, model, ours).isfinite() == (not bad)
+        scaler.step(inner)
+        scaler.step(other.optimizer)
+        scaler.update(1024.0)
+        for o in (inner, plain_optimizer):
+            o.zero_grad()
+    one, other = ours.state_dict(), theirs.state_dict()
+    assert one["host"] == other["host"]
+    assert set(one["tensors"]) == set(other["tensors"])
+    assert all(same_bits(one["tensors"][name], other["tensors"][name]) for name in other["tensors"])
+    assert all(map(same_bits, model.parameters(), plain.parameters()))
+
+
+def test_an_attached_clipper_is_refused(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    model, another = Model(), Model()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, another)]
+    handle = ComponentClipper(another, 0.1).attach(optimizers[1])
+    model, *_ = accelerator.prepare(model, *optimizers)
+    for m in (model, another):
+        m(batches()[0]).square().sum().backward()
+    clip_grad_norm_(accelerator, model, 0.1)  # that is clipped by nobody else
+    before = [p.grad.clone() for p in another.parameters()]
+    with pytest.raises(RuntimeError, match=r"optimizer: a clipper is attached to .*call remove\(\)"):
+        clip_grad_norm_(accelerator, another, 0.1)
+    scaler = ComponentClipGradScaler(ComponentClipper(model, 0.1), "cpu")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="scaler: a ComponentClipGradScaler"):
+        clip_grad_norm_(accelerator, another, scaled(accelerator, patch, scaler) and 0.1)
+    assert all(map(same_bits, before, (p.grad for p in another.parameters())))
+    handle.remove()
+    clip_grad_norm_(accelerator, another, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [("DEEPSPEED", "gradient_clipping"), ("MEGATRON_LM", "gradient_clipping"), ("XLA", "Accelerate's own")],
+)
+def test_who_clips_for_himself_is_named(kind, advice):
+    accelerator = SimpleNamespace(distributed_type=DistributedType(kind), sync_gradients=True)
+    model = Model()
+    with pytest.raises(RuntimeError, match=f"accelerator: .*{advice}"):
+        clip_grad_norm_(accelerator, model, 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several ranks
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def launched():
+    """What ``accelerate launch`` tells each rank."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
+    before = dict(os.environ)
+    os.environ.update(told)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def steps_agree(backward, model, clip):
+    """Three optimizer steps beside the same model in one piece, which is returned; each total is that of all."""
+    plain = Model()
+    with FullyShardedDataParallel.summon_full_params(model):
+        plain.load_state_dict(
+            {n: full(p.detach()) for n, p in zip(plain.state_dict(), model.parameters(), strict=True)}
+        )
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (model, plain)]
+    for tokens in batches(3):
+        backward(model(tokens).square().sum())
+        plain(tokens).square().sum().backward()
+        expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        fused_component_clip_(plain, 0.1)
+        norm = clip(model)
+        assert type(norm) is torch.Tensor
+        torch.testing.assert_close(norm, expected, rtol=1e-9, atol=0.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    with FullyShardedDataParallel.summon_full_params(model):
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(full(a.detach()), b.detach(), rtol=1e-8, atol=1e-12)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "fully_shard"])
+def test_several_processes(kind):
+    with launched():
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
+        model = Model()
+        if kind == "fully_shard":  # which Accelerate does itself on accelerators alone
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            model = accelerator.prepare(model)
+        assert type(model).__name__ in ("FSDPModel", "DistributedDataParallel")
+        steps_agree(accelerator.backward, model, lambda m: clip_grad_norm_(accelerator, m.parameters(), 0.1))
+
+
+def with_fsdp1(*models):
+    """What is asked of an Accelerator that prepared these: a real one has FSDP on accelerators alone."""
+    return SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        is_fsdp2=False,
+        sync_gradients=True,
+        unscale_gradients=lambda: None,
+        _models=list(models),
+    )
+
+
+def wrapped(**options):
+    policy = ModuleWrapPolicy({Block})
+    return FullyShardedDataParallel(
+        Model(), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), **options
+    )
+
+
+@on_ranks(2)
+def test_fsdp1_is_clipped_over_its_own_group():
+    model = wrapped()
+    accelerator = with_fsdp1(wrapped(), model)
+    steps_agree(torch.Tensor.backward, model, lambda m: clip_grad_norm_(accelerator, m.parameters(), 0.1))
+    model(batches()[0]).square().sum().backward()
+    norm = clip_grad_norm_(with_fsdp1(), model, torch.inf, process_group=model.process_group)
+    torch.testing.assert_close(norm, clip_grad_norm_(accelerator, model, torch.inf))
+
+
+@on_ranks(2)
+def test_frozen_parameters_may_be_whole_beside_shards_of_fsdp1():
+    """A 4-bit base, say: they are clipped by nobody. Once they learn, they would be."""
+    model, plain = wrapped(), Model()
+    with FullyShardedDataParallel.summon_full_params(model):
+        plain.load_state_dict(
+            {n: full(p.detach()) for n, p in zip(plain.state_dict(), model.parameters(), strict=True)}
+        )
+    packed = nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
+    base = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    pairs = [("packed", packed), *model.named_parameters(), ("base", base)]
+    tokens = batches()[0]
+    for m in (model, plain):
+        m(tokens).square().sum().backward()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    torch.testing.assert_close(clip_grad_norm_(with_fsdp1(model), pairs, 0.1), expected, rtol=1e-9, atol=0.0)
+    base.requires_grad_()
+    with pytest.raises(ValueError, match="'base' is whole on each rank"):
+        clip_grad_norm_(with_fsdp1(model), pairs, 0.1)
+
+
+@on_ranks(2)
+def test_fsdp1_that_cannot_be_told_is_refused():
+    one, other = wrapped(), wrapped()
+    both = [*one.parameters(), *other.parameters()]
+    with pytest.raises(ValueError, match="no model prepared by this accelerator .* pass process_group"):
+        clip_grad_norm_(with_fsdp1(other), one.parameters(), 0.1)
+    with pytest.raises(ValueError, match="2 prepared models"):
+        clip_grad_norm_(with_fsdp1(one, other), both, 0.1)
+    pairs = [*one.named_parameters(), ("head", nn.Parameter(torch.ones(3)))]
+    with pytest.raises(ValueError, match="'head' is whole on each rank"):
+        clip_grad_norm_(with_fsdp1(one), pairs, 0.1)
+    whole = wrapped(sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
+    clip_grad_norm_(with_fsdp1(whole), whole, 0.1)
+    with pytest.warns(FutureWarning, match="NO_SHARD"):
+        whole = wrapped(sharding_strategy=ShardingStrategy.NO_SHARD)
+    with pytest.raises(ValueError, match="DistributedDataParallel instead"):
+        clip_grad_norm_(with_fsdp1(whole), whole, 0.1)

@@ -1,0 +1,96 @@
+"""What ways into a trainer share: the model's own names whatever wraps it, and the numbers for a log."""
+
+import pytest
+import torch
+from test_accelerate import batches, steps_agree, with_fsdp1, wrapped
+from torch import nn
+
+from cwclip_kernels import ClipResult, fused_component_clip_
+from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping
+from cwclip_kernels.integrations.accelerate import clip_grad_norm_
+from ranks import on_ranks
+
+
+def small():
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+
+
+def test_a_cap_that_changes_is_followed():
+    model, clipping = small(), TrainerClipping()
+    for cap in (0.1, 0.2, None, 0.0, -1.0):
+        model(torch.ones(1, 3)).sum().backward()
+        clipping.clip_(clipping.clipper_for(model, cap))
+        assert clipping.last.caps.item() == (cap if cap and cap > 0 else torch.inf)
+
+
+def test_numbers_of_several_steps():
+    numbers = ClipNumbers()
+    assert numbers.tell() == {}
+    names, caps = ("a", "b", "c", "d"), torch.tensor(2.0, dtype=torch.float64)
+    for norms, coefs in (
+        ([4.0, 1.0, 0.0, torch.inf], [0.5, 1.0, 1.0, 0.0]),
+        ([1.0, 5.0, 1.0, torch.nan], [1.0, 0.4, 1.0, torch.nan]),
+    ):
+        numbers.add(ClipResult(names, torch.tensor(norms), torch.tensor(coefs), caps))
+    assert numbers.tell() == pytest.approx(
+        {
+            "clip_rate": (2 / 3 + 2 / 4) / 2,
+            "clip_ratio_max": 2.5,
+            "component_norm_max": 5.0,
+            "component_norm_nonfinite": 2.0,
+        }
+    )
+
+
+def test_no_component_at_all():
+    clipping = TrainerClipping(0.1, components=lambda name, parameter: None)
+    model = small()
+    model(torch.ones(1, 3)).sum().backward()
+    assert clipping.clip_(clipping.clipper_for(model, None)).item() == 0.0
+    assert clipping.numbers() == {}
+
+
+@on_ranks(2)
+def test_fsdp1_is_clipped_over_its_own_group():
+    model, clipping = wrapped(), TrainerClipping(0.1)
+    steps_agree(torch.Tensor.backward, model, lambda m: clipping.clip_(clipping.clipper_for(m, None)))
+    model(batches()[0]).square().sum().backward()
+    names = clipping.clipper_for(model, None).names
+    assert not any("_fsdp" in name for name in names)
+
+
+class Around(nn.Module):
+    """FSDP around one module alone, and what is whole beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = wrapped()
+        self.packed = nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
+        self.base = nn.Linear(3, 3).double().requires_grad_(False)
+
+    def forward(self, tokens):
+        return self.base(self.inner(tokens))
+
+
+@on_ranks(2)
+def test_what_fsdp1_leaves_whole_may_be_frozen():
+    model, clipping = Around(), TrainerClipping(0.1)
+    for frozen in (True, True, False):
+        model.base.requires_grad_(not frozen)
+        model(batches()[0]).square().sum().backward()
+        if not frozen:  # half of the way through a run
+            with pytest.raises(ValueError, match=r"'base\.weight' is whole on each rank"):
+                clipping.clipper_for(model, None)
+            break
+        expected = clip_grad_norm_(with_fsdp1(model.inner), model.inner, torch.inf)
+        total = clipping.clip_(clipping.clipper_for(model, None))
+        torch.testing.assert_close(total, expected)
+        model.zero_grad()
+
+
+def test_the_total_is_that_of_all():
+    model, clipping = small(), TrainerClipping(0.1, norm_type=1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    expected = sum(p.grad.abs().sum() for p in model.parameters())
+    torch.testing.assert_close(clipping.clip_(clipping.clipper_for(model, None)), expected)
+    assert fused_component_clip_(model, torch.inf, norm_type=1.0).max() <= 0.1 + 1e-6

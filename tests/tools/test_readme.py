@@ -1,0 +1,103 @@
+"""Every piece of Python in the README runs."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.distributed as dist
+from torch import nn
+
+from cwclip_kernels import ComponentClipper
+from helpers import DEVICE
+
+README = Path(__file__).parents[2] / "README.md"
+ALL = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+# Trainers' have models of their own: test_readme_trainers.py.
+BLOCKS = [block for block in ALL if "Trainer" not in block and "LightningModule" not in block]
+D = 6
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Module()
+        self.attn.c_attn = nn.Module()
+        self.attn.c_attn.weight = nn.Parameter(torch.randn(D, 3 * D) / 4)
+        self.attn.c_attn.bias = nn.Parameter(torch.zeros(3 * D))
+        self.attention = nn.Linear(D, D)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(2, D, D) / 4)
+
+    def forward(self, x):
+        q, k, v = (x @ self.attn.c_attn.weight + self.attn.c_attn.bias).split(D, -1)
+        x = self.attention(torch.tanh(q * k + v))
+        return x @ self.experts.up[0] + x @ self.experts.up[1]
+
+
+class Model(nn.Module):
+    """Names as in the README's examples; a call returns an object with a loss, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(D, 2)
+
+    def forward(self, x):
+        for block in self.h:
+            x = x + block(x)
+        return types.SimpleNamespace(loss=self.head(x).square().sum())
+
+
+@pytest.fixture
+def only_rank():
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 10
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of inductor
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block(number, tmp_path, monkeypatch, request):
+    if "plot_run" in BLOCKS[number]:
+        pytest.importorskip("matplotlib")
+    if "fully_shard" in BLOCKS[number]:
+        request.getfixturevalue("only_rank")
+    if "torchtitan" in BLOCKS[number]:  # what the block touches of it
+        utils = types.ModuleType("torchtitan.distributed.utils")
+        monkeypatch.setitem(sys.modules, "torchtitan", types.ModuleType("torchtitan"))
+        monkeypatch.setitem(sys.modules, "torchtitan.distributed", types.SimpleNamespace(utils=utils))
+    if "timm" in BLOCKS[number]:
+        utils = types.SimpleNamespace(cuda=types.SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(utils=utils))
+    monkeypatch.chdir(tmp_path)
+    model = Model().to(DEVICE)
+    x = torch.randn(3, D, device=DEVICE)
+    model(x).loss.backward()
+    names = {
+        "torch": torch,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "loader": [{"x": torch.randn(3, D, device=DEVICE)} for _ in range(2)],
+        "caps": torch.tensor(0.05, device=DEVICE),
+        "clipper": ComponentClipper(model, 0.05),
+        "ComponentClipper": ComponentClipper,
+        "device": DEVICE,
+        "d": D,
+        "accelerator": types.SimpleNamespace(
+            sync_gradients=True, unscale_gradients=lambda: None, distributed_type=types.SimpleNamespace(value="NO")
+        ),
+    }
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch._inductor.config.patch(compile_threads=1):  # leaves no processes behind
+        exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    if "loss.backward()" in BLOCKS[number] or "scaler.step" in BLOCKS[number]:
+        after = [getattr(p, "_local_tensor", p) for p in model.parameters()]  # one rank holds all
+        assert any(not torch.equal(p, b) for p, b in zip(after, before, strict=True)), "nothing learnt"

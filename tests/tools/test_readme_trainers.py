@@ -1,0 +1,91 @@
+"""The README's pieces of Python for Trainers, of Hugging Face and Lightning: they run, and they clip."""
+
+import functools
+
+import pytest
+import test_readme
+import torch
+from torch import nn
+
+from cwclip_kernels import component_norms
+
+
+def block(word):
+    """The one piece in which it is."""
+    (found,) = [text for text in test_readme.ALL if word in text]
+    return compile(found, f"README.md, {word}", "exec")
+
+
+@pytest.fixture
+def hf():
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    import hf
+    from cwclip_kernels.integrations import _already
+
+    _already._said.clear()
+    for _ in hf.on_one_thread():
+        yield hf
+
+
+@pytest.mark.parametrize(("word", "cap"), [("ComponentClipTrainerMixin", 0.05), ("ComponentClipCallback", 0)])
+def test_hugging_face(hf, word, cap, tmp_path):
+    names = {
+        "Trainer": hf.Trainer,
+        "model": hf.encoder(),
+        "args": hf.arguments(tmp_path, max_grad_norm=cap, max_steps=2),
+        "data": hf.examples(),
+    }
+    exec(block(word), names)
+    names["trainer"].train()
+    assert all(rate > 0 for rate in hf.logged(names["trainer"], "clip_rate"))
+
+
+@pytest.fixture
+def lightning():
+    """Names of the README's blocks, and the norms that an optimizer's steps found."""
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.found = []
+
+        def training_step(self, batch, batch_idx):
+            return 100 * self.head(batch).square().mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            step = optimizer.step
+
+            def seen(closure):
+                def closure_and_look():  # Lightning's closure ends with clipping
+                    loss = closure()
+                    self.found.append(component_norms(self))
+                    return loss
+
+                return step(closure=closure_and_look)
+
+            optimizer.step = functools.wraps(step)(seen)
+            return optimizer
+
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = functools.partial(pl.Trainer, accelerator="cpu", max_epochs=1, **dict.fromkeys(quiet, False))
+    return {"Trainer": trainer, "LightningModule": Model, "model": Model(), "loader": torch.randn(3, 5, 4)}
+
+
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")  # of Lightning itself
+def test_lightning_callback(lightning):
+    exec(block("ComponentClip("), lightning)
+    assert len(lightning["model"].found) == 3
+    assert all((norms <= 0.0501).all() for norms in lightning["model"].found)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
+def test_lightning_helper(lightning):
+    exec(block("LightningModule"), lightning)
+    model = lightning["Model"]()
+    lightning["Trainer"](gradient_clip_val=0.05).fit(model, lightning["loader"])
+    assert len(model.found) == 3
+    assert all((norms <= 0.0501).all() for norms in model.found)
