@@ -35,7 +35,7 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
 
 stage_tests() {
   # shellcheck disable=SC2086 # arguments are words
-  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/backends/test_cuda_gpu.py tests/core/test_training_gpu.py
+  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/backends/test_cuda_gpu.py tests/backends/test_training_gpu.py
     tests/core/test_mixed_precision.py tests/test_grad_scaler.py tests/components/test_spec.py tests/test_attach.py
     tests/thresholds/test_thresholds.py
     tests/in_backward/test_in_backward.py tests/telemetry/test_telemetry.py}

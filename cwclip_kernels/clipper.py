@@ -210,8 +210,8 @@ class ComponentClipper:
         wanted = {id(p) for p in parameters}
         tensors, components = self._parameters(), self._engine.components
         is_inside = [id(tensor) in wanted for tensor in tensors]
-        owner = {component: position for position, component, _ in components.members() if is_inside[position]}
-        for position, component, _ in components.members():
+        owner = {component: position for position, component, _ in components.members if is_inside[position]}
+        for position, component, _ in components.members:
             if component in owner and not is_inside[position] and tensors[position].requires_grad:
                 here, there = components.tensor_names[owner[component]], components.tensor_names[position]
                 name = components.names[component]
@@ -281,7 +281,7 @@ class ComponentClipper:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """The parameters that are clipped, whole or in slices."""
-        clipped = {position for position, _, _ in self._engine.components.members()}
+        clipped = self._engine.components.clipped
         return tuple(tensor for i, tensor in enumerate(self._parameters()) if i in clipped)
 
     @property

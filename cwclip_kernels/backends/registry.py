@@ -75,7 +75,7 @@ def choose(device: torch.device, dtype: torch.dtype, norm_type: float, backend: 
 
 def explain(plan: ClipPlan, grads: Sequence[Tensor | None]) -> str:
     """A plan in words: one line for each bucket, with the reason for its backend."""
-    lines = [f"{len(plan.components.names)} components over {len(plan.components.index)} tensors"]
+    lines = [f"{len(plan.components.names)} components over {len(plan.components.tensor_names)} tensors"]
     for bucket in plan.buckets:
         own = bucket.pick(grads)
         dtypes = Counter(str(g.dtype).removeprefix("torch.") for g in own)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..arguments import type_name
 from ..distributed.shards import Original, is_flat, originals_of
-from .membership import CUT, LEFT_ALONE, Box, Components
+from .membership import Components, Member, Slice
 from .parameters import NamedTensors
 from .spec import ComponentSpec, Grouping
 
@@ -38,8 +38,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
         spec = spec.read_for(names, parameters.prefix)
     order: dict[Hashable, int] = {}
     written: list[str] = []
-    index: list[int] = []
-    slices: list[tuple[int, int, Box]] = []
+    members: list[Member] = []
     problems: list[tuple[int, str]] = []
     tied: dict[str, list[str]] = {}
     for other, first in parameters.aliases:
@@ -54,8 +53,6 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
         return component
 
     for position, name, tensor, original in entries:
-        if position == len(index):
-            index.append(LEFT_ALONE)
         key = spec.key_of(name, tensor, beside)
         if key is None:
             continue
@@ -74,12 +71,7 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
             problems.append((position, str(error)))
             parts = [("", () if original is None else original.flat(()))]
         for label, box in parts:
-            component = component_of((key, label), f"{key}{label}")
-            if box:
-                index[position] = CUT
-                slices.append((position, component, box))
-            else:
-                index[position] = component
+            members.append((position, component_of((key, label), f"{key}{label}"), box))
         for other in tied.get(name, ()):
             other_key = spec.key_by_name(other, tensor, beside)
             if other_key is not None:
@@ -95,16 +87,15 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
         aliases.pop(name, None)
     return Components(
         tuple(written),
-        tuple(index),
         parameters.names,
-        tuple(slices),
+        tuple(members),
         tuple(problems),
         tuple(aliases.items()),
         tuple(spellings.items()),
     )
 
 
-def _parts(spec: ComponentSpec, name: str, tensor: Tensor, original: Original | None) -> list[tuple[str, Box]]:
+def _parts(spec: ComponentSpec, name: str, tensor: Tensor, original: Original | None) -> list[tuple[str, Slice]]:
     """What a parameter is cut into, with what is appended to its component's name; the whole of it if it isn't."""
     parts = spec.slices_of(name, tensor) or [("", ())]
     return parts if original is None else [(label, original.flat(box)) for label, box in parts]

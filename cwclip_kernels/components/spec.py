@@ -13,7 +13,7 @@ from torch.nn import UninitializedParameter
 
 from ..arguments import type_name
 from .grouping import By, key_function
-from .membership import Box
+from .membership import Slice
 from .naming import Aliases
 from .patterns import check_readings, matches, no_match
 
@@ -160,7 +160,7 @@ class ComponentSpec:
     def _group_of(self, name: str) -> _Group | None:
         return next((group for group in reversed(self.groups) if group.matches(name)), None)
 
-    def slices_of(self, name: str, tensor: Tensor) -> list[tuple[str, Box]]:
+    def slices_of(self, name: str, tensor: Tensor) -> list[tuple[str, Slice]]:
         """The slices of a parameter, each with what is appended to its component's name; none if it stays whole.
 
         Integers, such as the packed weights of a quantized model, have no gradient and stay whole.

@@ -106,7 +106,7 @@ class BoundThreshold:
         )
         trained = trained_of(tensors)
         numels = [0] * len(self._components.names)
-        for (position, component, _), count in zip(self._components.members(), counts, strict=True):
+        for (position, component, _), count in zip(self._components.members, counts, strict=True):
             if not trained or trained[position]:
                 # What has no shape yet counts as one element until it has.
                 numels[component] += max(count, 1) if is_lazy(tensors[position]) else count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.native import Addresses
-from ..components.membership import Box
+from ..components.membership import Slice
 from .checks import Gradients
 
 
@@ -49,7 +49,7 @@ class Bucket:
     reason: str
     positions: tuple[int, ...]
     components: Tensor
-    boxes: tuple[tuple[int, Box], ...] | None
+    boxes: tuple[tuple[int, Slice], ...] | None
     count: int
     norm_dtype: torch.dtype
     plain: bool
@@ -87,7 +87,7 @@ class Bucket:
         return [n for i, box in self.boxes for n in (i, len(box), *(n for part in box for n in part))]
 
 
-def narrowed(tensor: Tensor, box: Box) -> Tensor:
+def narrowed(tensor: Tensor, box: Slice) -> Tensor:
     """The slice of a tensor, as a view."""
     for dim, start, size in box:
         tensor = tensor.narrow(dim, start, size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import type_name
-from ..components.membership import LEFT_ALONE, Components
+from ..components.membership import Components
 
 Gradients = Sequence[Tensor | None]
 
@@ -109,7 +109,8 @@ def check_tensor(grad: Tensor, where: str, *, cut: bool = False) -> None:
 
 def check_data(components: Components, grads: Gradients) -> None:
     """Raises WithoutData if no gradient has data; where only some have none, ``check_gradient`` names the first."""
-    own = [g for g, c in zip(grads, components.index, strict=True) if g is not None and c != LEFT_ALONE]
+    clipped = components.clipped
+    own = [g for i, g in enumerate(grads) if g is not None and i in clipped]
     if own and all(map(has_no_data, own)):
         wide = any(g.dtype in WIDE_DTYPES for g in own)
         raise WithoutData(own[0].device, torch.float64 if wide else torch.float32)
@@ -140,8 +141,9 @@ def overlaps(grad: Tensor) -> bool:
 def check_distinct(components: Components, grads: Gradients) -> None:
     """Raises if two gradients share memory. Those with gaps may interleave, but not begin at the same place."""
     places = []
-    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
-        if grad is not None and component != LEFT_ALONE and (values := values_of(grad)).numel():
+    clipped = components.clipped
+    for position, grad in enumerate(grads):
+        if grad is not None and position in clipped and (values := values_of(grad)).numel():
             start, gaps = values.data_ptr(), not values.is_contiguous()
             places.append((str(values.device), start, start + (1 if gaps else values.nbytes), position))
     places.sort()

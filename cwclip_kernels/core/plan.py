@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native, registry
-from ..components.membership import CUT, LEFT_ALONE, Box, Components
+from ..components.membership import Components, Slice
 from .bucket import Bucket, Found
 from .checks import (
     WIDE_DTYPES,
@@ -201,21 +201,22 @@ def _build(
     sparse = False
     norm_dtype = torch.float32
     device = home
-    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
-        if grad is None or component == LEFT_ALONE:
+    clipped, cut = components.clipped, components.cut
+    for position, grad in enumerate(grads):
+        if grad is None or position not in clipped:
             continue
         name = components.tensor_names[position]
         if position in problems:
             raise was_frozen(name, problems[position])
         if kind == "gradient":
-            check_gradient(grad, name, cut=component == CUT, writes=writes)
+            check_gradient(grad, name, cut=position in cut, writes=writes)
             if writes and grad.is_inference():  # not asked under torch.compile, which can't trace it
                 raise ValueError(
                     f"the gradient of {name!r} was made in inference mode, and can't be written to outside of it; "
                     "clone() it"
                 )
         else:
-            check_tensor(grad, f"the {kind} {name!r}", cut=component == CUT)
+            check_tensor(grad, f"the {kind} {name!r}", cut=position in cut)
         if not served:
             device = grad.device
         if grad.dtype in WIDE_DTYPES:
@@ -224,15 +225,15 @@ def _build(
         served[position] = (grad.device, *registry.choose(grad.device, grad.dtype, norm_type, backend))
     if writes:
         check_distinct(components, grads)
-    members: dict[tuple[torch.device, str, str], list[tuple[int, int, Box]]] = {}
-    for member in components.members():
+    members: dict[tuple[torch.device, str, str], list[tuple[int, int, Slice]]] = {}
+    for member in components.members:
         if member[0] in served:
             members.setdefault(served[member[0]], []).append(member)
     buckets = []
     for (place, served_by, reason), own in members.items():
         positions = tuple(dict.fromkeys(position for position, _, _ in own))
         index = {position: i for i, position in enumerate(positions)}
-        cut = any(box for _, _, box in own)
+        is_cut = any(box for _, _, box in own)
         buckets.append(
             Bucket(
                 device=place,
@@ -240,7 +241,7 @@ def _build(
                 reason=reason,
                 positions=positions,
                 components=torch.tensor([component for _, component, _ in own], dtype=torch.int64, device="cpu"),
-                boxes=tuple((index[position], box) for position, _, box in own) if cut else None,
+                boxes=tuple((index[position], box) for position, _, box in own) if is_cut else None,
                 count=len(components.names),
                 norm_dtype=norm_dtype,
                 plain=not any(_is_special(grads[i]) for i in positions),
@@ -256,10 +257,10 @@ def _build(
 
 def _entries(bucket: Bucket, components: Components, grads: Gradients) -> list[Tensor | EllipsisType | None]:
     """The gradients that a bucket is to look at: its own, and that there are none where there were none."""
-    own = set(bucket.positions)
+    own, clipped = set(bucket.positions), components.clipped
     found: list[Tensor | EllipsisType | None] = []
-    for position, (grad, component) in enumerate(zip(grads, components.index, strict=True)):
-        is_of_interest = position in own or (grad is None and component != LEFT_ALONE)
+    for position, grad in enumerate(grads):
+        is_of_interest = position in own or (grad is None and position in clipped)
         found.append(grad if is_of_interest else ...)
     return found
 

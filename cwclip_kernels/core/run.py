@@ -96,7 +96,7 @@ def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:
         for i, g in zip(bucket.positions, own, strict=True)
     }
     has = [False] * len(plan.components.names)
-    for position, component, box in plan.components.members():
+    for position, component, box in plan.components.members:
         grad = grads.get(position)
         has[component] = has[component] or (grad is not None and narrowed(grad, box).numel() > 0)
     return has

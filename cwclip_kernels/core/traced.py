@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import type_name
-from ..components.membership import CUT, LEFT_ALONE, Components
+from ..components.membership import Components
 from ..thresholds import Threshold
 from ..thresholds.caps import Caps, MaxNorm, checked_cap
 from . import run
@@ -132,25 +132,23 @@ def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Te
     Text, because an operator takes no objects, and 400 strings cost it three times what one long string does.
     """
     grads: list[Tensor] = []
-    index: list[int] = []
     names: list[str] = []
     moved: dict[int, int] = {}
     problems = dict(components.problems)
+    clipped, cut = components.clipped, components.cut
     for position, tensor in enumerate(tensors):
-        grad, component, name = tensor.grad, components.index[position], components.tensor_names[position]
-        if grad is None or component == LEFT_ALONE:
+        grad, name = tensor.grad, components.tensor_names[position]
+        if grad is None or position not in clipped:
             continue
         if position in problems:
             raise was_frozen(name, problems[position])
         # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
-        check_gradient(grad, name, cut=component == CUT)
+        check_gradient(grad, name, cut=position in cut)
         moved[position] = len(grads)
         grads.append(grad)
-        index.append(component)
         names.append(name)
-    slices = tuple((moved[position], *rest) for position, *rest in components.slices if position in moved)
-    named = components.aliases, components.spellings
-    return grads, repr((components.names, tuple(index), tuple(names), slices, (), *named))
+    members = tuple((moved[position], *rest) for position, *rest in components.members if position in moved)
+    return grads, repr((components.names, tuple(names), members, (), components.aliases, components.spellings))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..arguments import type_name
-from ..components.membership import Box, Components
+from ..components.membership import Components, Member
 from ..core.checks import check_not_leaf
 from .groups import Group
 from .shards import Layout, is_dtensor
@@ -30,27 +30,23 @@ def local_components(
     """What is held here, as components, and of each the component that it is part of, and its group."""
     place: dict[tuple[int, tuple[int, ...] | None], int] = {}
     owners: list[tuple[int, Group | None]] = []
-    index = list(components.index)
-    slices: list[tuple[int, int, Box]] = []
-    for position, component, box in components.members():
+    members: list[Member] = []
+    for position, component, box in components.members:
         group, layout = groups[position], layouts[position]
         key = component, None if group is None else group.ranks
         if key not in place:
             place[key] = len(owners)
             owners.append((component, group))
-        if box:
-            parts = [box] if layout is None else layout.local(box)
-            slices += [(position, place[key], part) for part in parts]
-        else:
-            index[position] = place[key]
+        parts = [box] if layout is None or not box else layout.local(box)
+        members += [(position, place[key], part) for part in parts]
     names = tuple(components.names[component] for component, _ in owners)
-    local = Components(names, tuple(index), components.tensor_names, tuple(slices), components.problems)
+    local = Components(names, components.tensor_names, tuple(members), components.problems)
     return local, owners
 
 
 def cut_parts(components: Components, layouts: Layouts) -> list[tuple[int, ValueError]]:
     """Parts (process_group) that are cut: position of each and what is wrong with that."""
-    cut = dict.fromkeys(position for position, _, box in components.members() if box and layouts[position] is None)
+    cut = dict.fromkeys(position for position, _, box in components.members if box and layouts[position] is None)
     return [
         (
             position,
@@ -77,7 +73,7 @@ def statement(
         return f"{list(layout.shape)} {' '.join(map(str, layout.placements))}".strip()
 
     found: dict[str, list[tuple[str, str]]] = {}
-    for position, component, box in components.members():
+    for position, component, box in components.members:
         if chosen is not None and not chosen[position]:
             continue
         members = found.setdefault(components.names[component], [])
@@ -88,7 +84,7 @@ def statement(
 def member_numels(components: Components, tensors: Sequence[Tensor], layouts: Layouts | None = None) -> list[int]:
     """Elements of each member: all of DTensors and flat parameters, and those that are here of plain tensors."""
     found = []
-    for position, _, box in components.members():
+    for position, _, box in components.members:
         layout, tensor = None if layouts is None else layouts[position], tensors[position]
         if layout is None and (is_lazy(tensor) or tensor.is_nested):
             found.append(0)

@@ -59,7 +59,7 @@ class Spread:
         self.member_numels = local.member_numels(components, tensors, layouts)
         if group is not None:
             everywhere = [sum(each) for each in zip(*group.gather(self.member_numels), strict=True)]
-            places = [position for position, _, _ in components.members()]
+            places = [position for position, _, _ in components.members]
             self.member_numels = [
                 summed if layouts[position] is None else here
                 for position, here, summed in zip(places, self.member_numels, everywhere, strict=True)
@@ -80,7 +80,7 @@ class Spread:
 
     def _compare_stages(self, components: Components, group: Group, is_wide: bool) -> tuple[Stages, Reduction | None]:
         members: dict[str, list[str]] = {}
-        for position, component, _ in components.members():
+        for position, component, _ in components.members:
             own = members.setdefault(components.names[component], [])
             if components.tensor_names[position] not in own:
                 own.append(components.tensor_names[position])

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..components.membership import Box
+from ..components.membership import Slice
 from ..components.naming import without_wrappers
 
 Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and length of consecutive indices, in local order
@@ -48,7 +48,7 @@ class Layout:
             sum(length for _, length in self.runs[d]) if d in self.runs else n for d, n in enumerate(self.shape)
         )
 
-    def local(self, box: Box) -> list[Box]:
+    def local(self, box: Slice) -> list[Slice]:
         """What is held here of a slice of the whole, as slices of the local tensor; none if nothing is."""
         along = []
         for dim, start, size in box:
@@ -185,7 +185,7 @@ class Original:
     tensor: Tensor
     start: int
 
-    def flat(self, box: Box) -> Box:
+    def flat(self, box: Slice) -> Slice:
         """The place of a slice of the original.
 
         Raises:

@@ -76,7 +76,7 @@ def check_separate(components: Components, trained: set[int]) -> None:
         ValueError: names it.
     """
     owner: dict[int, int] = {}
-    for position, component, _ in components.members():
+    for position, component, _ in components.members:
         if position not in trained:
             continue
         first = owner.setdefault(component, position)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import type_name
-from ..components.membership import Box, Components
+from ..components.membership import Components, Slice
 from ..components.parameters import Parameters, named_tensors
 from ..components.resolve import resolve
 from ..components.spec import Grouping
@@ -171,9 +171,9 @@ class BackwardClipping:
             raise
 
     def _put_hooks(self, tensors: tuple[Tensor, ...], components: Components) -> None:
-        members: dict[int, list[tuple[int, Box]]] = {}
+        members: dict[int, list[tuple[int, Slice]]] = {}
         sharers: dict[int, set[int]] = {}
-        for position, component, box in components.members():
+        for position, component, box in components.members:
             members.setdefault(position, []).append((component, box))
             sharers.setdefault(component, set()).add(position)
         for position, tensor in enumerate(tensors):

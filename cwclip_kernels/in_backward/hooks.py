@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..components.membership import CUT, Box, Components
+from ..components.membership import Components, Slice
 from ..core.engine import Engine
 from ..distributed.shards import is_dtensor
 
@@ -189,7 +189,7 @@ def parameter_hook(
     clipping: Clips,
     components: Components,
     position: int,
-    members: list[tuple[int, Box]],
+    members: list[tuple[int, Slice]],
     *,
     whole: bool,
     was_frozen: bool,
@@ -209,9 +209,8 @@ def parameter_hook(
         return ParameterHook(clipping, name, None, [])
     own = sorted({component for component, _ in members})
     place = {component: i for i, component in enumerate(own)}
-    cut = any(box for _, box in members)
-    slices = tuple((0, place[component], box) for component, box in members) if cut else ()
-    mine = Components(tuple(components.names[i] for i in own), (CUT if cut else 0,), (name,), slices)
+    alone = tuple((0, place[component], box) for component, box in members)
+    mine = Components(tuple(components.names[i] for i in own), (name,), alone)
     is_run = own[-1] - own[0] + 1 == len(own)
     return ParameterHook(
         clipping, name, mine, slice(own[0], own[-1] + 1) if is_run else own, whole=whole, was_frozen=was_frozen

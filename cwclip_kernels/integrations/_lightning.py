@@ -99,7 +99,7 @@ class Clipping:
                         "attribute of the module in __init__ or configure_model"
                     )
             part = self.clipper.part(parameters)
-            owned = tuple(sorted({component for _, component, _ in part._engine.components.members()}))
+            owned = tuple(sorted({component for _, component, _ in part._engine.components.members}))
             known = self._parts[id(optimizer)] = ids, part, owned
         return known
 

@@ -63,7 +63,7 @@ def test_name_rules(name, module, layer, kind):
 def test_callable_chooses_keys_and_leaves_alone():
     components = resolve(named_tensors(Tied()), lambda name, p: None if p.ndim < 2 else ("matrix", p.shape[0]))
     assert components.names == ("('matrix', 4)", "('matrix', 3)")
-    assert components.index == (0, 1, -1, 1, -1)
+    assert components.members == ((0, 0, ()), (1, 1, ()), (3, 1, ()))
 
 
 @pytest.mark.parametrize(

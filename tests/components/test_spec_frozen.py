@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
-from cwclip_kernels.components.membership import CUT
 from cwclip_kernels.components.parameters import named_tensors
 from cwclip_kernels.components.resolve import resolve
 from helpers import DEVICE, random_grad
@@ -72,10 +71,9 @@ def test_frozen_tensors_of_any_kind_are_taken(kind):
     pairs = [("base.weight", base), ("lora.weight", lora)]
     assert named_tensors([base, lora]).tensors[0] is base
     for components in (None, "module", "layer", "type", "all"):
-        assert len(resolve(named_tensors(pairs), components).index) == 2
+        assert len(resolve(named_tensors(pairs), components).tensor_names) == 2
     found = resolve(named_tensors(pairs), ComponentSpec().unitwise("*"))
-    assert found.index[1] == CUT
-    assert found.index[0] == (0 if kind in WHOLE else CUT)
+    assert found.cut == ({1} if kind in WHOLE else {0, 1})
     assert len(found.names) == (1 if kind in WHOLE else 6) + 2
     assert [position for position, _ in found.problems] == ([0] if kind == "lazy" else [])
 
@@ -97,8 +95,7 @@ def test_a_frozen_parameter_that_does_not_fit_stays_whole_and_is_remembered(spec
     pairs = [("first.bias", trained(3)), ("base.weight", frozen(6, 4))]
     found = resolve(named_tensors(pairs), spec)
     assert found.names == ("first.bias", "base.weight")
-    assert found.index == (0, 1)
-    assert found.slices == ()
+    assert found.members == ((0, 0, ()), (1, 1, ()))
     ((position, problem),) = found.problems
     assert position == 1
     with pytest.raises(ValueError, match=message):

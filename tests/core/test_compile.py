@@ -178,7 +178,7 @@ def test_opcheck():
     """Schema, fake implementation, autograd registration, tracing: torch's own judgement of both operators."""
     component_norms(parameters([(1,)]))  # loads what is loaded at first use
     ops = torch.ops.cwclip_kernels
-    names = repr((("a", "b"), (0, 1, 0), ("x", "y", "z")))
+    names = repr((("a", "b"), ("x", "y", "z"), ((0, 0, ()), (1, 1, ()), (2, 0, ()))))
     grads = [random_grad((4, 3)), random_grad((5,), torch.bfloat16), random_grad((2, 2))]
     caps = torch.tensor(0.5, device=DEVICE)
     for arguments in ((caps, [], []), (None, [], [0.3]), (None, ["a"], [0.3])):
@@ -187,7 +187,8 @@ def test_opcheck():
         )
     torch.library.opcheck(ops.component_norms.default, (grads, names, 2.0, None))
     # The matrix in two slices, and a loss scale.
-    cut = repr((("a", "b"), (-2, 1, 0), ("x", "y", "z"), ((0, 0, ((0, 0, 1),)), (0, 1, ((0, 1, 3),)))))
+    members = (0, 0, ((0, 0, 1),)), (0, 1, ((0, 1, 3),)), (1, 1, ()), (2, 0, ())
+    cut = repr((("a", "b"), ("x", "y", "z"), members))
     scale, found = torch.tensor(0.5, device=DEVICE), torch.zeros((), device=DEVICE)
     torch.library.opcheck(
         ops.component_clip_.default, (grads, cut, caps, [], [], scale, found, 2.0, 1e-6, "propagate", None)

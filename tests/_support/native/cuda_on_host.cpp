@@ -1,6 +1,6 @@
 // csrc/cuda/ as a Python module for CPU tensors: what cwclip_kernels/backends/cuda.py calls, down to the kernels.
-#include "../../csrc/cuda/calls.h"
-#include "../../csrc/tensors.h"
+#include "../../../csrc/cuda/calls.h"
+#include "../../../csrc/tensors.h"
 #include "blocks.h"
 
 namespace {

@@ -2,7 +2,7 @@
 // workspace, against sums that a child could follow. Built with CWCLIP_BLOCKS_AS_THREADS and ThreadSanitizer.
 //
 //   hand_over SEED CASES
-#include "../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/launch.h"
 #include "blocks.h"
 
 #include <cmath>

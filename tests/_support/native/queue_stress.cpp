@@ -1,6 +1,6 @@
 // Random gradients through the CPU queue by several threads at once, against plain loops; no torch in it, so that it
 // runs under sanitizers. Prints the number of cases checked; any mismatch ends it with a message and status 1.
-#include "../../csrc/cpu/queue.h"
+#include "../../../csrc/cpu/queue.h"
 
 #include <cmath>
 #include <cstdio>
