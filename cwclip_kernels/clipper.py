@@ -1,13 +1,12 @@
-"""Clipping with names and plan resolved once: what a training loop holds on to."""
+"""Clipping with names and plans resolved once: what a training loop holds on to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from copy import copy, deepcopy
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from .arguments import warn_caller
@@ -15,20 +14,21 @@ from .attachment import Attachment
 from .components.parameters import Parameters, named_tensors
 from .components.spec import Grouping
 from .core import traced
-from .core.engine import Engine, Options, check_options, settings_in_words
-from .core.loss_scale import NOT_SCALED, ScaledLoss
+from .core.loss_scale import LossScale
+from .core.modes import is_traced
+from .core.options import check_options
+from .core.parameter_clipper import ParameterClipper
+from .core.session import ClipSession
 from .distributed.groups import check_parts
 from .result import ClipResult
-from .thresholds import Threshold
-from .thresholds.base import learnt, load_learnt
-from .thresholds.caps import CapPolicy, MaxNorm
+from .thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class ComponentClipper:
+class ComponentClipper(ParameterClipper):
     """Clips each component's gradient to its own norm, with everything that can be known ahead done once.
 
         norm_c = (sum over component c of |g|^p)^(1/p)
@@ -38,17 +38,17 @@ class ComponentClipper:
     The parameters are read once, here: make another one when parameters are added or replaced. Which of them
     have gradients may change from step to step.
 
-    Args:
-        parameters: as for :func:`fused_component_clip_`.
-        max_norm: likewise. A tensor is read at every call, so changing it in place changes the caps.
-        norm_type: likewise.
-        error_if_nonfinite: likewise.
-        components: likewise.
-        eps: likewise.
-        nonfinite: likewise.
-        process_group: likewise.
-        pp_mesh: likewise.
-        backend: likewise.
+    Args, all as for :func:`fused_component_clip_`:
+        parameters: whose gradients are clipped.
+        max_norm: the caps. A tensor is read at every call, so changing it in place changes the caps.
+        norm_type: order of the norm.
+        error_if_nonfinite: same as ``nonfinite="error"``.
+        components: what is clipped together.
+        eps: added to the norm before dividing.
+        nonfinite: what becomes of a component whose norm is inf or NaN.
+        process_group: the ranks that hold parts of plain tensors.
+        pp_mesh: the ranks that hold other parameters of the same model.
+        backend: None for the best available.
 
     With sharded parameters all ranks that share them make it together, and compare their components.
 
@@ -78,7 +78,11 @@ class ComponentClipper:
         Norm Clipping", EMNLP 2022, arXiv 2210.10325.
     """
 
-    _places: tuple[tuple[int, nn.Module, str], ...]  # of trained parameters: position, owner and name there
+    # Of trained parameters: position, owning module and name there.
+    _places: tuple[tuple[int, nn.Module, str], ...] = ()
+    _turn = _plans_seen = 0
+    _is_unpickled = False
+    _copied: dict[int, Any] | None = None  # until it is known which parameters have been copied along
 
     def __init__(
         self,
@@ -97,43 +101,16 @@ class ComponentClipper:
         options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
         check_parts(parameters, process_group)
         named = named_tensors(parameters)
-        settings = settings_in_words(options, max_norm, pp_mesh)
-        engine = Engine.of(named, components, process_group, pp_mesh, settings)
-        # As given; a mapping as it is now, like the caps.
-        self._set_up(named.tensors, engine, dict(max_norm) if isinstance(max_norm, Mapping) else max_norm, options)
-        if isinstance(parameters, nn.Module) and engine.spread is None:  # which shards and gathers its parameters
+        session = ClipSession.of(named, components, process_group, pp_mesh, options.in_words(max_norm, pp_mesh))
+        super().__init__(named.tensors, session, max_norm, options)
+        if isinstance(parameters, nn.Module) and session.spread is None:  # FSDP replaces parameters by shards itself
             self._places = _places_of(parameters, named.tensors)
 
-    def _set_up(self, tensors: tuple[Tensor, ...], engine: Engine, max_norm: MaxNorm, options: Options) -> None:
-        self.names: tuple[str, ...] = engine.components.names
-        self.max_norm = max_norm
-        self._tensors = tensors
-        self._engine = engine
-        self._options = options
-        self._whole: ComponentClipper | None = None  # that this is a part of, with its caps
-        self._places = ()
-        self._turn = self._plans_seen = 0
-        self._is_unpickled = False
-        self._copied: dict[int, Any] | None = None  # until it is known which parameters have been copied along
-        # Comes between a clip and its policy, such as a scaler that may skip the step.
-        self._policy_of_clip: Callable[[CapPolicy], CapPolicy] | None = None
-        self._fixed: CapPolicy | None = None
-        policy = self._policy()  # checks max_norm, and gives a threshold the state that it needs
-        if not isinstance(max_norm, Threshold):
-            self._fixed = policy
-
-    def _policy(self) -> CapPolicy:
-        """Where this call's caps come from."""
-        if self._whole is not None:
-            return self._whole._policy()
-        if self._fixed is not None:
-            return self._fixed
-        return self._engine.policy(self.max_norm, self._parameters(), self._options.rule)
-
-    def _parameters(self) -> tuple[Tensor, ...]:
-        """All parameters, clipped or not; of a deep copy those that have been copied along with it, if they have."""
-        copied, self._copied = self._copied, None
+    def _all(self) -> tuple[Tensor, ...]:
+        """All parameters; of a deep copy those that have been copied along with it, if they have."""
+        copied = self._copied
         if copied is not None:
+            self._copied = None
             self._tensors = tuple(copied.get(id(tensor), tensor) for tensor in self._tensors)
             self._places = tuple((i, copied.get(id(module), module), leaf) for i, module, leaf in self._places)
         return self._tensors
@@ -142,8 +119,8 @@ class ComponentClipper:
         """Clips the gradients that are there now, in place.
 
         Args:
-            inv_scale: as for :func:`fused_component_clip_`.
-            found_inf: likewise.
+            inv_scale: what undoes the loss scale, as for :func:`fused_component_clip_`.
+            found_inf: set to 1 if any gradient is inf or NaN, as there.
 
         Returns:
             Norms before clipping, coefficients and caps. A component without any gradient has norm 0, coefficient 1.
@@ -153,23 +130,20 @@ class ComponentClipper:
                 named backend can't serve a gradient.
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
-        if is_dynamo_compiling():
-            traced.refuse_ranks(self.is_spread)
-            components, options = self._engine.components, self._options
-            outcome = traced.clip_(self._parameters(), components, self.max_norm, options, inv_scale, found_inf)
-        else:
-            untouched = inv_scale is None and found_inf is None
-            scaled = NOT_SCALED if untouched else ScaledLoss(inv_scale, found_inf)
-            policy = self._policy() if self._policy_of_clip is None else self._policy_of_clip(self._policy())
+        return self.clip(LossScale.of(inv_scale, found_inf))
+
+    def clip(self, scale: LossScale, *, learns: bool = True) -> ClipResult:
+        """See ``ParameterClipper``. Warns if the parameters are no longer those of the model."""
+        if (self._places or self._is_unpickled) and not is_traced():
             self._look_for_replaced()
-            outcome = self._engine.clip_(self._parameters(), policy, self._options, scaled)
-        return ClipResult(self.names, *outcome)
+        return super().clip(scale, learns=learns)
 
     def _look_for_replaced(self) -> None:
         """Warns, once, if another parameter has been put in the place of one that is clipped."""
+        tensors = self._all()
         if self._is_unpickled:
             self._is_unpickled = False
-            if self._tensors and all(tensor.grad is None for tensor in self._tensors):
+            if tensors and all(tensor.grad is None for tensor in tensors):
                 warn_caller(
                     "parameters: none has a gradient, and this clipper was unpickled: does it clip copies that "
                     "nobody trains? Pickle it together with its model, or make one and load state_dict() into it"
@@ -178,54 +152,28 @@ class ComponentClipper:
             return
         turn = self._turn = (self._turn + 1) % len(self._places)
         # One each time, as a look at all would cost more than the rest; and all where other gradients are there.
-        if self._engine.plans_made != self._plans_seen:
-            self._plans_seen = self._engine.plans_made
-            looked_at: Iterable[int] = range(len(self._places))
-        else:
-            looked_at = (turn,)
+        looked_at: Iterable[int] = (turn,)
+        if self._session.plans.made != self._plans_seen:
+            self._plans_seen = self._session.plans.made
+            looked_at = range(len(self._places))
         for i in looked_at:
             position, module, leaf = self._places[i]
             current = module._parameters.get(leaf)
-            if current is not None and current is not self._tensors[position]:
+            if current is not None and current is not tensors[position]:
                 self._places = ()
                 warn_caller(
-                    f"parameters: {self._engine.components.tensor_names[position]!r} of the model is another one "
-                    "than when the clipper was made, as after to_empty() or load_state_dict(assign=True), and goes "
+                    f"parameters: {self._session.components.tensor_names[position]!r} of the model has been replaced "
+                    "since the clipper was made, as by to_empty() or load_state_dict(assign=True), and goes "
                     "unclipped. Make the clipper anew"
                 )
                 return
 
     def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
-        """A clipper for some of the parameters, with the same components, caps and state.
-
-        For parameters that become ready at different times, such as those of several optimizers. Its results have the
-        same K, with norm 0 and coefficient 1 where a component is not among them.
-
-        Args:
-            parameters: some of this clipper's, and any others, which don't count.
-
-        Raises:
-            ValueError: a component has trainable parameters inside and outside, so that its norm would not be whole.
-        """
-        wanted = {id(p) for p in parameters}
-        tensors, components = self._parameters(), self._engine.components
-        is_inside = [id(tensor) in wanted for tensor in tensors]
-        owner = {component: position for position, component, _ in components.members if is_inside[position]}
-        for position, component, _ in components.members:
-            if component in owner and not is_inside[position] and tensors[position].requires_grad:
-                here, there = components.tensor_names[owner[component]], components.tensor_names[position]
-                name = components.names[component]
-                raise ValueError(
-                    f"component {name!r} is only partly here, with {here!r} but not {there!r}; "
-                    "choose components that lie wholly in one part"
-                )
-        inside = [i for i, yes in enumerate(is_inside) if yes]
-        part = copy(self)
-        part._tensors = tuple(tensors[i] for i in inside)
-        part._engine = Engine(components.only(inside), part._tensors, *self._engine.ranks)
-        place = {position: i for i, position in enumerate(inside)}
-        part._places = tuple((place[i], module, leaf) for i, module, leaf in self._places if i in place)
-        part._whole = self if self._whole is None else self._whole
+        """See ``ParameterClipper``."""
+        part = super().part(parameters)
+        place = {id(tensor): i for i, tensor in enumerate(part._tensors)}
+        places = [(place.get(id(self._tensors[i])), module, leaf) for i, module, leaf in self._places]
+        part._places = tuple((i, module, leaf) for i, module, leaf in places if i is not None)
         return part
 
     def attach(
@@ -262,8 +210,8 @@ class ComponentClipper:
             TypeError: not a ``torch.optim.Optimizer``, or one whose steps aren't certain to run its hooks.
             ValueError: it owns none of the parameters, shares a component with another, steps in the backward pass,
                 or has a clipper attached for some of the parameters already.
-            RuntimeError: gradients are clipped in the backward pass as well. At a step: likewise, or they still carry
-                the loss's scale, as a fused optimizer's do under a ``GradScaler``. Nothing is changed.
+            RuntimeError: gradients are clipped in the backward pass as well. At a step: the same, or they still carry
+                the loss scale, as a fused optimizer's do under a ``GradScaler``. Nothing is changed.
 
         Example:
             >>> import torch
@@ -278,29 +226,13 @@ class ComponentClipper:
         """
         return Attachment(self, optimizer, on_clip, replace)
 
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """The parameters that are clipped, whole or in slices."""
-        clipped = self._engine.components.clipped
-        return tuple(tensor for i, tensor in enumerate(self._parameters()) if i in clipped)
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether other ranks have parts of components, or of the model, so that all clip together."""
-        return self._engine.spread is not None
-
-    @property
-    def raises_nonfinite(self) -> bool:
-        """Whether a non-finite norm is an error."""
-        return self._options.raise_nonfinite
-
     def norms(self) -> Tensor:
         """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""
         norm_type, backend = self._options.rule.norm_type, self._options.backend
-        if is_dynamo_compiling():
+        if is_traced():
             traced.refuse_ranks(self.is_spread)
-            return traced.norms_of(self._parameters(), self._engine.components, norm_type, backend)
-        return self._engine.norms(self._parameters(), norm_type, backend)
+            return traced.norms_of(self._all(), self._session.components, norm_type, backend)
+        return self._session.norms(self._all(), norm_type, backend)
 
     def total_norm(self, norms: Tensor) -> Tensor:
         """The norm of all components together, [], from those of each, as ``clip_grad_norm_`` returns it.
@@ -310,41 +242,18 @@ class ComponentClipper:
         Args:
             norms: [K], of a ``ClipResult`` or of ``norms()``.
         """
-        return self._engine.total(norms, self._options.rule.norm_type)
+        return self._session.total(norms, self._options.rule.norm_type)
 
     def explain(self) -> str:
         """Which backend serves which gradients, and why, for people to read."""
-        return self._engine.explain(self._parameters(), self._options.rule.norm_type, self._options.backend)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on as if nothing had happened: what ``max_norm`` has learnt.
-
-        Returns:
-            {"max_norm": ``Threshold.state_dict()``}; {} where nothing is learnt, as by a number.
-
-        Example:
-            >>> import torch
-            >>> from cwclip_kernels import ComponentClipper, thresholds
-            >>> model = torch.nn.Linear(2, 1)
-            >>> saved = ComponentClipper(model, thresholds.EMA()).state_dict()
-            >>> ComponentClipper(model, thresholds.EMA()).load_state_dict(saved)
-        """
-        return learnt(self.max_norm)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict()``, of a clipper with the same components and kind of ``max_norm``.
-
-        Raises:
-            TypeError, ValueError: that of another threshold, or for other components. Nothing is changed.
-        """
-        load_learnt(self.max_norm, state_dict)
+        return self._session.explain(self._all(), self._options.rule.norm_type, self._options.backend)
 
     # -------------------------------------------------------------------------------------------------------
     # Copies
     # -------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._engine.spread is not None:
+        if self._session.spread is not None:
             raise TypeError(
                 "a ComponentClipper of sharded parameters can't be pickled or copied, since process groups can't be: "
                 "make one on each rank, and hand on what it has learnt with state_dict()"
@@ -354,15 +263,15 @@ class ComponentClipper:
                 "what part() returned can't be pickled or copied; copy its clipper, and call part() on that"
             )
         return {
-            "tensors": self._parameters(),
-            "components": self._engine.components,
+            "tensors": self._all(),
+            "components": self._session.components,
             "max_norm": self.max_norm,
             "options": self._options,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        engine = Engine(state["components"], state["tensors"])
-        self._set_up(state["tensors"], engine, state["max_norm"], state["options"])
+        session = ClipSession(state["components"], state["tensors"])
+        super().__init__(state["tensors"], session, state["max_norm"], state["options"])
         self._is_unpickled = True
 
     def __copy__(self) -> ComponentClipper:
@@ -379,7 +288,7 @@ class ComponentClipper:
         twin._places = self._places
         twin._copied = memo
         if all(id(tensor) in memo for tensor in twin._tensors):
-            twin._parameters()  # the memo needn't be kept, with all that is in it
+            twin._all()  # the memo needn't be kept, with all that is in it
         return twin
 
 

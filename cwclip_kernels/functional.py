@@ -6,16 +6,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .components.parameters import Parameters, named_tensors
 from .components.resolve import resolve
 from .components.spec import Grouping
 from .core import traced
-from .core.cache import engine_for
-from .core.engine import check_options, settings_in_words
-from .core.loss_scale import NOT_SCALED, ScaledLoss
-from .thresholds.caps import MaxNorm
+from .core.cache import session_for
+from .core.loss_scale import LossScale
+from .core.modes import is_traced
+from .core.options import check_options
+from .thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,15 +118,14 @@ def fused_component_clip_(
         Norm Clipping", EMNLP 2022, arXiv 2210.10325. eps: ``torch.nn.utils.clip_grad_norm_``.
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
-    if is_dynamo_compiling():
+    scale = LossScale.of(inv_scale, found_inf)
+    if is_traced():
         traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
-        resolved = resolve(named, components)
-        return traced.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
-    scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
-    settings = partial(settings_in_words, options, max_norm, pp_mesh)
-    tensors, engine = engine_for(parameters, components, settings, process_group, pp_mesh)
-    return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
+        return traced.clip_(named.tensors, resolve(named, components), max_norm, options, scale)[0]
+    settings = partial(options.in_words, max_norm, pp_mesh)
+    tensors, session = session_for(parameters, components, settings, process_group, pp_mesh)
+    return session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options, scale)[0]
 
 
 def component_norms(
@@ -164,10 +163,10 @@ def component_norms(
         >>> component_norms(model, norm_type=1.0, components="all")
         tensor([7.])
     """
-    options = check_options(norm_type, False, 0.0, "propagate", backend)
-    if is_dynamo_compiling():
+    options = check_options(norm_type, backend=backend)
+    if is_traced():
         traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
-    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options), process_group, pp_mesh)
-    return engine.norms(tensors, options.rule.norm_type, backend)
+    tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
+    return session.norms(tensors, options.rule.norm_type, backend)

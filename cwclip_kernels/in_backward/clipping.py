@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NoReturn, SupportsIndex
@@ -17,12 +18,13 @@ from ..components.membership import Components, Slice
 from ..components.parameters import Parameters, named_tensors
 from ..components.resolve import resolve
 from ..components.spec import Grouping
-from ..core.bound import ThresholdAtWork
-from ..core.engine import Engine, Options, check_options
+from ..core.caps import ThresholdInCall
+from ..core.options import Options, check_options
+from ..core.session import ClipSession
 from ..result import ClipResult
 from ..thresholds import EMA
 from ..thresholds.base import learnt, load_learnt
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from .checks import averaged_by, averaging, check_parameters, check_separate, check_whole, runs_on_several_ranks
 from .hooks import ParameterHook, can_be_watched, hooks_of, parameter_hook, watch
 from .passes import Pass, Passes, after_others, check_torch
@@ -149,12 +151,12 @@ class BackwardClipping:
         self.names = components.names
         self.last: ClipResult | None = None
         self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
-        policy = Engine(components, tensors).policy(self._max_norm, tensors, options.rule)
+        policy = ClipSession(components, tensors).caps_for(self._max_norm, tensors, options.rule)
         if policy.needs_norms:
             raise ValueError(_needs_norms(max_norm))
         # No parameter is kept here, since a cycle of parameter, hook and this would never be collected. With steps
         # there is one, of parameter, hook and optimizer: these live until remove().
-        self._policy = policy.without_parameters() if isinstance(policy, ThresholdAtWork) else policy
+        self._policy = replace(policy, measure=None) if isinstance(policy, ThresholdInCall) else policy
         self._options = options
         self._steps = steps
         self._module = None if module is None else weakref.ref(module)
@@ -267,20 +269,20 @@ class BackwardClipping:
             current.watched.append((hook.name, parameter, None if parameter.grad is None else _outline(grad)))
 
     def _caps_of(
-        self, current: Pass, hook: ParameterHook, engine: Engine, parameter: Tensor, device: torch.device
+        self, current: Pass, hook: ParameterHook, engine: ClipSession, parameter: Tensor, device: torch.device
     ) -> Tensor:
         """The caps of one parameter's components, [] or as many."""
         policy = self._policy
-        if not isinstance(policy, ThresholdAtWork):
+        if not isinstance(policy, ThresholdInCall):
             caps = current.caps_on(device)
-        elif policy.counts_trained and hook.was_frozen:
+        elif _counts_trained(policy) and hook.was_frozen:
             raise RuntimeError(self._other_are_trained(hook))
-        elif policy.reads_parameters:
+        elif policy.threshold.reads_parameters:
             norms = engine.parameter_norms((parameter,), self._options.rule.norm_type)
             everywhere = torch.zeros(len(self.names), dtype=norms.dtype, device=norms.device)
             everywhere[hook.own] = norms
             with torch.no_grad():
-                caps = policy.caps_by(lambda: everywhere, device, None)
+                caps = policy.bound.caps(policy.threshold, lambda: everywhere, device, None)
         else:
             caps = current.caps_on(device)
         return caps[hook.own] if caps.ndim else caps
@@ -291,7 +293,7 @@ class BackwardClipping:
             raise RuntimeError(_needs_norms(self._max_norm))
         if self._steps is not None:
             self._steps.begin()
-        if isinstance(self._policy, ThresholdAtWork) and self._policy.counts_trained:
+        if isinstance(self._policy, ThresholdInCall) and _counts_trained(self._policy):
             self._check_same_are_trained()
         is_watched = runs_on_several_ranks()
         if is_watched and not self._looked_for_averaging:
@@ -351,6 +353,10 @@ class BackwardClipping:
                         f"the gradient of {name!r} was written to in the backward pass after it had been clipped, as "
                         "by who averages it over ranks; clip at the step instead: ComponentClipper.attach(optimizer)"
                     )
+
+
+def _counts_trained(policy: ThresholdInCall) -> bool:
+    return policy.threshold.needs_all_components and policy.threshold.reads_numels
 
 
 def _outline(grad: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.formula import wide_dtype
-from ..thresholds.caps import CapPolicy
+from ..thresholds.base import CapPolicy
 from .hooks import Own
 
 _PRIVATE = (

@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from ..core.formula import root
-from .base import Threshold, as_wide, checked_count, checked_number, is_capturing, observed
+from ..core.modes import is_recorded, is_traced
+from .base import Threshold, as_wide, checked_count, checked_number, observed
 
 
 class ParamRelative(Threshold):
@@ -39,6 +39,7 @@ class ParamRelative(Threshold):
     """
 
     reads_parameters = True
+    untraceable = "ParamRelative measures the parameters by itself; clip outside of the compiled function"
 
     def __init__(self, factor: float = 0.01, eps: float = 1e-3) -> None:
         super().__init__()
@@ -47,11 +48,6 @@ class ParamRelative(Threshold):
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         """See ``Threshold``."""
-        if is_dynamo_compiling():
-            raise RuntimeError(
-                "max_norm: ParamRelative measures the parameters by itself, which can't be traced; clip outside of "
-                "the compiled function"
-            )
         own = as_wide(self.setting.parameter_norms()).to(device)
         return own.clamp(min=self._eps) * self._factor
 
@@ -113,7 +109,7 @@ class EMA(Threshold):
     @property
     def needs_norms(self) -> bool:
         """See ``Threshold``: in the warm-up, and where the host doesn't know whether it is over."""
-        return is_dynamo_compiling() or self._steps < self._warmup_steps
+        return is_traced() or self._steps < self._warmup_steps
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         """See ``Threshold``."""
@@ -139,7 +135,7 @@ class EMA(Threshold):
         new = torch.where(steps < self._warmup_steps, smaller, mean)
         gamma.copy_(torch.where(observed(norms), new, gamma))
         steps.add_(1.0)
-        if not (is_dynamo_compiling() or is_capturing()):
+        if not is_recorded():
             self._steps += 1
 
     def host_state(self) -> dict[str, int | float]:
