@@ -14,7 +14,7 @@ from .attachment import Attachment
 from .components.parameters import Parameters, named_tensors
 from .components.spec import Grouping
 from .core import traced
-from .core.loss_scale import LossScale
+from .core.loss_scale import UNSCALED, LossScale
 from .core.modes import is_traced
 from .core.options import check_options
 from .core.parameter_clipper import ParameterClipper
@@ -105,6 +105,7 @@ class ComponentClipper(ParameterClipper):
         super().__init__(named.tensors, session, max_norm, options)
         if isinstance(parameters, nn.Module) and session.spread is None:  # FSDP replaces parameters by shards itself
             self._places = _places_of(parameters, named.tensors)
+            self._watches = True
 
     def _all(self) -> tuple[Tensor, ...]:
         """All parameters; of a deep copy those that have been copied along with it, if they have."""
@@ -130,16 +131,10 @@ class ComponentClipper(ParameterClipper):
                 named backend can't serve a gradient.
             TypeError, ValueError: a gradient that can't be clipped in place; nothing is changed.
         """
-        return self.clip(LossScale.of(inv_scale, found_inf))
+        return self.clip(UNSCALED if inv_scale is None and found_inf is None else LossScale.of(inv_scale, found_inf))
 
-    def clip(self, scale: LossScale, *, learns: bool = True) -> ClipResult:
-        """See ``ParameterClipper``. Warns if the parameters are no longer those of the model."""
-        if (self._places or self._is_unpickled) and not is_traced():
-            self._look_for_replaced()
-        return super().clip(scale, learns=learns)
-
-    def _look_for_replaced(self) -> None:
-        """Warns, once, if another parameter has been put in the place of one that is clipped."""
+    def _before_clip(self) -> None:
+        """Warns, once, if the clipped parameters are no longer those of the model."""
         tensors = self._all()
         if self._is_unpickled:
             self._is_unpickled = False
@@ -148,25 +143,26 @@ class ComponentClipper(ParameterClipper):
                     "parameters: none has a gradient, and this clipper was unpickled: does it clip copies that "
                     "nobody trains? Pickle it together with its model, or make one and load state_dict() into it"
                 )
-        if not self._places:
-            return
-        turn = self._turn = (self._turn + 1) % len(self._places)
-        # One each time, as a look at all would cost more than the rest; and all where other gradients are there.
-        looked_at: Iterable[int] = (turn,)
+        # One at each call, as a look at all would cost more than the rest; and all where other gradients are there.
+        looked_at: Iterable[int] = ()
         if self._session.plans.made != self._plans_seen:
             self._plans_seen = self._session.plans.made
             looked_at = range(len(self._places))
+        elif self._places:
+            self._turn = (self._turn + 1) % len(self._places)
+            looked_at = (self._turn,)
         for i in looked_at:
             position, module, leaf = self._places[i]
             current = module._parameters.get(leaf)
             if current is not None and current is not tensors[position]:
-                self._places = ()
                 warn_caller(
                     f"parameters: {self._session.components.tensor_names[position]!r} of the model has been replaced "
                     "since the clipper was made, as by to_empty() or load_state_dict(assign=True), and goes "
                     "unclipped. Make the clipper anew"
                 )
-                return
+                self._places = ()
+                break
+        self._watches = bool(self._places)
 
     def part(self, parameters: Iterable[Tensor]) -> ComponentClipper:
         """See ``ParameterClipper``."""
@@ -272,7 +268,7 @@ class ComponentClipper(ParameterClipper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         session = ClipSession(state["components"], state["tensors"])
         super().__init__(state["tensors"], session, state["max_norm"], state["options"])
-        self._is_unpickled = True
+        self._watches = self._is_unpickled = True
 
     def __copy__(self) -> ComponentClipper:
         twin = type(self).__new__(type(self))
@@ -287,6 +283,7 @@ class ComponentClipper(ParameterClipper):
         twin._is_unpickled = False
         twin._places = self._places
         twin._copied = memo
+        twin._watches = True
         if all(id(tensor) in memo for tensor in twin._tensors):
             twin._all()  # the memo needn't be kept, with all that is in it
         return twin

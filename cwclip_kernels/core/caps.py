@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
@@ -20,6 +19,8 @@ from ..distributed import local
 from ..distributed import run as over_ranks
 from ..distributed.reduction_plan import Spread
 from ..thresholds import Fixed, Setting, Threshold
+from ..thresholds.base import StepCaps
+from ..thresholds.constant import checked_cap
 from . import run
 from .checks import has_no_data
 from .formula import ClipRule, wide_dtype
@@ -43,7 +44,7 @@ def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
 
 def fixed_caps(
     max_norm: float | Tensor | Mapping[str, float], components: Components, everywhere: tuple[str, ...] | None = None
-) -> Fixed:
+) -> StepCaps:
     """Caps that are the same at every step, or read from a tensor, bound to the component names alone.
 
     Args:
@@ -51,10 +52,12 @@ def fixed_caps(
         components: whose names patterns match.
         everywhere: names of the components of all ranks, where other ranks have others.
     """
-    caps = Fixed(max_norm)
+    if not isinstance(max_norm, Tensor | Mapping):
+        checked_cap(max_norm, "max_norm")
+    fixed = Fixed(max_norm)
     names, others = components.names, (components.spellings, components.aliases, everywhere)
-    caps.bind(Setting(names, (), math.nan, math.nan, torch.device("cpu"), torch.Tensor, (), *others))
-    return caps
+    fixed.bind(Setting(names, (), math.nan, math.nan, torch.device("cpu"), torch.Tensor, (), *others))
+    return StepCaps(fixed.adds_eps, fixed.needs_norms, fixed.caps, fixed.update_)
 
 
 class BoundThreshold:
@@ -90,23 +93,23 @@ class BoundThreshold:
         own = self._rule
         return self._threshold() is threshold and (own.norm_type, own.eps) == (rule.norm_type, rule.eps)
 
-    def for_call(self, threshold: Threshold, tensors: Sequence[Tensor]) -> ThresholdInCall:
+    def for_call(self, threshold: Threshold, tensors: Sequence[Tensor]) -> StepCaps:
         """Binds the threshold anew if parameters were frozen, unfrozen or given shapes since the last call."""
         form = trained_of(tensors), native.form_of(list(tensors))
         if self._setting is None or form != self._form:
             self._form, self._setting = form, self._make_setting(tensors)
         if not threshold.is_bound_to(self._setting):
             threshold.bind(self._setting)
-        return ThresholdInCall(threshold, self, partial(self._norms_of, tensors))
+        return self.measuring(threshold, partial(self._norms_of, tensors))
 
-    def caps(
+    def measuring(self, threshold: Threshold, measure: Callable[[], Tensor] | None) -> StepCaps:
+        """The threshold's caps, with the parameters' norms from ``measure``; None where there are none to be had."""
+        caps = partial(self._caps, threshold, measure)
+        return StepCaps(threshold.adds_eps, threshold.needs_norms, caps, threshold.update_)
+
+    def _caps(
         self, threshold: Threshold, measure: Callable[[], Tensor] | None, device: torch.device, norms: Tensor | None
     ) -> Tensor:
-        """The threshold's caps, with the parameters' norms from ``measure``.
-
-        Raises:
-            TypeError: the threshold, which may be a user's own, returns something that kernels can't read.
-        """
         self._measure = measure
         try:
             caps = threshold.caps(device, norms)
@@ -163,33 +166,6 @@ class BoundThreshold:
             components.aliases,
             None if spread is None else spread.all_names,
         )
-
-
-@dataclass(frozen=True)
-class ThresholdInCall:
-    """A bound threshold as the ``CapPolicy`` of one call, whose parameters ``measure`` measures."""
-
-    threshold: Threshold
-    bound: BoundThreshold
-    measure: Callable[[], Tensor] | None
-
-    @property
-    def adds_eps(self) -> bool:
-        """See ``Threshold``."""
-        return self.threshold.adds_eps
-
-    @property
-    def needs_norms(self) -> bool:
-        """See ``Threshold``."""
-        return self.threshold.needs_norms
-
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
-        return self.bound.caps(self.threshold, self.measure, device, norms)
-
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
-        self.threshold.update_(norms, coefs)
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

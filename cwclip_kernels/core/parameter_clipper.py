@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..result import ClipResult
-from ..thresholds import Fixed, Threshold
-from ..thresholds.base import CapPolicy, learnt, load_learnt
+from ..thresholds import Threshold
+from ..thresholds.base import StepCaps, learnt, load_learnt
 from ..thresholds.constant import MaxNorm
 from . import traced
 from .loss_scale import LossScale
@@ -31,6 +31,8 @@ class ParameterClipper:
         max_norm: as given.
     """
 
+    _watches = False  # whether the parameters may have to be looked at before each clip
+
     def __init__(
         self, tensors: tuple[Tensor, ...], session: ClipSession, max_norm: MaxNorm, options: Options
     ) -> None:
@@ -41,12 +43,12 @@ class ParameterClipper:
         self._tensors = tensors
         self._options = options
         self._whole: ParameterClipper | None = None  # that this is a part of, with its caps
-        self._fixed: Fixed | None = None
+        self._fixed: StepCaps | None = None
         caps = self._caps()  # checks max_norm, and gives a threshold the state that it needs
-        if isinstance(caps, Fixed):
+        if not isinstance(max_norm, Threshold):
             self._fixed = caps
 
-    def _caps(self) -> CapPolicy:
+    def _caps(self) -> StepCaps:
         if self._whole is not None:
             return self._whole._caps()
         return self._fixed or self._session.caps_for(self.max_norm, self._all(), self._options.rule)
@@ -66,9 +68,14 @@ class ParameterClipper:
             traced.refuse_ranks(self.is_spread)
             outcome = traced.clip_(self._all(), self._session.components, self.max_norm, self._options, scale)
         else:
+            if self._watches:
+                self._before_clip()
             caps = self._fixed or self._caps()
-            outcome = self._session.clip_(self._all(), caps, self._options, scale, learns)
+            outcome = self._session.clip_(self._tensors, caps, self._options, scale, learns)
         return ClipResult(self.names, *outcome)
+
+    def _before_clip(self) -> None:
+        """Called before each clip while ``_watches``; may replace the tensors."""
 
     def learn(self, result: ClipResult) -> None:
         """Lets a threshold learn from a result of ``clip(learns=False)``."""

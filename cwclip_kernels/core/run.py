@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import BACKENDS
-from ..thresholds.base import CapPolicy
+from ..thresholds.base import StepCaps
 from . import formula
 from .bucket import Bucket, Found, narrowed
 from .checks import values_of
@@ -26,7 +26,7 @@ def norms_of(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor
 def clip_(
     plan: ClipPlan,
     found: Sequence[Found],
-    policy: CapPolicy,
+    policy: StepCaps,
     rule: ClipRule,
     raise_nonfinite: bool,
     loss_scale: LossScale = UNSCALED,

@@ -16,8 +16,8 @@ from ..distributed import run as over_ranks
 from ..distributed.local import Held, local_value
 from ..distributed.set_up import spread_of
 from ..distributed.shards import is_flat
-from ..thresholds import Fixed, Threshold
-from ..thresholds.base import CapPolicy
+from ..thresholds import Threshold
+from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm
 from . import formula, run
 from .caps import BoundThreshold, fixed_caps, norms_of_trained
@@ -45,6 +45,7 @@ class ClipSession:
         ranks: ``process_group`` and ``pp_mesh`` as given.
         spread: how components are sharded over ranks; None if they aren't.
         plans: one for each set of gradients.
+        bound: the last threshold, bound to these components; None before there is one.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class ClipSession:
         self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
         self.plans = Plans(self._local)
         self._values: Plans | None = None
-        self._last_fixed: tuple[object, Fixed] | None = None
-        self._last_threshold: BoundThreshold | None = None
+        self._last_fixed: tuple[object, StepCaps] | None = None
+        self.bound: BoundThreshold | None = None
 
     @classmethod
     def of(
@@ -83,12 +84,12 @@ class ClipSession:
     def _local(self) -> Components:
         return self.components if self.spread is None else self.spread.local
 
-    def caps_for(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> CapPolicy:
+    def caps_for(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> StepCaps:
         """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
         if isinstance(max_norm, Threshold):
-            if self._last_threshold is None or not self._last_threshold.is_for(max_norm, rule):
-                self._last_threshold = BoundThreshold(max_norm, self.components, self.spread, rule)
-            return self._last_threshold.for_call(max_norm, tensors)
+            if self.bound is None or not self.bound.is_for(max_norm, rule):
+                self.bound = BoundThreshold(max_norm, self.components, self.spread, rule)
+            return self.bound.for_call(max_norm, tensors)
         if isinstance(max_norm, Tensor):
             return fixed_caps(max_norm, self.components)
         # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
@@ -103,7 +104,7 @@ class ClipSession:
     def clip_(
         self,
         tensors: Sequence[Tensor],
-        policy: CapPolicy,
+        policy: StepCaps,
         options: Options,
         scale: LossScale = UNSCALED,
         learns: bool = True,
@@ -136,7 +137,7 @@ class ClipSession:
         return outcome
 
     def _clip_shards(
-        self, tensors: Sequence[Tensor], policy: CapPolicy, rule: ClipRule, options: Options, scale: LossScale
+        self, tensors: Sequence[Tensor], policy: StepCaps, rule: ClipRule, options: Options, scale: LossScale
     ) -> tuple[Tensor, Tensor, Tensor]:
         spread = self.spread
         assert spread is not None

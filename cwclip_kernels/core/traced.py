@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..components.membership import Components
-from ..thresholds import Fixed, Threshold
+from ..thresholds import Threshold
+from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm, checked_cap, checked_pattern
 from . import run
 from .caps import fixed_caps
@@ -204,7 +205,7 @@ def _plans(components: str, device: torch.device, dtype: torch.dtype, shape: tor
 
 
 @lru_cache(maxsize=64)
-def _fixed_of(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> Fixed:
+def _fixed_of(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> StepCaps:
     max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
     return fixed_caps(max_norm, _read(components))
 

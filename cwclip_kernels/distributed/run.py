@@ -19,7 +19,7 @@ from ..core.checks import WithoutData
 from ..core.formula import ClipRule, wide_dtype
 from ..core.loss_scale import UNSCALED, LossScale
 from ..core.plan import ClipPlan, Plans
-from ..thresholds.base import CapPolicy
+from ..thresholds.base import StepCaps
 from .local import Held
 from .reduction_plan import Spread
 
@@ -63,7 +63,7 @@ class _Part:
 def clip_(
     job: Job,
     tensors: Sequence[Tensor],
-    policy: CapPolicy,
+    policy: StepCaps,
     rule: ClipRule,
     raise_nonfinite: bool,
     scaled: LossScale,

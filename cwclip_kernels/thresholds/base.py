@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,13 @@ from ..components.naming import Aliases, are_same_names
 from ..core.formula import wide_dtype
 
 
-class CapPolicy(Protocol):
-    """Where a call's caps come from: a ``Threshold``, or what stands for one."""
+class StepCaps(NamedTuple):
+    """Where the caps of one step come from: ``Threshold``'s attributes and methods, ready for one call."""
 
-    @property
-    def adds_eps(self) -> bool: ...  # noqa: D102  # see Threshold, as for the others
-    @property
-    def needs_norms(self) -> bool: ...  # noqa: D102
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor: ...  # noqa: D102
-    def update_(self, norms: Tensor, coefs: Tensor) -> None: ...  # noqa: D102
+    adds_eps: bool
+    needs_norms: bool
+    caps: Callable[[torch.device, Tensor | None], Tensor]
+    update_: Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)

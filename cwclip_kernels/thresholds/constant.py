@@ -42,6 +42,7 @@ class Fixed(Threshold):
     """
 
     adds_eps = True
+    needs_norms = False  # asked at every call: an attribute is found faster
 
     def __init__(self, cap: float | Tensor | Mapping[str, float]) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Fixed(Threshold):
         elif isinstance(cap, Mapping):
             self._cap = {checked_pattern(p): checked_cap(value, f"max_norm[{p!r}]") for p, value in cap.items()}
         else:
-            self._cap = checked_cap(cap, "max_norm")
+            self._cap = checked_cap(cap, "cap")
         self._matched: list[float] = []  # the caps of a mapping
         self._on: dict[torch.device, Tensor] = {}
 
