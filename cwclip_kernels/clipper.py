@@ -34,23 +34,10 @@ class ComponentClipper(ParameterClipper):
         norm_c = (sum over component c of |g|^p)^(1/p)
         coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g, in place
 
-    Hold on to one for a training run and call ``clip_()`` between ``backward()`` and ``optimizer.step()``.
-    The parameters are read once, here: make another one when parameters are added or replaced. Which of them
-    have gradients may change from step to step.
-
-    Args, all as for :func:`fused_component_clip_`:
-        parameters: whose gradients are clipped.
-        max_norm: the caps. A tensor is read at every call, so changing it in place changes the caps.
-        norm_type: order of the norm.
-        error_if_nonfinite: same as ``nonfinite="error"``.
-        components: what is clipped together.
-        eps: added to the norm before dividing.
-        nonfinite: what becomes of a component whose norm is inf or NaN.
-        process_group: the ranks that hold parts of plain tensors.
-        pp_mesh: the ranks that hold other parameters of the same model.
-        backend: None for the best available.
-
-    With sharded parameters all ranks that share them make it together, and compare their components.
+    Make one for a training run and call ``clip_()`` between ``backward()`` and ``optimizer.step()``. The parameters
+    are read once, here: make another one when parameters are added or replaced. Which of them have gradients may
+    change from step to step. Arguments are those of :func:`fused_component_clip_`; a tensor as ``max_norm`` is read
+    at every call, so changing it in place changes the caps. All ranks that share sharded parameters make it together.
 
     Attributes:
         names: the K component names, in the order of every [K] tensor.
@@ -117,11 +104,7 @@ class ComponentClipper(ParameterClipper):
         return self._tensors
 
     def clip_(self, *, inv_scale: float | Tensor | None = None, found_inf: Tensor | None = None) -> ClipResult:
-        """Clips the gradients that are there now, in place.
-
-        Args:
-            inv_scale: what undoes the loss scale, as for :func:`fused_component_clip_`.
-            found_inf: set to 1 if any gradient is inf or NaN, as there.
+        """Clips the gradients that are there now, in place; arguments as for :func:`fused_component_clip_`.
 
         Returns:
             Norms before clipping, coefficients and caps. A component without any gradient has norm 0, coefficient 1.
@@ -181,26 +164,23 @@ class ComponentClipper(ParameterClipper):
     ) -> Attachment:
         """Clips at every ``optimizer.step()``, right before the step: what this optimizer owns of the parameters.
 
-        With several optimizers attach to each. Gradients that were accumulated over several backward passes are
-        clipped once, whole. A closure's gradients are clipped each time it has been called, and thresholds count each
-        call (``LBFGS`` makes many in a step). A parameter that two optimizers own is clipped at the steps of both.
-        Don't call ``clip_()`` by hand as well: gradients would be clipped and counted twice.
+        With several optimizers attach to each; a parameter that two own is clipped at the steps of both. Accumulated
+        gradients are clipped once, whole. A closure's gradients are clipped at each of its calls, and thresholds
+        count each (``LBFGS`` makes many in a step). Don't call ``clip_()`` by hand as well.
 
-        Only ``step()`` clips. With SAM, whose ``first_step()`` and ``second_step()`` are called instead of it, attach
-        to its ``base_optimizer``. A copied or unpickled optimizer has lost its hooks, this one among them: attach to
-        it again. Where a fused optimizer under a ``GradScaler`` skips its step on the device, thresholds have counted
-        it.
+        Only ``step()`` clips: with SAM (``first_step()``, ``second_step()``) attach to its ``base_optimizer``. A
+        copied or unpickled optimizer has lost its hooks: attach to it again. Where a fused optimizer under a
+        ``GradScaler`` skips its step on the device, thresholds have counted it.
 
         Args:
-            optimizer: a torch optimizer that owns at least one of the parameters. Of one that wraps another without
-                running torch's step hooks, such as Accelerate's, the one inside.
+            optimizer: a torch optimizer that owns at least one of the parameters. If it wraps another one without
+                running torch's step hooks, as Accelerate's does, pass the one inside.
             on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
             replace: whether to end earlier attachments that clip some of the same parameters at this optimizer's
                 steps, as when a notebook's cell runs again; otherwise they are an error.
 
         Returns:
-            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``, and it has the clipper's
-            ``state_dict()`` and ``load_state_dict()``.
+            A handle: ``remove()`` ends it, ``last`` is the last ``ClipResult``.
 
         Raises:
             TypeError: not a ``torch.optim.Optimizer``, or one whose steps aren't certain to run its hooks.
@@ -208,17 +188,6 @@ class ComponentClipper(ParameterClipper):
                 or has a clipper attached for some of the parameters already.
             RuntimeError: gradients are clipped in the backward pass as well. At a step: the same, or they still carry
                 the loss scale, as a fused optimizer's do under a ``GradScaler``. Nothing is changed.
-
-        Example:
-            >>> import torch
-            >>> from cwclip_kernels import ComponentClipper
-            >>> model = torch.nn.Linear(2, 1)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-            >>> handle = ComponentClipper(model, max_norm=0.1).attach(optimizer)
-            >>> model(torch.ones(1, 2)).sum().backward()
-            >>> optimizer.step()
-            >>> handle.last.norms
-            tensor([1.4142, 1.0000])
         """
         return Attachment(self, optimizer, on_clip, replace)
 
@@ -231,12 +200,9 @@ class ComponentClipper(ParameterClipper):
         return self._session.norms(self._all(), norm_type, backend)
 
     def total_norm(self, norms: Tensor) -> Tensor:
-        """The norm of all components together, [], from those of each, as ``clip_grad_norm_`` returns it.
+        """The norm of all components together, [], from the norms [K] of each: what ``clip_grad_norm_`` returns.
 
         With ``pp_mesh`` it is that of all its ranks, which make this call together. No host sync.
-
-        Args:
-            norms: [K], of a ``ClipResult`` or of ``norms()``.
         """
         return self._session.total(norms, self._options.rule.norm_type)
 

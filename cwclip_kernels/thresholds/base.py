@@ -181,12 +181,7 @@ class Threshold(ABC):
         """
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:  # noqa: B027  # not every threshold learns
-        """Learns from a step.
-
-        Args:
-            norms: [K] before clipping.
-            coefs: [K], what gradients were multiplied by.
-        """
+        """Learns from a step's norms [K] before clipping and the coefficients [K] applied to the gradients."""
 
     def state(self, name: str, device: torch.device, *shape: int, fill: float = 0.0) -> Tensor:
         """A tensor of the threshold's state, ``wide_dtype``; made and filled on ``device`` when first asked for."""
@@ -213,7 +208,7 @@ class Threshold(ABC):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint needs to go on to the same bits: tensors, numbers and strings."""
+        """What a checkpoint needs to continue with the same bits: tensors, numbers and strings."""
         names = self._names()
         return {
             "policy": type_name(self),
@@ -223,13 +218,12 @@ class Threshold(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a ``state_dict()``, before or after the threshold is bound, on any device.
+        """Continues from a ``state_dict()``, before or after the threshold is bound, on any device.
 
         Raises:
             TypeError: not a ``state_dict()`` of a threshold, or tensors without data.
-            ValueError: that of another kind of threshold, one with other arguments that decide the state's shape, or
-                for other components. Nothing is changed. Before the threshold is bound, shapes and components are
-                compared later, when a clipper binds it.
+            ValueError: that of another kind of threshold, with another shape or for other components; nothing is
+                changed. If the threshold isn't bound yet, shapes and components are compared when it is.
         """
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
             raise TypeError("state: expected what state_dict() of a threshold returned")

@@ -60,7 +60,6 @@ class Fixed(Threshold):
         return {**super().__getstate__(), "_matched": [], "_on": {}}
 
     def bind(self, setting: Setting) -> None:
-        """See ``Threshold``."""
         names = setting.names
         if isinstance(self._cap, Tensor) and self._cap.shape not in ((), (len(names),)):
             raise ValueError(
@@ -74,7 +73,6 @@ class Fixed(Threshold):
         self._on.clear()
 
     def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
-        """See ``Threshold``. No host sync, unless ``device`` is the host and a tensor isn't there."""
         cap = self._cap
         if isinstance(cap, Tensor):
             _check_values(cap)

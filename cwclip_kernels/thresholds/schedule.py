@@ -61,7 +61,6 @@ class Schedule(Threshold):
         self._evaluate()
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
         if not is_recorded():
             self._evaluate()
         if device not in self._on:
@@ -69,16 +68,13 @@ class Schedule(Threshold):
         return self._on[device]
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
         if not is_recorded():
             self._step += 1
 
     def host_state(self) -> dict[str, int | float]:
-        """See ``Threshold``."""
         return {"step": self._step}
 
     def load_host_state(self, state: dict[str, int | float]) -> None:
-        """See ``Threshold``."""
         self._step = int(state["step"])
 
     def _evaluate(self) -> None:
@@ -126,18 +122,12 @@ class FromGlobal(Threshold):
         return {**super().__getstate__(), "_on": {}}
 
     def bind(self, setting: Setting) -> None:
-        """See ``Threshold``.
-
-        Raises:
-            ValueError: the norm's order is one whose powers don't add up to a whole.
-        """
         if not setting.norm_type > 0:
             raise ValueError(f"max_norm: FromGlobal needs norm_type > 0, not {setting.norm_type:g}")
         super().bind(setting)
         self._on.clear()
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
         if device not in self._on:
             setting = self.setting
             weights = [int(n > 0) for n in setting.numels] if self._split == "uniform" else setting.numels
