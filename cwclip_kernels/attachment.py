@@ -12,6 +12,8 @@ from .arguments import type_name
 from .core.loss_scale import UNSCALED
 from .core.modes import is_traced
 from .core.optimizers import (
+    OptimizerPart,
+    OptimizerParts,
     attached_clippers,
     check_runs_hooks,
     is_compiled_in_parts,
@@ -19,7 +21,7 @@ from .core.optimizers import (
     outer_steps,
     runner_of_hooks,
 )
-from .core.parameter_clipper import OptimizerPart, OptimizerParts, ParameterClipper
+from .core.parameter_clipper import ParameterClipper
 from .result import ClipResult
 
 

@@ -18,8 +18,8 @@ from .arguments import type_name, warn_caller
 from .clipper import ComponentClipper
 from .core.loss_scale import UNSCALED, LossScale
 from .core.modes import is_recorded
-from .core.optimizers import attached_clippers
-from .core.parameter_clipper import OptimizerPart, OptimizerParts, ParameterClipper, parameters_of
+from .core.optimizers import OptimizerPart, OptimizerParts, attached_clippers, parameters_of
+from .core.parameter_clipper import ParameterClipper
 from .result import ClipResult
 
 # Steps with nothing to clip, before any other, until that is told: a GAN may take 100 with one of its optimizers.

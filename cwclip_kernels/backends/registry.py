@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from .. import reference
 from ..arguments import type_name
 from . import cpu, cuda, foreach, triton
-
-if TYPE_CHECKING:
-    from ..core.plan import ClipPlan
 
 BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda,
@@ -71,20 +64,3 @@ def choose(device: torch.device, dtype: torch.dtype, norm_type: float, backend: 
             return name, "; ".join(passed_over) or f"first choice on {device.type}"
         passed_over.append(f"{name} {reason}")
     raise RuntimeError(f"no backend serves {dtype} on {device}: {'; '.join(passed_over)}")
-
-
-def explain(plan: ClipPlan, grads: Sequence[Tensor | None]) -> str:
-    """A plan in words: one line for each bucket, with the reason for its backend."""
-    lines = [f"{len(plan.components.names)} components over {len(plan.components.tensor_names)} tensors"]
-    for bucket in plan.buckets:
-        own = bucket.pick(grads)
-        dtypes = Counter(str(g.dtype).removeprefix("torch.") for g in own)
-        what = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
-        size = sum(g.numel() * g.element_size() for g in own if not g.is_sparse)
-        lines.append(f"  {bucket.device}: {what}, {size / 1e6:.1f} MB -> {bucket.backend!r} ({bucket.reason})")
-    if len(plan.buckets) > 1 or plan.sparse:
-        why = "sparse gradients" if plan.sparse else "several devices or backends"
-        lines.append(f"  in two passes, norms first, because of {why}")
-    elif plan.buckets:
-        lines.append("  in one fused call")
-    return "\n".join(lines)

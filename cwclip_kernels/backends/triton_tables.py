@@ -153,7 +153,7 @@ class _Pieces:
 
 
 def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:
-    boxes = bucket.boxes if bucket.boxes is not None else [(i, ()) for i in range(len(grads))]
+    boxes = bucket.slices if bucket.slices is not None else [(i, ()) for i in range(len(grads))]
     shapes = [(g.shape, g.stride()) for g in grads]  # a tensor's own are made anew each time they are asked for
     dtypes = list(dict.fromkeys(g.dtype for g in grads))
     code_of = [dtypes.index(g.dtype) for g in grads]

@@ -17,14 +17,14 @@ from .formula import POLICIES, ClipRule
 
 @dataclass(frozen=True)
 class Options:
-    """Norm order, eps and non-finite policy; whether a non-finite norm is an error; backend, None for the best."""
+    """The scalar arguments of a call; backend None for the best available."""
 
     rule: ClipRule
     raise_nonfinite: bool
     backend: str | None
 
     def in_words(self, max_norm: MaxNorm = math.inf, pp_mesh: object = None) -> str:
-        """What all ranks have to choose alike: in a pipeline everything but the caps, of components others lack."""
+        """The arguments that all ranks must have alike; stages of a pipeline may have other caps."""
         rule = self.rule
         policy = "error" if self.raise_nonfinite else rule.nonfinite
         text = f"norm_type={rule.norm_type:g}, eps={rule.eps:g}, nonfinite={policy!r}"
@@ -41,11 +41,7 @@ def check_options(
     nonfinite: str = "propagate",
     backend: str | None = None,
 ) -> Options:
-    """Checks the scalar arguments.
-
-    Raises:
-        TypeError, ValueError: names the argument and what it takes.
-    """
+    """The scalar arguments, checked; the TypeError or ValueError names the argument and what it takes."""
     registry.check_backend(backend)
     if not isinstance(error_if_nonfinite, bool):
         raise TypeError(f"error_if_nonfinite: expected a bool, not {type_name(error_if_nonfinite)}")

@@ -21,7 +21,7 @@ def bucket_of(grads, owners, count=None, norm_dtype=None, plain=True):
         reason="test",
         positions=tuple(range(len(grads))),
         components=torch.tensor(owners, dtype=torch.int64),
-        boxes=None,
+        slices=None,
         count=max(owners) + 1 if count is None else count,
         norm_dtype=norm_dtype,
         plain=plain,
