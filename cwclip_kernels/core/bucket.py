@@ -21,34 +21,19 @@ class Found(NamedTuple):
 
 @dataclass(eq=False)
 class Bucket:
-    """The gradients of one device that one backend serves, in any mix of dtypes.
-
-    Attributes:
-        device: of the gradients.
-        backend: name of the backend that serves them.
-        reason: why that backend, for ``explain()``.
-        positions: of each gradient in the call's list of parameters.
-        components: component of each piece, int64 [m] on the CPU, values in [0, count). A piece is a gradient, or
-            one of ``slices``.
-        slices: of each piece its gradient's index in the bucket, and the slice of it; None if all are whole.
-        count: number of components K of the whole call, the length of every [K] tensor.
-        norm_dtype: float32, or float64 if any gradient of the call is.
-        plain: whether all are real and strided, so that backends take them as they are.
-        addresses: compares a call's gradients with these and reads their addresses; None if ``ClipPlan`` compares.
-        state: what the backend keeps with the bucket, such as tables.
-    """
+    """The gradients of one device that one backend serves, in any mix of dtypes; m pieces, each whole or a slice."""
 
     device: torch.device
     backend: str
-    reason: str
-    positions: tuple[int, ...]
-    components: Tensor
-    slices: tuple[tuple[int, Slice], ...] | None
-    count: int
-    norm_dtype: torch.dtype
-    plain: bool
-    addresses: Addresses | None = None
-    state: Any = None
+    reason: str  # why that backend, for ``explain()``
+    positions: tuple[int, ...]  # of each gradient in the call's list of parameters
+    components: Tensor  # of each piece, int64 [m] on the CPU, values in [0, count)
+    slices: tuple[tuple[int, Slice], ...] | None  # of each piece its gradient's index here; None if all are whole
+    count: int  # of components of the whole call: every [K] tensor has this length
+    norm_dtype: torch.dtype  # float32, or float64 if any gradient of the call is
+    plain: bool  # all are real and strided, so that backends take them as they are
+    addresses: Addresses | None = None  # compares a call's gradients with these; None if ``ClipPlan`` does
+    state: Any = None  # what the backend keeps with the bucket, such as tables
 
     def pieces(self, grads: list[Tensor]) -> list[Tensor]:
         """The m pieces of the bucket's gradients, as views."""

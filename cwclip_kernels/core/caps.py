@@ -45,12 +45,9 @@ def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
 def fixed_caps(
     max_norm: float | Tensor | Mapping[str, float], components: Components, everywhere: tuple[str, ...] | None = None
 ) -> StepCaps:
-    """Caps that are the same at every step, or read from a tensor; checked.
+    """Caps that are the same at every step, or read from a tensor; checked, and patterns matched.
 
-    Args:
-        max_norm: the caps.
-        components: patterns are matched with their names.
-        everywhere: names of the components of all ranks, where other ranks have others.
+    ``everywhere`` are the names of the components of all ranks, where other ranks have others.
     """
     if not isinstance(max_norm, Tensor | Mapping):
         checked_cap(max_norm, "max_norm")
@@ -63,14 +60,7 @@ def fixed_caps(
 class BoundThreshold:
     """A threshold bound to components. Between calls it keeps neither the threshold nor the parameters alive.
 
-    Args:
-        threshold: computes the caps; it may serve other parameters in between, with the same component names.
-        components: of the whole call.
-        spread: how these are sharded over ranks; None if they aren't.
-        rule: order of the norm, and eps.
-
-    Raises:
-        ValueError: the threshold looks at all components together, and this rank of ``pp_mesh`` has only some.
+    The threshold may serve other parameters in between, with the same component names.
     """
 
     def __init__(self, threshold: Threshold, components: Components, spread: Spread | None, rule: ClipRule) -> None:
@@ -151,19 +141,11 @@ class BoundThreshold:
             if not trained or trained[position]:
                 # A parameter without shape counts as one element until it has one.
                 numels[component] += max(count, 1) if is_lazy(tensors[position]) else count
-        return Setting(
-            names=components.names,
-            numels=tuple(numels),
-            norm_type=rule.norm_type,
-            eps=rule.eps,
-            # While parameters have no data, no state is made, which would have none either.
-            device=torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors),
-            parameter_norms=self._parameter_norms,
-            trained=trained,
-            spellings=components.spellings,
-            aliases=components.aliases,
-            everywhere=None if spread is None else spread.all_names,
-        )
+        # While parameters have no data, no state is made, which would have none either.
+        device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
+        others = components.spellings, components.aliases, None if spread is None else spread.all_names
+        own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
+        return Setting(components.names, *own, *others)
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..arguments import type_name
+from ..components.membership import Components
 from .modes import is_traced
 
 Gradients = Sequence[Tensor | None]
@@ -42,21 +43,39 @@ def has_no_data(tensor: Tensor) -> bool:
     return tensor.is_meta or (fake is not None and isinstance(tensor, fake))
 
 
-def check_gradient(grad: Tensor, where: str, *, cut: bool = False, writes: bool = True) -> None:
-    """Raises unless ``grad`` can be clipped in place, or slice by slice if it is ``cut``.
-
-    Args:
-        grad: the gradient.
-        where: what it is, for the message.
-        cut: whether slices of it belong to components of their own.
-        writes: whether it is to be scaled, not only measured.
+def check_gradients(
+    components: Components, grads: Mapping[int, Tensor], what: str = "the gradient of", *, writes: bool = True
+) -> None:
+    """Raises unless gradients, by position, can be measured and, if it ``writes``, scaled in place.
 
     Raises:
         TypeError: dtype, layout or tensor subclass that isn't served.
         ValueError: several elements in one place, no data; or if it ``writes``, a parameter or an inference tensor.
     """
-    if writes:
-        check_not_leaf(grad, where)
+    names, cut, problems = components.tensor_names, components.cut, dict(components.problems)
+    for position, grad in grads.items():
+        where = f"{what} {names[position]!r}"
+        if position in problems:
+            raise ValueError(
+                f"{where}, which was frozen when components were looked up: {problems[position]}. "
+                "Make the clipper after parameters have been unfrozen"
+            )
+        if writes:
+            check_not_leaf(grad, where)
+        _check_type(grad, where, cut=position in cut)
+        values = values_of(grad)
+        if grad.is_meta:
+            raise ValueError(f"{where} is on the meta device: there is no data to clip")
+        if overlaps(values):
+            raise ValueError(
+                f"{where} has several elements on one place in memory (shape {list(values.shape)}, strides "
+                f"{list(values.stride())}), which would be scaled more than once; use .contiguous()"
+            )
+        if writes and not is_traced() and grad.is_inference():
+            raise ValueError(f"{where} was made in inference mode, and can't be written to outside of it; clone() it")
+
+
+def _check_type(grad: Tensor, where: str, *, cut: bool) -> None:
     problem = None
     if type(grad) is not Tensor:
         problem = (
@@ -77,18 +96,6 @@ def check_gradient(grad: Tensor, where: str, *, cut: bool = False, writes: bool 
         )
     if problem is not None:
         raise TypeError(f"{where} {problem}")
-    values = values_of(grad)
-    if grad.is_meta:
-        problem = "is on the meta device: there is no data to clip"
-    elif overlaps(values):
-        problem = (
-            f"has several elements on one place in memory (shape {list(values.shape)}, strides "
-            f"{list(values.stride())}), which would be scaled more than once; use .contiguous()"
-        )
-    elif writes and not is_traced() and grad.is_inference():
-        problem = "was made in inference mode, and can't be written to outside of it; clone() it"
-    if problem is not None:
-        raise ValueError(f"{where} {problem}")
 
 
 def check_not_leaf(grad: Tensor, where: str) -> None:
@@ -98,14 +105,6 @@ def check_not_leaf(grad: Tensor, where: str) -> None:
             f"{where} is itself a parameter (or a leaf that requires grad): clipping would change the parameter's "
             "own data; set p.grad to its gradient, or detach it first"
         )
-
-
-def was_frozen(name: str, problem: str) -> ValueError:
-    """The error for the gradient of a parameter that was frozen, with a problem, when components were resolved."""
-    return ValueError(
-        f"the gradient of {name!r}, which was frozen when components were looked up: {problem}. "
-        "Make the clipper after parameters have been unfrozen"
-    )
 
 
 def overlaps(grad: Tensor) -> bool:

@@ -36,17 +36,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def merge(sums: Tensor, more: Tensor, norm_type: float) -> Tensor:
-    """Power sums of two disjoint parts of the same components, merged; maximum and minimum propagate NaN, too."""
-    if norm_type == math.inf:
-        return torch.maximum(sums, more)
-    if norm_type == -math.inf:
-        return torch.minimum(sums, more)
-    return sums + more
-
-
 def merged(sums: Tensor, norm_type: float) -> Tensor:
-    """``merge`` of all along the last dimension, in a fixed order."""
+    """Power sums of disjoint parts, along the last dimension, as one: added in a fixed order; NaN wins."""
     if math.isinf(norm_type):
         return sums.amax(-1) if norm_type > 0 else sums.amin(-1)
     return sums.sum(-1)
@@ -62,7 +53,7 @@ def total(norms: Tensor, norm_type: float) -> Tensor:
 
 
 def neutral(norm_type: float) -> float:
-    """The neutral element of ``merge``: the power sum of no elements."""
+    """The power sum of no elements, which ``merged`` ignores."""
     return math.inf if norm_type == -math.inf else 0.0
 
 

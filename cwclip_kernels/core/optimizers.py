@@ -16,10 +16,6 @@ from torch.optim import Optimizer
 from ..arguments import type_name
 from .parameter_clipper import ParameterClipper
 
-# ------------------------------------------------------------------------------------------------------------
-# What an optimizer owns
-# ------------------------------------------------------------------------------------------------------------
-
 
 def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
     """The parameters of an optimizer, group by group."""
@@ -27,13 +23,7 @@ def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
 
 
 class OptimizerPart:
-    """The part of a clipper that an optimizer owns.
-
-    Attributes:
-        clipped: those of the optimizer's parameters that are clipped.
-        clipper: for these; None if there are none.
-        others: the optimizer's other parameters.
-    """
+    """The part of a clipper that an optimizer owns: a clipper for what is clipped, if anything is, and the others."""
 
     def __init__(self, whole: ParameterClipper, parameters: Sequence[Tensor]) -> None:
         part = whole.part(parameters)
@@ -100,17 +90,10 @@ def inside_of(outer: object) -> str:
     return next((f": its {path} ({type_name(o)})" for path, o in inner_optimizers(outer) if runs_hooks(o)), "")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hooks on steps
-# ------------------------------------------------------------------------------------------------------------
-
-
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether every ``optimizer.step()`` runs this optimizer's hooks.
-
-    ``Optimizer.__init__`` wraps the class's ``step`` in a function that runs them and is marked as hooked. A ``step``
-    that replaces it on an instance, as by a learning rate scheduler, has the mark if made with functools.wraps.
-    """
+    """Whether every ``optimizer.step()`` runs this optimizer's hooks."""
+    # ``Optimizer.__init__`` wraps the class's ``step`` in a function that runs them and is marked as hooked. One that
+    # replaces it on an instance, as by a learning rate scheduler, has the mark if made with functools.wraps.
     step = optimizer.step
     is_own = getattr(step, "__self__", optimizer) is optimizer
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and is_own and getattr(step, "hooked", False) is True
@@ -154,10 +137,8 @@ def may_step_within_step(optimizer: Optimizer) -> bool:
 
 
 def outer_steps() -> Iterator[Optimizer]:
-    """The optimizers whose steps have called the one whose hook runs now.
-
-    Read off the stack, since nothing is called when a step ends by an error.
-    """
+    """The optimizers whose steps have called the one whose hook runs now."""
+    # Read off the stack, since nothing is called when a step ends by an error.
     runner = runner_of_hooks()
     running = [frame for frame in _stack() if frame.f_code is runner]
     yield from (frame.f_locals["self"] for frame in running[1:])
@@ -179,44 +160,26 @@ def _stack() -> Iterator[FrameType]:
 
 @cache
 def runner_of_hooks() -> CodeType:
-    """The code of the function in which torch wraps every ``step``, and which runs the hooks.
-
-    Raises:
-        RuntimeError: this version of torch has none.
-    """
+    """The code of the function in which torch wraps every ``step``, and which runs the hooks."""
     try:
-        code = Optimizer.profile_hook_step(lambda: None).__code__
+        return Optimizer.profile_hook_step(lambda: None).__code__
     except AttributeError:
-        code = None
-    if isinstance(code, CodeType):
-        return code
-    raise RuntimeError(
-        f"attach isn't made for the Optimizer of torch {torch.__version__}; clip by hand: clip_() before step()"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Clippers attached to optimizers
-# ------------------------------------------------------------------------------------------------------------
+        raise RuntimeError(
+            f"attach isn't made for the Optimizer of torch {torch.__version__}; clip by hand: clip_() before step()"
+        ) from None
 
 
 def attached_clippers(
     optimizer: Optimizer, parameters: Sequence[Tensor], *, but: object = None
 ) -> list[tuple[Any, str]]:
-    """The attachments, except ``but``, that clip one of these parameters at an optimizer's steps, and its name.
-
-    The steps of optimizers that it holds count, too.
-    """
+    """The attachments, except ``but``, that clip one of these parameters at steps of an optimizer or of one in it."""
     found = []
     for owner in (optimizer, *(inner for _, inner in inner_optimizers(optimizer))):
-        hooks = getattr(owner, "_optimizer_step_pre_hooks", None) or {}
-        for hook in hooks.values():
+        for hook in (getattr(owner, "_optimizer_step_pre_hooks", None) or {}).values():
             attachment: Any = getattr(hook, "__self__", None)
-            if attachment is but or not getattr(type(attachment), "clips_by_component", False):
-                continue
-            clipper = attachment.clipper
-            clipped = set(map(id, clipper.parameters)) & set(map(id, parameters_of(owner)))
-            shared = next((p for p in parameters if id(p) in clipped), None)
-            if shared is not None:
-                found.append((attachment, clipper.name_of(shared)))
+            if attachment is not but and getattr(type(attachment), "clips_by_component", False):
+                clipper = attachment.clipper
+                clipped = set(map(id, clipper.parameters)) & set(map(id, parameters_of(owner)))
+                shared = next((p for p in parameters if id(p) in clipped), None)
+                found += [] if shared is None else [(attachment, clipper.name_of(shared))]
     return found

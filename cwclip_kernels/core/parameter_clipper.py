@@ -52,12 +52,7 @@ class ParameterClipper:
         return self._tensors
 
     def clip(self, scale: LossScale, *, learns: bool = True) -> ClipResult:
-        """Clips the gradients that are there now, in place.
-
-        Args:
-            scale: of the loss.
-            learns: whether a threshold learns from this step now, and not later by ``learn``.
-        """
+        """Clips the gradients that are there now, in place; unless it ``learns``, call ``learn`` later."""
         if is_traced():
             traced.refuse_ranks(self.is_spread)
             outcome = traced.clip_(self._all(), self._session.components, self.max_norm, self._options, scale)
@@ -78,13 +73,10 @@ class ParameterClipper:
             self.max_norm.update_(result.norms, result.coefs)
 
     def part(self: Self, parameters: Iterable[Tensor]) -> Self:
-        """A clipper for some of the parameters, with the same components, caps and state.
+        """A clipper for those of its parameters that are among ``parameters``, with the same components and caps.
 
         For gradients that are complete at different times, such as those of several optimizers. Its results have the
         same K; a component outside of this part has norm 0 and coefficient 1.
-
-        Args:
-            parameters: some of this clipper's; any others are ignored.
 
         Raises:
             ValueError: a component has trainable parameters inside and outside, so that its norm would not be whole.

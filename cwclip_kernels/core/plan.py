@@ -1,7 +1,7 @@
 """Which backend serves which gradients of a call, worked out once.
 
-A plan depends on which gradients exist and on their type, dtype, device and layout, never on values or addresses.
-``Plans`` keeps several, and compares them with a call's gradients in one native pass, which also reads the addresses.
+A plan depends on which gradients exist, their types, dtypes, devices and layouts, never on values or addresses.
+``Plans`` compares several with a call's gradients, in one native pass, which also reads the addresses.
 """
 
 from __future__ import annotations
@@ -21,45 +21,32 @@ from .bucket import Bucket, Found
 from .checks import (
     Gradients,
     WithoutData,
-    check_gradient,
+    check_gradients,
     has_no_data,
     norm_dtype_of,
     overlaps,
     share_memory,
     values_of,
-    was_frozen,
 )
 
 
 def home_of(tensors: Sequence[Tensor]) -> torch.device:
     """Where results go if there is no gradient: to the first parameter that is trained."""
-    for tensor in tensors:
-        if tensor.requires_grad:
-            return tensor.device
-    return tensors[0].device if tensors else torch.device("cpu")
+    first = tensors[0].device if tensors else torch.device("cpu")
+    return next((tensor.device for tensor in tensors if tensor.requires_grad), first)
 
 
 @dataclass(frozen=True, eq=False)
 class ClipPlan:
-    """Everything about a call that its gradients' values do not decide.
-
-    Attributes:
-        components: names and members.
-        buckets: disjoint; none where no gradient exists.
-        device: of norms and coefficients.
-        norm_dtype: their dtype.
-        sparse: whether any gradient is sparse.
-        is_native: whether the buckets' ``addresses`` compare everything but autograd's attributes.
-        signature: what else is compared; None if nothing is.
-    """
+    """Everything about a call that its gradients' values do not decide."""
 
     components: Components
-    buckets: tuple[Bucket, ...]
-    device: torch.device
+    buckets: tuple[Bucket, ...]  # disjoint; none where no gradient exists
+    device: torch.device  # of norms and coefficients
     norm_dtype: torch.dtype
-    sparse: bool
-    is_native: bool
-    signature: object
+    sparse: bool  # whether any gradient is
+    is_native: bool  # whether the buckets' ``addresses`` compare everything but autograd's attributes
+    signature: object  # what else is compared; None if nothing is
 
     def look(self, grads: list[Tensor | None], parameters: Sequence[Tensor], writes: bool) -> list[Found] | None:
         """What each bucket finds among these gradients; None if the plan is for others, or they share memory."""
@@ -101,12 +88,7 @@ _KINDS, _SETS = 8, 4  # plans kept: for orders of norm and backends; and for set
 
 
 class Plans:
-    """The plans of one set of components; makes another one when gradients change.
-
-    Args:
-        components: what is measured together.
-        what: how errors call what is measured, before the parameter's name.
-    """
+    """The plans of one set of components, for gradients of several looks; errors begin with ``what`` and a name."""
 
     def __init__(self, components: Components, what: str = "the gradient of") -> None:
         self.components = components
@@ -123,17 +105,10 @@ class Plans:
         *,
         writes: bool = True,
     ) -> tuple[ClipPlan, list[Found]]:
-        """The plan for these gradients, and what each of its buckets finds.
-
-        Args:
-            grads: of each tensor of the components, None where there is none.
-            parameters: these tensors.
-            norm_type: order of the norm.
-            backend: the user's choice or None.
-            writes: whether gradients are to be clipped: then they may not share memory, or be parameters.
+        """The plan for the gradients of these parameters, and what each of its buckets finds.
 
         Raises:
-            TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
+            TypeError, ValueError: a gradient that can't be measured or, if it ``writes``, clipped in place.
             RuntimeError: the named backend refuses.
             WithoutData: no gradient has any.
         """
@@ -172,68 +147,59 @@ class Plans:
     ) -> ClipPlan:
         components, clipped = self.components, self.components.clipped
         present = {i: grad for i, grad in enumerate(grads) if grad is not None and i in clipped}
-        self._check(present, writes)
-        own: dict[tuple[torch.device, str, str], list[Member]] = {}  # by device, backend and reason
-        served = {
-            i: (grad.device, *registry.choose(grad.device, grad.dtype, norm_type, backend))
-            for i, grad in present.items()
-        }
+        values = list(present.values())
+        if values and all(map(has_no_data, values)):
+            raise WithoutData(values)
+        check_gradients(components, present, self._what, writes=writes)
+        shared = share_memory(values) if writes else None
+        if shared is not None:
+            one, other = (components.tensor_names[list(present)[i]] for i in shared)
+            raise ValueError(
+                f"the gradients of {one!r} and {other!r} share memory, which would be scaled twice; give each its "
+                "own, or pass one of them"
+            )
+        chosen = {i: (g.device, *registry.choose(g.device, g.dtype, norm_type, backend)) for i, g in present.items()}
+        members: dict[tuple[torch.device, str, str], list[Member]] = {}  # by device, backend and reason
         for member in components.members:
-            if member[0] in served:
-                own.setdefault(served[member[0]], []).append(member)
-        norm_dtype = norm_dtype_of(present.values())
-        buckets = tuple(
-            _bucket(key, members, present, len(components.names), norm_dtype) for key, members in own.items()
-        )
+            if member[0] in chosen:
+                members.setdefault(chosen[member[0]], []).append(member)
+        norm_dtype = norm_dtype_of(values)
+        buckets = []
+        for key, own in members.items():
+            positions = tuple(dict.fromkeys(position for position, _, _ in own))
+            index = {position: i for i, position in enumerate(positions)}
+            slices = tuple((index[position], place) for position, _, place in own)
+            buckets.append(
+                Bucket(
+                    *key,
+                    positions,
+                    components=torch.tensor([component for _, component, _ in own], dtype=torch.int64, device="cpu"),
+                    slices=slices if any(place for _, place in slices) else None,
+                    count=len(components.names),
+                    norm_dtype=norm_dtype,
+                    plain=not any(_is_special(present[i]) for i in positions),
+                )
+            )
         is_native = bool(buckets) and all(bucket.plain for bucket in buckets) and native.unavailable() is None
         if is_native:
             for bucket in buckets:
                 # Its own gradients, and that there are none where there were none.
                 compared = {*bucket.positions, *(i for i in clipped if i not in present)}
                 bucket.addresses = native.Addresses([g if i in compared else ... for i, g in enumerate(grads)])
-        device = next(iter(present.values())).device if present else home_of(parameters)
-        sparse = any(g.is_sparse for g in present.values())
         is_simple = is_native and not torch._C._any_requires_grad(*grads)
-        signature = None if is_simple else _signature(grads, is_native)
-        return ClipPlan(components, buckets, device, norm_dtype, sparse, is_native, signature)
-
-    def _check(self, present: dict[int, Tensor], writes: bool) -> None:
-        """Raises unless these gradients, or parameters, can be served; names the parameter."""
-        if present and all(map(has_no_data, present.values())):
-            raise WithoutData(list(present.values()))
-        names, cut, problems = self.components.tensor_names, self.components.cut, dict(self.components.problems)
-        for i, grad in present.items():
-            if i in problems:
-                raise was_frozen(names[i], problems[i])
-            check_gradient(grad, f"{self._what} {names[i]!r}", cut=i in cut, writes=writes)
-        shared = share_memory(list(present.values())) if writes else None
-        if shared is not None:
-            one, other = (names[list(present)[i]] for i in shared)
-            raise ValueError(
-                f"the gradients of {one!r} and {other!r} share memory, which would be scaled twice; give each its "
-                "own, or pass one of them"
-            )
+        return ClipPlan(
+            components,
+            tuple(buckets),
+            device=values[0].device if values else home_of(parameters),
+            norm_dtype=norm_dtype,
+            sparse=any(g.is_sparse for g in values),
+            is_native=is_native,
+            signature=None if is_simple else _signature(grads, is_native),
+        )
 
 
-def _bucket(
-    key: tuple[torch.device, str, str],
-    members: list[Member],
-    grads: dict[int, Tensor],
-    count: int,
-    norm_dtype: torch.dtype,
-) -> Bucket:
-    positions = tuple(dict.fromkeys(position for position, _, _ in members))
-    index = {position: i for i, position in enumerate(positions)}
-    is_cut = any(place for _, _, place in members)
-    return Bucket(
-        *key,
-        positions,
-        components=torch.tensor([component for _, component, _ in members], dtype=torch.int64, device="cpu"),
-        slices=tuple((index[position], place) for position, _, place in members) if is_cut else None,
-        count=count,
-        norm_dtype=norm_dtype,
-        plain=not any(g.is_complex() or g.is_sparse or g.is_neg() for g in map(grads.__getitem__, positions)),
-    )
+def _is_special(grad: Tensor) -> bool:
+    return grad.is_complex() or grad.is_sparse or grad.is_neg()
 
 
 _METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))

@@ -68,24 +68,23 @@ def sums_tell_nonfinite(norm_type: float) -> bool:
 
 def power_sums(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor:
     """Power sums of the K components over all buckets, in ``wide_dtype``."""
-    sums: Tensor | None = None
+    parts: list[Tensor] = []
     for bucket, (own, addresses) in zip(plan.buckets, found, strict=True):
         sources = _targets(bucket, own, norm_type, coalesce=True)
-        part = BACKENDS[bucket.backend].power_sums(bucket, sources, norm_type, addresses).to(plan.device)
-        sums = part if sums is None else formula.merge(sums, part, norm_type)
-    if sums is None:
-        shape = (len(plan.components.names),)
-        return torch.full(shape, neutral(norm_type), dtype=wide_dtype(plan.device), device=plan.device)
-    return sums
+        parts.append(BACKENDS[bucket.backend].power_sums(bucket, sources, norm_type, addresses).to(plan.device))
+    if len(parts) == 1:
+        return parts[0]
+    shape, device = (len(plan.components.names),), plan.device
+    nothing = torch.full(shape, neutral(norm_type), dtype=wide_dtype(device), device=device)
+    return formula.merged(torch.stack([*parts, nothing], -1), norm_type)
 
 
 def scale_(plan: ClipPlan, found: Sequence[Found], factors: Tensor, rule: ClipRule) -> None:
     """g <- factor * g in place, by the K components' factors."""
-    targets = [_targets(bucket, own, rule.norm_type) for bucket, (own, _) in zip(plan.buckets, found, strict=True)]
-    for own, _ in found:
+    for bucket, (own, addresses) in zip(plan.buckets, found, strict=True):
+        targets = _targets(bucket, own, rule.norm_type)
         torch.autograd.graph.increment_version(own)
-    for bucket, tensors, (_, addresses) in zip(plan.buckets, targets, found, strict=True):
-        BACKENDS[bucket.backend].scale_(bucket, tensors, factors.to(bucket.device), rule.zero_fill, addresses)
+        BACKENDS[bucket.backend].scale_(bucket, targets, factors.to(bucket.device), rule.zero_fill, addresses)
 
 
 def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:

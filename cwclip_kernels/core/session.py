@@ -32,20 +32,8 @@ from .plan import Plans, home_of
 class ClipSession:
     """Components of one set of parameters, with their plans and caps.
 
-    It keeps no reference to the parameters, so that a cache of sessions keeps no model alive.
-
-    Args:
-        components: what is clipped together.
-        tensors: the parameters; if any is sharded, all ranks that share it make their sessions together.
-        process_group: as for ``fused_component_clip_``, like ``pp_mesh``.
-        settings: a description of other arguments, which all ranks must have alike.
-
-    Attributes:
-        components: as given; over all ranks.
-        ranks: ``process_group`` and ``pp_mesh`` as given.
-        spread: how components are sharded over ranks; None if they aren't.
-        plans: of this rank's part of the components.
-        bound: the last threshold, bound to these components; None before there is one.
+    It keeps no reference to the parameters, so that a cache of sessions keeps no model alive. All ranks that share
+    a parameter make it together; ``settings`` describes other arguments, which they must have alike.
     """
 
     def __init__(
@@ -57,9 +45,10 @@ class ClipSession:
         settings: str = "",
     ) -> None:
         self.ranks = process_group, pp_mesh
+        # ``spread``: how components are sharded over ranks; None if they aren't.
         self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
         self.plans = Plans(self.components if self.spread is None else self.spread.local)
-        self.bound: BoundThreshold | None = None
+        self.bound: BoundThreshold | None = None  # the last threshold
         self._parameter_plans = Plans(self.components, "the parameter")
         self._last_fixed: tuple[object, StepCaps] | None = None
 
@@ -67,11 +56,7 @@ class ClipSession:
     def of(
         cls, parameters: NamedTensors, grouping: Grouping, process_group: object, pp_mesh: object, settings: str
     ) -> ClipSession:
-        """A session of named parameters and a grouping.
-
-        Raises:
-            TypeError, ValueError: these, or the ranks, don't fit together.
-        """
+        """A session of named parameters and a grouping; raises if these, or the ranks, don't fit together."""
         # Other ranks know neither a stage's names nor what a flat parameter was made of.
         is_all = pp_mesh is None or any(map(is_flat, parameters.tensors))
         components = resolve(parameters, grouping, is_all=is_all)
@@ -108,12 +93,7 @@ class ClipSession:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clips the gradients of ``tensors`` in place: norms before and coefficients, [K] each, and the caps.
 
-        Args:
-            tensors: the parameters.
-            policy: from ``caps_for``.
-            options: the scalar arguments.
-            scale: of the loss.
-            learns: whether ``policy.update_`` is called now, and not later by the caller.
+        ``policy`` is from ``caps_for``; unless ``learns``, its ``update_`` is left to the caller.
         """
         rule = options.rule if policy.adds_eps else options.rule.without_eps
         raise_nonfinite, spread = options.raise_nonfinite, self.spread

@@ -21,15 +21,11 @@ from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm, checked_cap, checked_pattern
 from . import run
 from .caps import fixed_caps, is_trained
-from .checks import check_gradient, norm_dtype_of, was_frozen
+from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
 from .options import Options
-from .plan import Plans
-
-# ------------------------------------------------------------------------------------------------------------
-# What Dynamo traces
-# ------------------------------------------------------------------------------------------------------------
+from .plan import Plans, home_of
 
 
 def clip_(
@@ -49,7 +45,7 @@ def clip_(
     """
     rule, backend, inverse = options.rule, options.backend, scale.inverse
     grads, text = _present(tensors, components)
-    device = _home_of(grads or tensors)
+    device = grads[0].device if grads else home_of(tensors)
     threshold = max_norm if isinstance(max_norm, Threshold) else None
     with torch.no_grad():
         if threshold is not None:
@@ -96,10 +92,7 @@ def refuse_ranks(spread: bool) -> None:
 
 
 def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
-    """Raises if the threshold can't be traced, or was bound to parameters in another state.
-
-    Dynamo traces again when these change.
-    """
+    """Raises if the threshold can't be traced, or was bound to parameters in another state."""
     if threshold.untraceable is not None:
         raise RuntimeError(f"max_norm: {threshold.untraceable}")
     trained = tuple([is_trained(t) for t in tensors])
@@ -121,41 +114,21 @@ def _split(max_norm: MaxNorm) -> tuple[Tensor | None, str, list[float]]:
 
 
 def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
-    """The gradients that are clipped, and their components as text. Dynamo guards on which gradients there are.
-
-    Text, because an operator takes no objects, and 400 strings cost it three times as much as a long one.
-    """
-    grads: list[Tensor] = []
-    names: list[str] = []
-    moved: dict[int, int] = {}
-    problems = dict(components.problems)
-    clipped, cut = components.clipped, components.cut
-    for position, tensor in enumerate(tensors):
-        grad, name = tensor.grad, components.tensor_names[position]
-        if grad is None or position not in clipped:
-            continue
-        if position in problems:
-            raise was_frozen(name, problems[position])
-        # Here, because the operator may get a copy, which no longer shows what is wrong with the original.
-        check_gradient(grad, f"the gradient of {name!r}", cut=position in cut)
-        moved[position] = len(grads)
-        grads.append(grad)
-        names.append(name)
-    members = tuple((moved[position], *rest) for position, *rest in components.members if position in moved)
-    return grads, repr((components.names, tuple(names), members, (), components.aliases, components.spellings))
+    """The gradients that are clipped, and their components as text. Dynamo guards on which gradients there are."""
+    # Text, because an operator takes no objects, and 400 strings cost it three times as much as a long one.
+    clipped = components.clipped
+    grads = {i: t.grad for i, t in enumerate(tensors) if t.grad is not None and i in clipped}
+    # Here, because the operator may get a copy, which no longer shows what is wrong with the original.
+    check_gradients(components, grads)
+    own = components.only(list(grads))
+    return list(grads.values()), repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
-    return torch.zeros(len(components.names), device=_home_of(tensors), dtype=torch.float32)
+    return torch.zeros(len(components.names), device=home_of(tensors), dtype=torch.float32)
 
 
-def _home_of(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The operators
-# ------------------------------------------------------------------------------------------------------------
+# The operators themselves, which Dynamo doesn't look into.
 
 
 def _component_clip_(
