@@ -1,7 +1,7 @@
 // From a call, as Python makes it, to kernels on a stream. `device` is torch's current one.
 #pragma once
 
-#include "tables.h"
+#include "program.h"
 
 namespace cwclip::cuda {
 
@@ -12,12 +12,10 @@ struct Request {
   Kind kind;
   Order order;
   const Program* program;
-  void* const* addresses;  // [program->gradients]
-  char* tables;
+  char* const* addresses;  // [program->gradients]
   char* workspace;         // zero, or as the call before on this stream left it
   Results results;
-  Rule rule;
-  int device;
+  CallRule rule;
   void* stream;
 };
 

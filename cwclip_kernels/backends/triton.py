@@ -16,7 +16,6 @@ CUDA graphs: call once before capturing, as for any Triton kernel. Addresses are
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,10 +30,8 @@ from ..core.formula import UNSCALED, ClipRule, LossScale
 from . import triton_tables
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 from .native import packed
+from .served import unserved
 from .triton_tables import Group, Tables, build_tables
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ORDERS = (1.0, 2.0, math.inf)
 
 # Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight.
 _THREADS = 256
@@ -43,11 +40,7 @@ _ROWS = 8
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
     """Why this backend can't serve such a gradient, or None."""
-    if norm_type not in _ORDERS:
-        return f"serves norm_type 1, 2 and inf, not {norm_type:g}"
-    if dtype not in _DTYPES and not (dtype in (torch.complex64, torch.complex128) and norm_type == 2.0):
-        return f"does not serve {dtype} for norm_type {norm_type:g}"
-    return unavailable(device)
+    return unserved(dtype, norm_type) or unavailable(device)
 
 
 @cache

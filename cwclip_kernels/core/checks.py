@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import type_name
+from ..backends.served import COMPLEX_DTYPES, DTYPES
 from ..components.membership import Components
 
 Gradients = Sequence[Tensor | None]
 
 WIDE_DTYPES = (torch.float64, torch.complex128)  # whose norms are returned as float64
 
-_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-)
+_DTYPES = (*DTYPES, *COMPLEX_DTYPES)
 
 
 class WithoutData(Exception):

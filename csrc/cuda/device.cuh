@@ -1,5 +1,5 @@
 // What the kernels and their launches ask of the machine, each under a name of ours: who am I, barriers, shuffles,
-// atomics with their memory order, conversions, devices and streams. Here for GPUs; tests/native/machine_on_host.h has
+// atomics with their memory order, conversions, devices and streams. Here for GPUs; tests/_support/native/device_on_host.h has
 // the same names for a CPU, so that the suite runs all of csrc/cuda/ where there is no GPU.
 #pragma once
 
@@ -117,7 +117,6 @@ CWCLIP_DEVICE double multiply_add(double a, double b, double c) { return __fma_r
 // IEEE, whatever flags the file is compiled with.
 CWCLIP_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 CWCLIP_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
-CWCLIP_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
 CWCLIP_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -163,5 +162,5 @@ Failure launch(uint32_t blocks, int threads, Stream stream, const Parameters&...
 }  // namespace cwclip::cuda
 
 #else
-#include "machine_on_host.h"
+#include "device_on_host.h"
 #endif
