@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
+from ..core.formula import neutral, wide_dtype
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -145,20 +145,3 @@ def _multiply(grads: list[Tensor], factors: list[Tensor]) -> None:
     for grad, factor in zip(grads, factors, strict=True):
         if grad.dtype.itemsize == 2:
             grad.copy_(grad.float().mul_(factor))
-
-
-def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    sums = power_sums(bucket, grads, rule.norm_type)
-    norms = loss_scale.unscaled(root(sums, rule.norm_type)).to(bucket.norm_dtype)
-    coefs = coefficients(norms, caps, rule)
-    loss_scale.report(sums)
-    scale_(bucket, grads, loss_scale.factors(coefs), rule.zero_fill)
-    return norms, coefs

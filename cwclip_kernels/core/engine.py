@@ -251,7 +251,7 @@ class Engine:
         grads = self._held(tensors).local
         shown = [_stand_in(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
         plan, _ = Planner(self._local).get(shown, home_of(tensors), norm_type, backend)
-        text = registry.explain(plan, shown)
+        text = plan.explain(shown)
         return text if self.spread is None else f"{text}\n{self.spread.explain()}"
 
 

@@ -7,6 +7,7 @@ pass, which also yields their addresses: that is the only look that a call takes
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -70,6 +71,28 @@ class ClipPlan:
                 return None
             found.append(own)
         return found
+
+    def explain(self, grads: Gradients) -> str:
+        """One line for each bucket, with the reason for its backend."""
+        lines = [f"{len(self.components.names)} components over {len(self.components.tensor_names)} tensors"]
+        for bucket in self.buckets:
+            own = bucket.pick(grads)
+            dtypes = Counter(str(g.dtype).removeprefix("torch.") for g in own)
+            what = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
+            size = sum(g.numel() * g.element_size() for g in own if not g.is_sparse)
+            lines.append(f"  {bucket.device}: {what}, {size / 1e6:.1f} MB -> {bucket.backend!r} ({bucket.reason})")
+        why = None
+        if self.sparse:
+            why = "sparse gradients"
+        elif len(self.buckets) > 1:
+            why = "several devices or backends"
+        elif self.buckets and self.buckets[0].backend not in registry.FUSED:
+            why = "a backend without a fused kernel"
+        if why is not None:
+            lines.append(f"  in two passes, norms first, because of {why}")
+        elif self.buckets:
+            lines.append("  in one fused call")
+        return "\n".join(lines)
 
 
 _KINDS, _SETS = 8, 4  # plans kept: for orders, backends; and for sets of gradients in turn
