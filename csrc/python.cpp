@@ -5,8 +5,6 @@
 // torch >= 2.10.
 #include "common/python.h"
 #include "common/tensor_list.h"
-#include "cpu/clip.h"
-#include "cuda/clip.h"
 
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -27,14 +27,14 @@ class CudaProgram:
 def rule(norm_type: float, eps: float, nonfinite: int, /) -> Rule:
     """norm_type: 1, 2 or inf. nonfinite: the policy's place in ``formula.POLICIES``, up to 2."""
 
-def signature_of(grads: list[Tensor | EllipsisType | None], /) -> bytes:
-    """Dtypes, devices, shapes and strides of strided tensors.
+def signature_of(tensors: Sequence[Tensor | EllipsisType | None], /) -> bytes | None:
+    """Dtypes, devices, shapes and strides of a list of strided tensors, each exactly of type Tensor or Parameter.
 
-    None stands for a gradient that doesn't exist, Ellipsis for an entry of the list that isn't compared.
+    In the list None stands for a gradient that doesn't exist, Ellipsis for an entry that isn't compared.
+
+    Returns:
+        None if there is anything else in the list.
     """
-
-def form_of(parameters: list[Tensor], /) -> bytes | None:
-    """The same of parameters; None if one isn't exactly a Tensor or a Parameter, or isn't strided."""
 
 def addresses_of(
     grads: Sequence[Tensor | None], signature: bytes, last: bytes | None, writes: bool, /

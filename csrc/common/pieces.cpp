@@ -10,17 +10,6 @@ namespace {
 
 std::string named(size_t index) { return "grads[" + std::to_string(index) + "]"; }
 
-// Whether the elements lie in memory without gaps, last dimension innermost.
-bool is_contiguous(const int64_t* sizes, const int64_t* strides, int64_t dims) {
-  int64_t expected = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
 // Reads one piece of a gradient from the numbers of the cuts, and moves past it.
 Piece piece_of(const std::vector<Piece>& gradients, const std::vector<Shape>& shapes, const int64_t** numbers,
                const int64_t* end) {
@@ -50,8 +39,7 @@ Piece piece_of(const std::vector<Piece>& gradients, const std::vector<Shape>& sh
   }
   piece.numel = 1;
   for (int64_t d = 0; d < shape.dims; ++d) piece.numel *= sizes[d];
-  piece.strides = is_contiguous(sizes, shape.strides, shape.dims) ? Strides{}
-                                                                : strides_of(sizes, shape.strides, shape.dims, gradient);
+  piece.strides = strides_of(sizes, shape.strides, shape.dims, gradient);
   return piece;
 }
 

@@ -20,7 +20,6 @@ PyObject* py_rule(PyObject*, PyObject* const* values, Py_ssize_t count) {
 PyMethodDef methods[] = {
     method("rule", &py_rule),
     method("signature_of", &py_signature_of),
-    method("form_of", &py_form_of),
     method("addresses_of", &py_addresses_of),
     {nullptr, nullptr, 0, nullptr},
 };

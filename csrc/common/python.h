@@ -13,8 +13,10 @@
 
 namespace cwclip {
 
-// rule, signature_of, form_of, addresses_of; ends with a null entry.
+// The functions of the module, in three tables that end with a null entry.
 extern PyMethodDef methods[];
+namespace cpu { extern PyMethodDef methods[]; }   // let go of the GIL while they work
+namespace cuda { extern PyMethodDef methods[]; }  // wait for nothing; the device has to be torch's current one
 
 // Sets a Python error; null, to be returned.
 inline PyObject* raise(PyObject* type, const std::string& message) {

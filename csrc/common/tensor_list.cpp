@@ -22,8 +22,6 @@ static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay align
 // Kinds of entries without a gradient: None, and Ellipsis, where anything may be.
 constexpr int32_t kAbsent = -1, kIgnored = -2;
 
-Head head_without_data(int32_t kind) { return {kind, 0, 0, 0, 0, 0}; }
-
 Head head_of(const dlpack::Tensor& tensor) {
   return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, 0};
 }
@@ -46,7 +44,7 @@ class SignatureReader {
 
   bool at_end() const { return at_ == end_; }
 
-  // The next gradient, or an error if there is none.
+  // The next entry; throws if it is cut short.
   Head next(const int64_t** sizes, const int64_t** strides) {
     Head head;
     if (end_ - at_ < static_cast<ptrdiff_t>(sizeof head)) throw std::runtime_error("signature: too short");
@@ -63,7 +61,7 @@ class SignatureReader {
 
   // The kind of the next entry. Of one cut short a gradient's: next() and matches() then notice that it is too short.
   int32_t kind() const {
-    Head head = head_without_data(dlpack::kFloat);
+    Head head = {dlpack::kFloat, 0, 0, 0, 0, 0};
     if (end_ - at_ >= static_cast<ptrdiff_t>(sizeof head)) std::memcpy(&head, at_, sizeof head);
     return head.kind;
   }
@@ -96,12 +94,9 @@ bool describe(PyObject* grad, dlpack::Tensor* tensor) {
          api->from_python(grad, tensor) == 0;
 }
 
-void append(std::string& signature, const dlpack::Tensor& tensor) {
-  const Head head = head_of(tensor);
-  signature.append(reinterpret_cast<const char*>(&head), sizeof head);
-  if (tensor.dims == 0) return;
-  signature.append(reinterpret_cast<const char*>(tensor.sizes), tensor.dims * sizeof(int64_t));
-  signature.append(reinterpret_cast<const char*>(tensor.strides), tensor.dims * sizeof(int64_t));
+template <class T>
+void append(std::string& bytes, const T* values, size_t count) {
+  if (count != 0) bytes.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
 struct Gradients {
@@ -114,12 +109,9 @@ Gradients gradients_of(Bytes signature) {
   SignatureReader reader(signature);
   Gradients gradients;
   for (size_t i = 0; !reader.at_end(); ++i) {
-    if (reader.kind() < 0) {
-      reader.skip();
-      continue;
-    }
     const int64_t *sizes, *strides;
     const Head head = reader.next(&sizes, &strides);
+    if (head.kind < 0) continue;
     int64_t numel = 1;
     for (int32_t d = 0; d < head.dims; ++d) numel *= sizes[d];
     gradients.pieces.push_back({nullptr, numel, dtype_of(head, i), 0, strides_of(sizes, strides, head.dims, i)});
@@ -150,45 +142,28 @@ bool find_torch() {
 }
 
 PyObject* py_signature_of(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 1, "signature_of(grads)");
-  PyObject* const grads = arguments.list();
+  Arguments arguments(values, count, 1, "signature_of(tensors)");
+  PyObject* const tensors = arguments.list();
   if (arguments.failed()) return nullptr;
   std::string signature;
-  const Py_ssize_t length = PyList_Size(grads);
+  const Py_ssize_t length = PyList_Size(tensors);
   for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* const grad = PyList_GetItem(grads, i);
-    if (grad == Py_None || grad == Py_Ellipsis) {
-      const Head head = head_without_data(grad == Py_None ? kAbsent : kIgnored);
-      signature.append(reinterpret_cast<const char*>(&head), sizeof head);
-      continue;
+    PyObject* const entry = PyList_GetItem(tensors, i);
+    Head head = {entry == Py_None ? kAbsent : kIgnored, 0, 0, 0, 0, 0};
+    dlpack::Tensor tensor = {};
+    if (entry != Py_None && entry != Py_Ellipsis) {
+      PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(entry));
+      if ((type != tensor_type && type != parameter_type) || api->from_python(entry, &tensor) != 0) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+      }
+      head = head_of(tensor);
     }
-    dlpack::Tensor tensor;
-    if (!describe(grad, &tensor)) {
-      if (PyErr_Occurred()) return nullptr;
-      return raise(PyExc_TypeError, "grads: expected torch.Tensor, not a subclass of it");
-    }
-    append(signature, tensor);
+    append(signature, &head, 1);
+    append(signature, tensor.sizes, tensor.dims);
+    append(signature, tensor.strides, tensor.dims);
   }
   return PyBytes_FromStringAndSize(signature.data(), static_cast<Py_ssize_t>(signature.size()));
-}
-
-PyObject* py_form_of(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 1, "form_of(parameters)");
-  PyObject* const parameters = arguments.list();
-  if (arguments.failed()) return nullptr;
-  std::string form;
-  const Py_ssize_t length = PyList_Size(parameters);
-  for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* const parameter = PyList_GetItem(parameters, i);
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(parameter));
-    dlpack::Tensor tensor;
-    if ((type != tensor_type && type != parameter_type) || api->from_python(parameter, &tensor) != 0) {
-      PyErr_Clear();
-      Py_RETURN_NONE;
-    }
-    append(form, tensor);
-  }
-  return PyBytes_FromStringAndSize(form.data(), static_cast<Py_ssize_t>(form.size()));
 }
 
 PyObject* py_addresses_of(PyObject*, PyObject* const* values, Py_ssize_t count) {

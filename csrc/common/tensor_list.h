@@ -13,7 +13,6 @@ namespace cwclip {
 bool find_torch();
 
 PyObject* py_signature_of(PyObject* module, PyObject* const* values, Py_ssize_t count);
-PyObject* py_form_of(PyObject* module, PyObject* const* values, Py_ssize_t count);
 PyObject* py_addresses_of(PyObject* module, PyObject* const* values, Py_ssize_t count);
 
 // What a program is made for: one bucket of gradients.

@@ -1,5 +1,4 @@
-#include "clip.h"
-
+// The CPU's functions of the Python module.
 #include "../common/tensor_list.h"
 #include "queue.h"
 #include "strided.h"

@@ -1,5 +1,4 @@
-#include "clip.h"
-
+// The GPU's functions of the Python module. Memory on the device comes as addresses.
 #include "../common/tensor_list.h"
 #include "launch.h"
 

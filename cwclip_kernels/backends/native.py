@@ -76,7 +76,10 @@ class Addresses:
     """
 
     def __init__(self, grads: Sequence[Tensor | EllipsisType | None]) -> None:
-        self.signature = _C.signature_of(list(grads))
+        signature = _C.signature_of(list(grads))
+        if signature is None:
+            raise TypeError("expected strided tensors, not a subclass of Tensor")
+        self.signature = signature
         self._last: dict[bool, bytes | None] = {True: None, False: None}
 
     def of(self, grads: Sequence[Tensor | None], *, writes: bool) -> bytes | None:
@@ -97,7 +100,7 @@ class Addresses:
 
 def form_of(parameters: list[Tensor]) -> object:
     """Types, dtypes, devices, shapes and strides of parameters, to be compared; keeps no parameter alive."""
-    found = _C.form_of(parameters) if unavailable() is None else None
+    found = _C.signature_of(parameters) if unavailable() is None else None
     return [_form(p) for p in parameters] if found is None else found
 
 

@@ -80,6 +80,8 @@ def one_call(rng):
     grads = [gradient(rng) for _ in range(rng.randrange(5))]
     entries = [rng.choice([None, ..., g]) if rng.random() < 0.1 else g for g in grads]
     signature = extension.signature_of(entries)
+    if signature is None:
+        return "others"
     if grads and rng.random() < 0.03:
         entries.append(entries[0])
     if rng.random() < 0.05 and entries:

@@ -243,6 +243,10 @@ def test_refusals_say_what_to_do(monkeypatch):
     assert unavailable(gpu) == "is missing"
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 class TestCalls:
     """What Python hands over, checked before anything is launched."""
 
@@ -270,8 +274,10 @@ class TestCalls:
 
     def test_errors(self, gpu):
         signature = gpu.signature_of([random_grad((3,))])
-        with pytest.raises(TypeError, match="not a subclass"):
-            gpu.signature_of([torch.nn.Parameter(torch.zeros(1))])
+        for other in (random_grad((3,)).to_sparse(), random_grad((3,)).as_subclass(Subclass), 7):
+            assert gpu.signature_of([other]) is None
+            with pytest.raises(TypeError, match="not a subclass"):
+                native.Addresses([other])
         with pytest.raises(TypeError, match="a list"):
             gpu.signature_of((torch.zeros(1),))
         with pytest.raises(TypeError, match="expected bytes"):

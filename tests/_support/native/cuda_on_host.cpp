@@ -1,5 +1,4 @@
 // csrc/cuda/ as a Python module for CPU tensors: what cwclip_kernels/backends/cuda.py calls, down to the kernels.
-#include "../../../csrc/cuda/clip.h"
 #include "../../../csrc/common/tensor_list.h"
 #include "../../../csrc/cuda/program.h"
 #include "blocks.h"
