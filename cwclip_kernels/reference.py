@@ -25,7 +25,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component ([K] in ``wide_dtype``); max |g| for p = inf, min for -inf, count for 0."""
     wide = wide_dtype(bucket.device)
     owners, pieces = bucket.components.tolist(), bucket.pieces(grads)
@@ -46,9 +46,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses:
     return sums
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits.
 
     A complex gradient's two parts are multiplied each by itself: a complex product would make NaN of inf + 0j.

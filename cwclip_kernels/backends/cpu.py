@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import UNSCALED, ClipRule, LossScale
+from ..core.formula import ClipRule, LossScale
 from . import native
 from .native import Addresses
 from .programs import ProgramState, look_up, program_arguments
@@ -27,46 +27,27 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return unserved(dtype, norm_type) or native.unavailable()
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.empty(bucket.count, dtype=torch.float64, device="cpu")
     _call("power_sums", native._C.cpu_power_sums, bucket, grads, addresses, norm_type, sums.data_ptr())
     return sums
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
     factors = coefs.double().contiguous()
     _call("scale_", native._C.cpu_scale, bucket, grads, addresses, factors.data_ptr(), zero_fill)
 
 
 def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, [K] in ``bucket.norm_dtype``; each component is scaled while it is in cache."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
     coefs = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
-    _call(
-        "clip_",
-        native._C.cpu_clip,
-        bucket,
-        grads,
-        addresses,
-        native.rule_of(rule),
-        caps.data_ptr(),
-        native.stride_of(caps),
-        native.address_of(loss_scale.inverse),
-        native.address_of(loss_scale.found_inf),
-        norms.data_ptr(),
-        coefs.data_ptr(),
-    )
+    arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
+    _call("clip_", native._C.cpu_clip, bucket, grads, addresses, *arguments)
     return norms, coefs
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import UNSCALED, ClipRule, LossScale
+from ..core.formula import ClipRule, LossScale
 from . import native
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 from .native import Addresses
@@ -55,16 +55,14 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
     _launch(native._C.cuda_power_sums, bucket, grads, addresses, (), norm_type, sums.data_ptr())
     return sums
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
     coefs = coefs.contiguous()
     is_wide = coefs.dtype == torch.float64
@@ -72,30 +70,13 @@ def scale_(
 
 
 def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
-    _launch(
-        native._C.cuda_clip,
-        bucket,
-        grads,
-        addresses,
-        (caps, loss_scale),
-        native.rule_of(rule),
-        caps.data_ptr(),
-        native.stride_of(caps),
-        native.address_of(loss_scale.inverse),
-        native.address_of(loss_scale.found_inf),
-        norms.data_ptr(),
-        coefs.data_ptr(),
-    )
+    arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
+    _launch(native._C.cuda_clip, bucket, grads, addresses, (caps, loss_scale), *arguments)
     return norms, coefs
 
 

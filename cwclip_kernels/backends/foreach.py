@@ -20,7 +20,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
     # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
     measurable = [_measurable(g, norm_type) for g in bucket.pieces(grads)]
@@ -113,9 +113,7 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
         size = len(rows)
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place; of a complex gradient both parts, since a complex product makes NaN of inf + 0j."""
     grads = [torch.view_as_real(g) if g.is_complex() else g for g in bucket.pieces(grads)]
     factors = _factors(grads, coefs[_state(bucket).components])

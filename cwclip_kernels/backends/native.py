@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, strided
 from torch.nn.parameter import is_lazy
 
-from ..core.formula import POLICIES, ClipRule
+from ..core.formula import POLICIES, ClipRule, LossScale
 
 if TYPE_CHECKING:
     from .. import _C as _C  # at run time set by ``unavailable()``, when that returns None
@@ -51,20 +51,25 @@ def bytes_of(table: Tensor) -> bytes:
     return ctypes.string_at(table.data_ptr(), table.nbytes) if table.numel() else b""
 
 
-def address_of(tensor: Tensor | None) -> int:
-    """The address of a tensor's first element, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def stride_of(caps: Tensor) -> int:
-    """Elements from one component's cap to the next, 0 if all share one."""
-    return caps.stride(0) if caps.ndim else 0
-
-
 @lru_cache(64)
-def rule_of(rule: ClipRule) -> _C.Rule:
-    """A rule as native code takes it."""
+def _rule_of(rule: ClipRule) -> _C.Rule:
     return _C.rule(rule.norm_type, rule.eps, POLICIES.index(rule.nonfinite))
+
+
+def clip_arguments(
+    rule: ClipRule, caps: Tensor, loss_scale: LossScale, norms: Tensor, coefs: Tensor
+) -> tuple[_C.Rule, int, int, int, int, int, int]:
+    """What ``cpu_clip`` and ``cuda_clip`` take from ``rule`` on."""
+    inverse, found_inf = loss_scale.inverse, loss_scale.found_inf
+    return (
+        _rule_of(rule),
+        caps.data_ptr(),
+        caps.stride(0) if caps.ndim else 0,
+        0 if inverse is None else inverse.data_ptr(),
+        0 if found_inf is None else found_inf.data_ptr(),
+        norms.data_ptr(),
+        coefs.data_ptr(),
+    )
 
 
 class Addresses:

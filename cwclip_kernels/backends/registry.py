@@ -24,13 +24,11 @@ class Backend(Protocol):
     def refuses(self, device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
         """Why it can't serve such a gradient, or None."""
 
-    def power_sums(
-        self, bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None
-    ) -> Tensor:
+    def power_sums(self, bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
         """Sum |g|^p of each component (max for p = inf): [K] in ``wide_dtype``."""
 
     def scale_(
-        self, bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
+        self, bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None
     ) -> None:
         """g <- coef * g in place, nothing changed where coef is 1; with ``zero_fill``, 0 erases inf and NaN."""
 
@@ -44,8 +42,8 @@ class FusedBackend(Backend, Protocol):
         grads: list[Tensor],
         caps: Tensor,
         rule: ClipRule,
-        loss_scale: LossScale = ...,
-        addresses: bytes | None = None,
+        loss_scale: LossScale,
+        addresses: bytes | None,
     ) -> tuple[Tensor, Tensor]:
         """Scales ``grads`` in place; norms before and coefficients, both [K] in ``bucket.norm_dtype``."""
 
