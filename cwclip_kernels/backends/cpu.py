@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from .programs import ProgramState, look_up, program_arguments
 from .served import unserved
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
     from .. import _C
+
+    Arguments = TypeVarTuple("Arguments")
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -29,7 +33,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
-    sums = torch.empty(bucket.count, dtype=torch.float64, device="cpu")
+    sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
     _call("power_sums", native._C.cpu_power_sums, bucket, grads, addresses, norm_type, sums.data_ptr())
     return sums
 
@@ -44,8 +48,8 @@ def clip_(
     bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, [K] in ``bucket.norm_dtype``; each component is scaled while it is in cache."""
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
-    coefs = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+    coefs = torch.empty_like(norms)
     arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
     _call("clip_", native._C.cpu_clip, bucket, grads, addresses, *arguments)
     return norms, coefs
@@ -56,25 +60,21 @@ class _State(ProgramState):
     program: _C.CpuProgram
 
 
-Arguments = ParamSpec("Arguments")
-
-
 def _call(
     name: str,
-    function: Callable[Concatenate[_C.CpuProgram, bytes, Arguments], None],
+    function: Callable[[_C.CpuProgram, bytes, Unpack[Arguments]], None],
     bucket: Bucket,
     grads: list[Tensor],
     addresses: bytes | None,
-    *arguments: Arguments.args,
-    **keywords: Arguments.kwargs,
+    *arguments: Unpack[Arguments],
 ) -> None:
     """Calls a native function for a bucket. A profile shows it as a range, since it is no operator of torch."""
-    state, places = look_up(bucket, grads, addresses, _make, writes=name != "power_sums")
+    state, places = look_up(bucket, grads, addresses, _make, name != "power_sums")
     if not torch._C._autograd._profiler_enabled():
-        function(state.program, places, *arguments, **keywords)
+        function(state.program, places, *arguments)
         return
     with torch.profiler.record_function(f"cwclip_kernels::{name}"):
-        function(state.program, places, *arguments, **keywords)
+        function(state.program, places, *arguments)
 
 
 def _make(bucket: Bucket, addresses: Addresses) -> _State:

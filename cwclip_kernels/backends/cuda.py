@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,7 +25,11 @@ from .programs import ProgramState, look_up, program_arguments
 from .served import unserved
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
     from .. import _C
+
+    Arguments = TypeVarTuple("Arguments")
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -58,7 +62,7 @@ def unavailable(device: torch.device) -> str | None:
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
-    _launch(native._C.cuda_power_sums, bucket, grads, addresses, (), norm_type, sums.data_ptr())
+    _launch(native._C.cuda_power_sums, bucket, grads, addresses, False, (), norm_type, sums.data_ptr())
     return sums
 
 
@@ -66,7 +70,7 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, 
     """g <- coef * g in place; nothing written where coef is 1."""
     coefs = coefs.contiguous()
     is_wide = coefs.dtype == torch.float64
-    _launch(native._C.cuda_scale, bucket, grads, addresses, (), coefs.data_ptr(), is_wide, zero_fill)
+    _launch(native._C.cuda_scale, bucket, grads, addresses, True, (), coefs.data_ptr(), is_wide, zero_fill)
 
 
 def clip_(
@@ -76,13 +80,8 @@ def clip_(
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
     arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
-    _launch(native._C.cuda_clip, bucket, grads, addresses, (caps, loss_scale), *arguments)
+    _launch(native._C.cuda_clip, bucket, grads, addresses, True, (caps, loss_scale), *arguments)
     return norms, coefs
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Launching
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -94,22 +93,18 @@ class _State(ProgramState):
     workspaces: dict[int, Tensor] = field(default_factory=dict)  # by stream, whose calls come one after another
 
 
-Arguments = ParamSpec("Arguments")
-
-
 def _launch(
-    function: Callable[Concatenate[_C.CudaProgram, bytes, int, int, Arguments], None],
+    function: Callable[[_C.CudaProgram, bytes, int, int, Unpack[Arguments]], None],
     bucket: Bucket,
     grads: list[Tensor],
     addresses: bytes | None,
+    writes: bool,
     read: tuple[object, ...],
-    *arguments: Arguments.args,
-    **keywords: Arguments.kwargs,
+    *arguments: Unpack[Arguments],
 ) -> None:
-    """Calls a native function on the current stream. ``read`` is what its kernels read of the call's own."""
+    """Calls a native function on the current stream. ``read``: what a captured graph goes on reading."""
     with _on(bucket.device):
         stream, capturing = native._C.cuda_stream(bucket.device.index or 0)
-        writes = function is not native._C.cuda_power_sums
         state, places = look_up(bucket, grads, addresses, partial(_make_state, capturing), writes)
         if capturing:
             # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
@@ -119,7 +114,7 @@ def _launch(
             found = state.workspaces.get(stream)
             workspace = _new_workspace(state, stream, bucket.device) if found is None else found
         try:
-            function(state.program, places, stream, workspace.data_ptr(), *arguments, **keywords)
+            function(state.program, places, stream, workspace.data_ptr(), *arguments)
         except RuntimeError:
             state.workspaces.pop(stream, None)  # a part of the call may have been launched, and not left zeros
             raise

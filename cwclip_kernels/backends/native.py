@@ -52,8 +52,8 @@ def bytes_of(table: Tensor) -> bytes:
 
 
 @lru_cache(64)
-def _rule_of(rule: ClipRule) -> _C.Rule:
-    return _C.rule(rule.norm_type, rule.eps, POLICIES.index(rule.nonfinite))
+def _rule(norm_type: float, eps: float, nonfinite: str) -> _C.Rule:
+    return _C.rule(norm_type, eps, POLICIES.index(nonfinite))
 
 
 def clip_arguments(
@@ -62,7 +62,7 @@ def clip_arguments(
     """What ``cpu_clip`` and ``cuda_clip`` take from ``rule`` on."""
     inverse, found_inf = loss_scale.inverse, loss_scale.found_inf
     return (
-        _rule_of(rule),
+        _rule(rule.norm_type, rule.eps, rule.nonfinite),
         caps.data_ptr(),
         caps.stride(0) if caps.ndim else 0,
         0 if inverse is None else inverse.data_ptr(),

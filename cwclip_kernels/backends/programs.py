@@ -32,28 +32,22 @@ def look_up(
 ) -> tuple[State, bytes]:
     """A bucket's state, made by ``make`` where there is none yet, and the addresses of its gradients.
 
-    Args:
-        bucket: the bucket.
-        grads: its own gradients.
-        addresses: theirs, if the plan has read them; None for the values of sparse gradients and the like, whose
-            number changes.
-        make: makes the state of a bucket whose gradients are like these.
-        writes: whether the gradients are to be written to.
+    ``addresses`` are those that the plan has read; it reads none of gradients like the values of sparse ones, whose
+    number changes. ``writes`` says whether the gradients are to be written to.
 
     Raises:
         RuntimeError: the gradients share memory, or these are not those that the plan was made for.
     """
     state: State | None = bucket.state
-    if state is not None:
-        found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
-        if found is not None:
-            return state, found
-    if state is None or not bucket.plain:
+    if state is None:
         state = bucket.state = make(bucket, Addresses(grads))
-        found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
-        if found is not None:
-            return state, found
-    raise RuntimeError("these are not the gradients that the plan was made for, or they share memory")
+    found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
+    if found is None and not bucket.plain:
+        state = bucket.state = make(bucket, Addresses(grads))
+        found = state.addresses.of(grads, writes=writes)
+    if found is None:
+        raise RuntimeError("these are not the gradients that the plan was made for, or they share memory")
+    return state, found
 
 
 def program_arguments(bucket: Bucket, addresses: Addresses) -> tuple[bytes, bytes, bytes | None, int, bool]:

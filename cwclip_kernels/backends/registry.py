@@ -15,10 +15,9 @@ from . import cpu, cuda, foreach, triton
 
 
 class Backend(Protocol):
-    """What a backend does with the gradients of one bucket: plain strided tensors on its device.
+    """What a backend does with the gradients of one bucket, plain strided tensors on its device.
 
-    ``bucket.pieces(grads)[i]`` is part of component ``bucket.components[i]``. ``addresses`` are the gradients', int64
-    each, where the plan has read them.
+    ``addresses`` are theirs, int64 each, where the plan has read them; only native backends need them.
     """
 
     def refuses(self, device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -71,16 +70,10 @@ def check_backend(backend: object) -> None:
 
 
 def choose(device: torch.device, dtype: torch.dtype, norm_type: float, backend: str | None) -> tuple[str, str]:
-    """The backend for gradients of one device and dtype, and why.
-
-    Args:
-        device: where the gradients are.
-        dtype: their dtype.
-        norm_type: order of the norm.
-        backend: the user's choice, used or refused, never replaced; None for the best available.
+    """The backend for gradients of one device and dtype, and why: the user's choice, or the best available for None.
 
     Raises:
-        RuntimeError: the named backend refuses, with its reason.
+        RuntimeError: the named backend refuses; it is never replaced.
     """
     if backend is not None:
         reason = BACKENDS[backend].refuses(device, dtype, norm_type)

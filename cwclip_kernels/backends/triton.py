@@ -105,11 +105,6 @@ def clip_(
     return norms, coefs
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Launching
-# ------------------------------------------------------------------------------------------------------------
-
-
 def _partials(call: _Call, norm_type: float) -> Tensor:
     """Launches the first pass: partial power sums, float64, to be read with ``call.tables.spans``."""
     tables = call.tables
@@ -174,11 +169,6 @@ def _launching_on(device: torch.device) -> AbstractContextManager[object]:
         return numpy.errstate(all="ignore")
     context: AbstractContextManager[object] = torch.get_device_module(device).device(device)
     return context
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What the kernels read beside gradients: addresses, which change, and tables, which don't
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -22,40 +22,24 @@ CHUNK = 1024
 
 
 class Tiles(NamedTuple):
-    """The tiles of one launch.
-
-    Attributes:
-        dtype: of their gradients.
-        dims: how many dimensions the layouts have where there are gaps between elements; 0 where there are none.
-        rows: int64 [programs, 5 or 6], the tile table that kernels read.
-    """
+    """The tiles of one launch."""
 
     dtype: torch.dtype
-    dims: int
-    rows: Tensor
+    dims: int  # of the layouts, where there are gaps between elements; 0 where there are none
+    rows: Tensor  # int64 [programs, 5 or 6], the tile table that kernels read
 
 
 @dataclass(frozen=True)
 class TileTables:
-    """What is static about a bucket.
+    """What is static about a bucket."""
 
-    Attributes:
-        count: number of sum tiles, hence of partials.
-        sum_tiles: rows of gradient, start, length, slot among the partials, layout.
-        scale_tiles: rows of gradient, start, length, component, whether it is the component's first, layout.
-        layouts: int64, for each piece with gaps its offset, then size and stride of each dimension, innermost first.
-        chunks: int64 [m + 1]; the m runs of partials to merge first, None if no component has too many.
-        spans: int64 [K + 1]; component c has (merged) partials spans[c] to spans[c + 1].
-        covers_all: whether every component has a tile.
-    """
-
-    count: int
-    sum_tiles: list[Tiles]
-    scale_tiles: list[Tiles]
-    layouts: Tensor
-    chunks: Tensor | None
-    spans: Tensor
-    covers_all: bool
+    count: int  # of sum tiles, hence of partials
+    sum_tiles: list[Tiles]  # rows of gradient, start, length, slot among the partials, layout
+    scale_tiles: list[Tiles]  # rows of gradient, start, length, component, 1 for the component's first, layout
+    layouts: Tensor  # int64, of each piece with gaps its offset, then sizes and strides, innermost dim first
+    chunks: Tensor | None  # int64 [m + 1], m runs of partials to merge first; None if no component has too many
+    spans: Tensor  # int64 [K + 1], component c has (merged) partials spans[c] to spans[c + 1]
+    covers_all: bool  # whether every component has a tile
 
     def to(self, device: torch.device) -> TileTables:
         """The same on a device."""
