@@ -9,19 +9,19 @@
 namespace cwclip::cpu {
 
 Tiles::Tiles(const std::vector<Piece>& pieces, int64_t components) : first(components + 1, 0) {
-  const auto tile_elements = [](const Piece& s) { return kTileBytes / size_of(s.dtype); };
-  for (const Piece& s : pieces) {
-    bytes += s.numel * size_of(s.dtype);
-    first[s.component + 1] += (s.numel + tile_elements(s) - 1) / tile_elements(s);
+  const auto tile_elements = [](const Piece& piece) { return kTileBytes / size_of(piece.dtype); };
+  for (const Piece& piece : pieces) {
+    bytes += piece.numel * size_of(piece.dtype);
+    first[piece.component + 1] += (piece.numel + tile_elements(piece) - 1) / tile_elements(piece);
   }
   for (int64_t c = 0; c < components; ++c) first[c + 1] += first[c];
   tiles.resize(first[components]);
   std::vector<int64_t> place(first.begin(), first.end() - 1);
   for (size_t i = 0; i < pieces.size(); ++i) {
-    const Piece& s = pieces[i];
-    for (int64_t start = 0; start < s.numel; start += tile_elements(s)) {
-      const int64_t count = std::min(tile_elements(s), s.numel - start);
-      tiles[place[s.component]++] = {static_cast<int32_t>(i), s.component, start, count};
+    const Piece& piece = pieces[i];
+    for (int64_t start = 0; start < piece.numel; start += tile_elements(piece)) {
+      const int64_t count = std::min(tile_elements(piece), piece.numel - start);
+      tiles[place[piece.component]++] = {static_cast<int32_t>(i), piece.component, start, count};
     }
   }
   int64_t room = 0;

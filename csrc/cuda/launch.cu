@@ -9,7 +9,7 @@
 namespace cwclip::cuda {
 namespace {
 
-// For measuring one choice against another: a number from the environment, or what is chosen without.
+// A number from the environment, for measurements, or the default.
 int setting(const char* name, int otherwise) {
   const char* const text = std::getenv(name);
   const int value = text == nullptr ? 0 : std::atoi(text);
@@ -41,8 +41,8 @@ class Launcher {
   }
 
   Failure all() {
-    // One launch has the addresses of all gradients, or else form 2 couldn't scale whatever it finds on the list. And
-    // gradients with gaps are rare, and slow in any form.
+    // Form 2 scales any tile on the list, so its launch must have all addresses. Gradients with gaps are rare, and slow in
+    // any form.
     const bool one_launch = program_.ranges.size() == 1 && !program_.gaps && setting("CWCLIP_CUDA_FORM", 1) == 2;
     switch (request_.kind) {
       case Kind::power_sums: return by_order<Mode::sum>(true);

@@ -33,7 +33,7 @@ struct Tables {
   const int64_t* layouts;
 };
 
-// What blocks tell each other. Zero before a call and, by the last block to leave, after it.
+// Shared by all blocks. Zero before a call; the last block to leave sets it back to zero.
 struct Counters {
   uint32_t scale_ticket;  // next place in the list to take
   uint32_t listed;        // places in the list given out
@@ -41,7 +41,7 @@ struct Counters {
   uint32_t left;          // blocks that have nothing more to do
 };
 
-// Device memory that a call uses and leaves as it found it; calls on one stream share it, others don't.
+// Device memory that a call leaves as it found it. Calls on one stream share it.
 struct Workspace {
   Counters* counters;
   uint32_t* sum_tickets;  // one for each table of addresses: next tile to measure
@@ -50,7 +50,7 @@ struct Workspace {
   double* partials;       // [tiles]: power sums; not zero afterwards
 };
 
-// What comes out, on the device.
+// Results, on the device.
 struct Results {
   double* sums;  // [K] power sums if only they are asked for; then there are no norms and coefs
   void* norms;   // [K] float, or double if wide

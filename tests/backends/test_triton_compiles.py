@@ -1,6 +1,6 @@
 """The Triton kernels compiled for real targets, without running, in a process of their own:
 
-python tests/test_triton_compiles.py cuda:90
+python tests/backends/test_triton_compiles.py cuda:90
 """
 
 import json
