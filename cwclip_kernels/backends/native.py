@@ -88,14 +88,9 @@ class Addresses:
         self._last: dict[bool, bytes | None] = {True: None, False: None}
 
     def of(self, grads: Sequence[Tensor | None], *, writes: bool) -> bytes | None:
-        """Their addresses, int64 each; the same object while they stay where they are.
+        """Their addresses, int64 each; the same object while they stay the same.
 
-        Args:
-            grads: a list as long as the first.
-            writes: whether they are to be written to; then they may not share memory.
-
-        Returns:
-            None if these differ from the first, or share memory.
+        None if these gradients differ from the first, or share memory although they are to be written to.
         """
         found = _C.addresses_of(grads, self.signature, self._last[writes], writes)
         if found is not None:

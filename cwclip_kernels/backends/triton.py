@@ -164,7 +164,7 @@ def _block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
 def _launching_on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its arguments are on."""
     if device.type == "cpu":
-        import numpy  # the interpreter computes with it, and its warnings of overflow and the like are none here
+        import numpy  # the interpreter computes with it; its warnings of overflow say nothing here
 
         return numpy.errstate(all="ignore")
     context: AbstractContextManager[object] = torch.get_device_module(device).device(device)
