@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import type_name
+from ..backends.served import COMPLEX_DTYPES, DTYPES
 from ..components.membership import Components
 from .modes import is_traced
 
 Gradients = Sequence[Tensor | None]
 
 WIDE_DTYPES = (torch.float64, torch.complex128)  # their norms are float64
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64, *WIDE_DTYPES)
+_DTYPES = (*DTYPES, *COMPLEX_DTYPES)
 
 
 class WithoutData(Exception):

@@ -76,8 +76,14 @@ class ClipPlan:
             what = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
             size = sum(g.nbytes for g in own if not g.is_sparse)
             lines.append(f"  {bucket.device}: {what}, {size / 1e6:.1f} MB -> {bucket.backend!r} ({bucket.reason})")
-        if len(self.buckets) > 1 or self.sparse:
-            why = "sparse gradients" if self.sparse else "several devices or backends"
+        why = None
+        if self.sparse:
+            why = "sparse gradients"
+        elif len(self.buckets) > 1:
+            why = "several devices or backends"
+        elif self.buckets and self.buckets[0].backend not in registry.FUSED:
+            why = "a backend without a fused kernel"
+        if why is not None:
             lines.append(f"  in two passes, norms first, because of {why}")
         elif self.buckets:
             lines.append("  in one fused call")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.registry import BACKENDS
+from ..backends.registry import BACKENDS, FUSED
 from ..thresholds.base import StepCaps
 from . import formula
 from .bucket import Bucket, Found, narrowed
@@ -33,19 +33,20 @@ def clip_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clips in place; norms before and coefficients, both [K], and the caps. Syncs for ``raise_nonfinite`` only.
 
-    One bucket takes its backend's fused path. Anything else takes two steps, power sums first: several devices or
-    backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is), errors on non-finite
-    norms, which must come before the first write, and caps that depend on the norms.
+    One bucket takes its backend's fused path, if there is one. Anything else takes two steps, power sums first:
+    several devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is),
+    errors on non-finite norms, which must come before the first write, and caps that depend on the norms.
     """
     order = rule.norm_type
     tells = loss_scale.found_inf is None or sums_tell_nonfinite(order)
     in_steps = plan.sparse or raise_nonfinite or policy.needs_norms or order <= 0 or not tells
-    if len(plan.buckets) == 1 and not in_steps:
+    fused = FUSED.get(plan.buckets[0].backend) if len(plan.buckets) == 1 and not in_steps else None
+    if fused is not None:
         bucket, (own, addresses) = plan.buckets[0], found[0]
         targets = own if bucket.plain else _targets(bucket, own, order)
         caps = policy.caps(bucket.device, None)
         torch.autograd.graph.increment_version(own)
-        norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets, caps, rule, loss_scale, addresses)
+        norms, coefs = fused.clip_(bucket, targets, caps, rule, loss_scale, addresses)
         return norms, coefs, caps
     sums = power_sums(plan, found, order)
     norms = _norms(plan, found, sums, order, loss_scale)
