@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
-from .arguments import type_name
+from .arguments import check_type, type_name
 
 if TYPE_CHECKING:
     from .clipper import ComponentClipper
@@ -38,8 +38,7 @@ class Attachment:
         on_clip: Callable[[ClipResult], object] | None,
         replace: bool = False,
     ) -> None:
-        if not isinstance(replace, bool):
-            raise TypeError(f"replace: expected a bool, not {type_name(replace)}")
+        check_type(replace, "replace", bool, "a bool")
         _check_optimizer(optimizer)
         _runner_of_hooks()
         self.last: ClipResult | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import type_name, warn_caller
+from .arguments import check_type, warn_caller
 from .attachment import check_not_in_backward, clipping_too, parameters_of
 from .clipper import ComponentClipper
 from .result import ClipResult
@@ -91,8 +91,7 @@ class ComponentClipGradScaler(GradScaler):
         *,
         on_clip: Callable[[ClipResult], object] | None = None,
     ) -> None:
-        if not isinstance(clipper, ComponentClipper):
-            raise TypeError(f"clipper: expected a ComponentClipper, not {type_name(clipper)}")
+        check_type(clipper, "clipper", ComponentClipper, "a ComponentClipper")
         if clipper.raises_nonfinite:
             raise ValueError(
                 "clipper: raises for non-finite norms, but a scaled loss has some now and then, when the step is "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import type_name
+from ..arguments import check_type
 from . import cpu, cuda, foreach, triton
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def check_backend(backend: object) -> None:
     """Raises TypeError or ValueError unless ``backend`` is None or names one."""
     if backend is None:
         return
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string or None, not {type_name(backend)}")
+    check_type(backend, "backend", str, "a string or None")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, not {backend!r}")
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from ..arguments import warn_caller
+from ..arguments import some_of, warn_caller
 from .naming import PREFIX, Aliases, without_wrappers
 
 
@@ -112,7 +112,8 @@ def no_match(pattern: str, names: Sequence[str], what: str, aliases: Aliases = (
         aliases: other names of tied ones.
     """
     hint = next(_hints(pattern, names, aliases), None)
-    return f"matches none of the {len(names)} {what}{some_of(names)}{'' if hint is None else f'; {hint}'}"
+    shown = f" ({some_of(names)})" if names else ""
+    return f"matches none of the {len(names)} {what}{shown}{'' if hint is None else f'; {hint}'}"
 
 
 _FEW = 10_000  # names that are compared with a misspelt one within a second
@@ -132,9 +133,3 @@ def _hints(pattern: str, names: Sequence[str], aliases: Aliases) -> Iterator[str
 
 def _tied(other: str, first: str) -> str:
     return f"{other!r} is tied to {first!r} and goes by that name"
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few names, in brackets, for an error message."""
-    shown = ", ".join(map(repr, names[:3]))
-    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import check_type
 from ..components.membership import Components
 from ..thresholds import Threshold
 from ..thresholds.caps import Caps, MaxNorm, checked_cap
@@ -121,8 +121,7 @@ def _split(max_norm: MaxNorm) -> tuple[Tensor | None, list[str], list[float]]:
     if not isinstance(max_norm, Mapping):
         return None, [], [checked_cap(max_norm, "max_norm")]
     for pattern in max_norm:
-        if not isinstance(pattern, str):
-            raise TypeError(f"max_norm: patterns are strings, not {type_name(pattern)}")
+        check_type(pattern, "max_norm", str, "strings as patterns")
     return None, list(max_norm), [checked_cap(value, f"max_norm[{pattern!r}]") for pattern, value in max_norm.items()]
 
 

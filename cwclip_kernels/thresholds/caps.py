@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import check_float_tensor, check_type, checked_number
 from ..components.naming import Aliases
 from ..components.patterns import match_patterns
 from ..core.formula import wide_dtype
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from . import Threshold
 
 MaxNorm: TypeAlias = "float | Tensor | Mapping[str, float] | Threshold"
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class CapPolicy(Protocol):
@@ -78,7 +75,9 @@ class Caps:
         if isinstance(max_norm, Tensor):
             self._live = _checked_tensor(max_norm, len(names))
         elif isinstance(max_norm, Mapping):
-            values = {_checked_pattern(p): checked_cap(v, f"max_norm[{p!r}]") for p, v in max_norm.items()}
+            for pattern in max_norm:
+                check_type(pattern, "max_norm", str, "strings as patterns")
+            values = {pattern: checked_cap(cap, f"max_norm[{pattern!r}]") for pattern, cap in max_norm.items()}
             self._fixed = match_patterns(names, values, math.inf, everywhere, aliases, spellings)
         else:
             self._fixed = checked_cap(max_norm, "max_norm")
@@ -107,37 +106,14 @@ class Caps:
 
 def checked_cap(value: object, name: str) -> float:
     """A cap as float, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        wanted = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
-        if name != "max_norm":
-            wanted = "a number"
-        raise TypeError(f"{name}: expected {wanted}, not {type_name(value)}")
-    cap = as_float(value, name, "; use math.inf to leave norms uncapped")
-    if not cap >= 0.0:
-        raise ValueError(f"{name}: expected a number >= 0, not {cap}")
-    return cap
-
-
-def as_float(value: Real, name: str, way_out: str = "") -> float:
-    """Any real number as float, or a ValueError that names it."""
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: {value} is too large for a float{way_out}") from None
-
-
-def _checked_pattern(pattern: object) -> str:
-    if not isinstance(pattern, str):
-        raise TypeError(f"max_norm: patterns are strings, not {type_name(pattern)}")
-    return pattern
+    kinds = "a number"
+    if name == "max_norm":
+        kinds = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
+    return checked_number(value, name, finite=False, kinds=kinds)
 
 
 def _checked_tensor(max_norm: Tensor, count: int) -> Tensor:
-    if max_norm.dtype not in FLOATS or max_norm.layout != torch.strided:
-        kind = max_norm.dtype if max_norm.layout == torch.strided else max_norm.layout
-        raise TypeError(f"max_norm: expected a floating-point tensor, not {kind}")
-    if max_norm.is_meta:
-        raise ValueError("max_norm: is on the meta device, where it has no value")
+    check_float_tensor(max_norm, "max_norm")
     if max_norm.shape not in ((), (count,)):
         raise ValueError(
             f"max_norm: expected shape [] or [{count}] (one cap for each component), not {list(max_norm.shape)}"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..arguments import type_name
+from ..arguments import checked_int, checked_number, type_name
 from ..core.formula import wide_dtype
-from .base import Setting, Threshold, checked_count, checked_number, is_capturing
+from .base import Setting, Threshold, is_capturing
 from .caps import Caps, checked_cap
 
 
@@ -91,7 +91,7 @@ class Schedule(Threshold):
 
     def at(self, step: int) -> None:
         """Goes to a step; what captured graphs read is set to its cap."""
-        self._step = checked_count(step, "step")
+        self._step = checked_int(step, "step", 0)
         self._evaluate()
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
