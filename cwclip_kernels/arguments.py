@@ -28,17 +28,7 @@ def checked_number(
     finite: bool = True,
     kinds: str = "a number",
 ) -> float:
-    """A real number from ``low`` to ``high`` as float, never NaN.
-
-    Args:
-        value: the argument.
-        name: its name.
-        low: smallest value.
-        high: largest value.
-        above_low: ``low`` itself is refused.
-        finite: inf is refused.
-        kinds: what the argument takes, for the TypeError.
-    """
+    """A real number from ``low`` to ``high`` as float. ``kinds`` says what else the argument takes."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {kinds}, not {type_name(value)}")
     try:

@@ -134,7 +134,7 @@ class Engine:
         )
         if not is_all and isinstance(grouping, ComponentSpec):
             names = parameters.names if engine.spread is None else engine.spread.all_parameters
-            grouping.check_patterns(names, parameters.aliases, parameters.prefix)
+            grouping.read_for(names, parameters.aliases, parameters.lost_prefix, is_all=True)
         return engine
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import some_of, type_name
-from ..components.naming import Aliases, are_same_names
+from ..components.naming import are_same_names
 from ..core.formula import wide_dtype
 
 
@@ -28,7 +28,7 @@ class Setting:
         parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; frozen ones
             are not read and count 0. To be called in ``caps`` only, while a clipper is at work.
         trained: of each parameter whether it is trained; () if all are.
-        spellings: other ways in which a pattern may write names, each with the name that it stands for.
+        spellings: the names as a pattern may write them, too: with the prefix that parameters have lost; or ().
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class Setting:
     device: torch.device
     parameter_norms: Callable[[], Tensor]
     trained: tuple[bool, ...] = ()
-    spellings: Aliases = ()
+    spellings: tuple[str, ...] = ()
 
 
 class Threshold(ABC):

@@ -53,7 +53,7 @@ class Caps:
         names: the K component names.
         everywhere: those that a pattern may match, if ranks have different ones.
         aliases: other names of tied components, for the error where a pattern matches nothing.
-        spellings: other ways to write names, as ``Components`` has them.
+        spellings: the names with the prefix that parameters have lost, as ``Components`` has them.
 
     Raises:
         TypeError: none of these (bool and str included).
@@ -67,7 +67,7 @@ class Caps:
         names: tuple[str, ...],
         everywhere: tuple[str, ...] | None = None,
         aliases: Aliases = (),
-        spellings: Aliases = (),
+        spellings: tuple[str, ...] = (),
     ) -> None:
         self._live: Tensor | None = None
         self._fixed: float | list[float] = math.inf
