@@ -8,7 +8,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch.optim import Optimizer
 
-from .arguments import type_name
+from .arguments import check_type, type_name
 from .core.loss_scale import UNSCALED
 from .core.modes import is_traced
 from .core.optimizers import (
@@ -56,8 +56,7 @@ class Attachment:
         on_clip: Callable[[ClipResult], object] | None,
         replace: bool = False,
     ) -> None:
-        if not isinstance(replace, bool):
-            raise TypeError(f"replace: expected a bool, not {type_name(replace)}")
+        check_type(replace, "replace", bool, "a bool")
         check_runs_hooks(optimizer)
         runner_of_hooks()
         self.clipper = clipper

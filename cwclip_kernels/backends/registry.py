@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import type_name
+from ..arguments import check_type
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
@@ -64,8 +64,7 @@ def check_backend(backend: object) -> None:
     """Raises TypeError or ValueError unless ``backend`` is None or names one."""
     if backend is None:
         return
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string or None, not {type_name(backend)}")
+    check_type(backend, "backend", str, "a string or None")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, not {backend!r}")
 

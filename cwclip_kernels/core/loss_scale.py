@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
-from ..thresholds.constant import FLOATS, as_float
+from ..arguments import check_float_tensor, check_type, checked_number
 from .formula import wide_dtype
 
 
@@ -35,8 +32,7 @@ class LossScale:
         elif inv_scale is not None:
             inv_scale = _checked_number(inv_scale)
         if found_inf is not None:
-            if not isinstance(found_inf, Tensor):
-                raise TypeError(f"found_inf: expected a Tensor of one element or None, not {type_name(found_inf)}")
+            check_type(found_inf, "found_inf", Tensor, "a Tensor of one element or None")
             _check_one_element(found_inf, "found_inf")
         return cls(inv_scale, found_inf)
 
@@ -81,19 +77,11 @@ UNSCALED = LossScale()
 
 
 def _checked_number(inv_scale: object) -> float:
-    if isinstance(inv_scale, bool) or not isinstance(inv_scale, Real):
-        raise TypeError(f"inv_scale: expected a number, a Tensor of one element or None, not {type_name(inv_scale)}")
-    value = as_float(inv_scale, "inv_scale")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"inv_scale: expected a finite number > 0, not {value}")
-    return value
+    kinds = "a number, a Tensor of one element or None"
+    return checked_number(inv_scale, "inv_scale", above_low=True, kinds=kinds)
 
 
 def _check_one_element(tensor: Tensor, name: str) -> None:
-    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
-        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-        raise TypeError(f"{name}: expected a floating-point tensor, not {kind}")
+    check_float_tensor(tensor, name)
     if tensor.numel() != 1:
         raise ValueError(f"{name}: expected one element, not shape {list(tensor.shape)}")
-    if tensor.is_meta:
-        raise ValueError(f"{name}: is on the meta device, where it has no value")

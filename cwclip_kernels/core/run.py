@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import some_of
 from ..backends.registry import BACKENDS, FUSED
 from ..thresholds.base import StepCaps
 from . import formula
@@ -109,9 +110,8 @@ def _norms(
 
 def nonfinite_message(bad: Sequence[str], count: int, norm_type: float) -> str:
     """The error that names these of ``count`` components."""
-    shown = ", ".join(map(repr, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
-        f"The norm of order {norm_type:g} is non-finite for {len(bad)} of {count} components: {shown}. "
+        f"The norm of order {norm_type:g} is non-finite for {len(bad)} of {count} components: {some_of(bad, 8)}. "
         "No gradient was changed. nonfinite='propagate', 'zero' or 'skip' goes on without this error."
     )
 

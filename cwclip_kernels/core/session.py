@@ -63,7 +63,7 @@ class ClipSession:
         session = cls(components, parameters.tensors, process_group, pp_mesh, settings)
         if not is_all and isinstance(grouping, ComponentSpec):
             names = parameters.names if session.spread is None else session.spread.all_parameters
-            grouping.check_patterns(names, parameters.aliases, parameters.prefix)
+            grouping.read_for(names, parameters.aliases, parameters.lost_prefix, is_all=True)
         return session
 
     def caps_for(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> StepCaps:

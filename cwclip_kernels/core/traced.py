@@ -18,7 +18,7 @@ from torch import Tensor
 from ..components.membership import Components
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
-from ..thresholds.constant import MaxNorm, checked_cap, checked_pattern
+from ..thresholds.constant import MaxNorm, checked_cap, checked_caps
 from . import run
 from .caps import fixed_caps, is_trained
 from .checks import check_gradients, norm_dtype_of
@@ -109,8 +109,8 @@ def _split(max_norm: MaxNorm) -> tuple[Tensor | None, str, list[float]]:
         return max_norm.detach(), "", []
     if not isinstance(max_norm, Mapping):
         return None, "", [checked_cap(max_norm, "max_norm")]
-    patterns = repr([checked_pattern(pattern) for pattern in max_norm])
-    return None, patterns, [checked_cap(value, f"max_norm[{pattern!r}]") for pattern, value in max_norm.items()]
+    caps = checked_caps(max_norm)
+    return None, repr(list(caps)), list(caps.values())
 
 
 def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
