@@ -17,7 +17,7 @@ from .components.spec import Grouping
 from .core import traced
 from .core.engine import Engine, Options, check_options, settings_in_words
 from .core.loss_scale import NOT_SCALED, ScaledLoss
-from .distributed.groups import check_parts
+from .distributed.groups import check_process_group
 from .result import ClipResult
 from .thresholds import Threshold
 from .thresholds.base import learnt, load_learnt
@@ -95,7 +95,7 @@ class ComponentClipper:
         backend: str | None = None,
     ) -> None:
         options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
-        check_parts(parameters, process_group)
+        check_process_group(parameters, process_group)
         named = named_tensors(parameters)
         settings = settings_in_words(options, max_norm, pp_mesh)
         engine = Engine.of(named, components, process_group, pp_mesh, settings)

@@ -16,7 +16,7 @@ from ..arguments import type_name
 from ..backends import native
 from ..components.membership import Components
 from ..distributed import local
-from ..distributed import run as call
+from ..distributed.run import DistributedCall
 from ..thresholds import Setting, Threshold
 from . import run
 from .checks import has_no_data
@@ -24,7 +24,7 @@ from .formula import ClipRule, wide_dtype
 from .plan import Planner
 
 if TYPE_CHECKING:
-    from ..distributed.reduction_plan import Spread
+    from ..distributed.reduction_plan import ReductionPlan
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -64,7 +64,9 @@ class BoundThreshold:
         ValueError: the threshold looks at all components together, and this rank of ``pp_mesh`` has only some.
     """
 
-    def __init__(self, threshold: Threshold, components: Components, spread: Spread | None, rule: ClipRule) -> None:
+    def __init__(
+        self, threshold: Threshold, components: Components, spread: ReductionPlan | None, rule: ClipRule
+    ) -> None:
         if threshold.needs_all_components and spread is not None and spread.has_stages:
             raise ValueError(
                 f"max_norm: {type_name(threshold)} looks at all components together, of which each rank of "
@@ -97,8 +99,8 @@ class BoundThreshold:
     def _measure(self, tensors: Sequence[Tensor]) -> Tensor:
         if self._spread is None:
             return norms_of_trained(self._planner, tensors, self._rule.norm_type)
-        job = call.Job(self._spread, self._planner, None, home_of(tensors))
-        return call.norms_of_values(job, tensors, self._rule.norm_type)
+        call = DistributedCall(self._spread, self._planner, tensors, home_of(tensors), None)
+        return call.parameter_norms(self._rule.norm_type)
 
     def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:
         counts = (

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..backends.native import form_of
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
-from ..distributed.groups import as_group, check_parts
+from ..distributed.groups import as_group, check_process_group
 from ..distributed.local import local_value
 from .engine import Engine
 
@@ -89,7 +89,7 @@ def engine_for(
         tensors = given if entry.positions is None else [given[i] for i in entry.positions]
         if entry.is_for(tensors, form):
             return tensors, entry.engine
-    check_parts(source, process_group)
+    check_process_group(source, process_group)
     named = named_tensors(source)
     engine = Engine.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:

@@ -18,9 +18,9 @@ from ..components.parameters import NamedTensors
 from ..components.resolve import resolve
 from ..components.spec import ComponentSpec, Grouping
 from ..distributed import local
-from ..distributed import run as call
-from ..distributed.local import Held
-from ..distributed.set_up import spread_of
+from ..distributed.local import LocalGradients
+from ..distributed.run import DistributedCall
+from ..distributed.set_up import plan_reductions
 from ..distributed.shards import is_flat
 from ..thresholds import Threshold
 from ..thresholds.caps import CapPolicy, Caps, MaxNorm, as_float
@@ -127,7 +127,7 @@ class Engine:
         settings: str = "",
     ) -> None:
         self.ranks = process_group, pp_mesh
-        self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
+        self.components, self.spread = plan_reductions(components, tensors, process_group, pp_mesh, settings)
         self._planner = Planner(self._local)
         self._values: Planner | None = None
         self._last_caps: tuple[object, Caps] | None = None
@@ -196,10 +196,10 @@ class Engine:
         rule = options.rule if policy.adds_eps else options.rule.without_eps
         raise_nonfinite, spread = options.raise_nonfinite, self.spread
         if spread is not None and not (
-            spread.is_local and not (spread.asks and (raise_nonfinite or scaled.looks_for_inf))
+            spread.is_local and not (spread.nonfinite_needs_ranks and (raise_nonfinite or scaled.looks_for_inf))
         ):
-            job = call.Job(spread, self._planner, options.backend, home_of(tensors))
-            return call.clip_(job, tensors, policy, rule, raise_nonfinite, scaled)
+            call = DistributedCall(spread, self._planner, tensors, home_of(tensors), options.backend)
+            return call.clip_(policy, rule, raise_nonfinite, scaled)
 
         held = self._held(tensors)
         held.check_not_leaves()
@@ -225,7 +225,7 @@ class Engine:
         home = home_of(tensors)
         try:
             if self.spread is not None and not self.spread.is_local:
-                return call.norms_of(call.Job(self.spread, self._planner, backend, home), tensors, norm_type)
+                return DistributedCall(self.spread, self._planner, tensors, home, backend).norms(norm_type)
             plan, grads = self._planner.measured(self._held(tensors).local, home, norm_type, backend)
             return run.norms_of(plan, grads, norm_type)
         except WithoutData as found:
@@ -242,8 +242,10 @@ class Engine:
             return self.spread.total(norms, norm_type)
         return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
 
-    def _held(self, tensors: Sequence[Tensor]) -> Held:
-        return Held([t.grad for t in tensors], ()) if self.spread is None else self.spread.gradients(tensors)
+    def _held(self, tensors: Sequence[Tensor]) -> LocalGradients:
+        return (
+            LocalGradients([t.grad for t in tensors], ()) if self.spread is None else self.spread.gradients(tensors)
+        )
 
     @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
