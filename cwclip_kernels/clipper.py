@@ -19,7 +19,7 @@ from .core.modes import is_traced
 from .core.options import check_options
 from .core.parameter_clipper import ParameterClipper
 from .core.session import ClipSession
-from .distributed.groups import check_parts
+from .distributed.groups import check_process_group
 from .result import ClipResult
 from .thresholds.constant import MaxNorm
 
@@ -86,11 +86,13 @@ class ComponentClipper(ParameterClipper):
         backend: str | None = None,
     ) -> None:
         options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
-        check_parts(parameters, process_group)
+        check_process_group(parameters, process_group)
         named = named_tensors(parameters)
         session = ClipSession.of(named, components, process_group, pp_mesh, options.in_words(max_norm, pp_mesh))
         super().__init__(named.tensors, session, max_norm, options)
-        if isinstance(parameters, nn.Module) and session.spread is None:  # FSDP replaces parameters by shards itself
+        if (
+            isinstance(parameters, nn.Module) and session.reductions is None
+        ):  # FSDP replaces parameters by shards itself
             self._places = _places_of(parameters, named.tensors)
             self._watches = True
 
@@ -215,7 +217,7 @@ class ComponentClipper(ParameterClipper):
     # -------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._session.spread is not None:
+        if self._session.reductions is not None:
             raise TypeError(
                 "a ComponentClipper of sharded parameters can't be pickled or copied, since process groups can't be: "
                 "make one on each rank, and hand on what it has learnt with state_dict()"

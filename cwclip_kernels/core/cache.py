@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..backends.native import form_of
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
-from ..distributed.groups import as_group, check_parts
+from ..distributed.groups import as_group, check_process_group
 from ..distributed.local import local_value
 from .session import ClipSession
 
@@ -45,7 +45,7 @@ class _Entry:
         """Whether it serves these parameters, which have the ids of those that it was made for."""
         if self.form != form or any(tensors[i].requires_grad for i, _ in self.session.components.problems):
             return False
-        if self.session.spread is None or self.storage is None:
+        if self.session.reductions is None or self.storage is None:
             return True
         # Ranks make their sessions together, but an id may be reused on one rank and not on another.
         now = _storage_of(tensors)
@@ -85,7 +85,7 @@ def session_for(
             tensors = given if is_all else [given[i] for i in entry.positions]
             if entry.is_for(tensors, form):
                 return tensors, entry.session
-    check_parts(source, process_group)
+    check_process_group(source, process_group)
     named = named_tensors(source)
     session = ClipSession.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:

@@ -16,8 +16,8 @@ from ..arguments import type_name
 from ..backends import native
 from ..components.membership import Components
 from ..distributed import local
-from ..distributed import run as over_ranks
-from ..distributed.reduction_plan import Spread
+from ..distributed.reduction_plan import ReductionPlan
+from ..distributed.run import DistributedCall
 from ..thresholds import Fixed, Setting, Threshold
 from ..thresholds.base import StepCaps
 from ..thresholds.constant import checked_cap
@@ -63,17 +63,19 @@ class BoundThreshold:
     The threshold may serve other parameters in between, with the same component names.
     """
 
-    def __init__(self, threshold: Threshold, components: Components, spread: Spread | None, rule: ClipRule) -> None:
-        if threshold.needs_all_components and spread is not None and spread.has_stages:
+    def __init__(
+        self, threshold: Threshold, components: Components, reductions: ReductionPlan | None, rule: ClipRule
+    ) -> None:
+        if threshold.needs_all_components and reductions is not None and reductions.has_stages:
             raise ValueError(
                 f"max_norm: {type_name(threshold)} looks at all components together, of which each rank of "
                 "pp_mesh has others; use a threshold that looks at each by itself"
             )
         self._threshold = weakref.ref(threshold)
         self._components = components
-        self._spread = spread
+        self._reductions = reductions
         self._rule = rule
-        self._plans = Plans(components if spread is None else spread.local, "the parameter")
+        self._plans = Plans(components if reductions is None else reductions.local, "the parameter")
         self._measure: Callable[[], Tensor] | None = None  # while caps are computed
         self._form: object = None
         self._setting: Setting | None = None
@@ -127,14 +129,14 @@ class BoundThreshold:
 
     @torch.no_grad()
     def _norms_of(self, tensors: Sequence[Tensor]) -> Tensor:
-        if self._spread is None:
+        if self._reductions is None:
             return norms_of_trained(self._plans, tensors, self._rule.norm_type)
-        job = over_ranks.Job(self._spread, self._plans, None, home_of(tensors))
-        return over_ranks.norms_of_values(job, tensors, self._rule.norm_type)
+        call = DistributedCall(self._reductions, self._plans, tensors, home_of(tensors), None)
+        return call.parameter_norms(self._rule.norm_type)
 
     def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:
-        components, spread, rule = self._components, self._spread, self._rule
-        counts = local.member_numels(components, tensors) if spread is None else spread.member_numels
+        components, reductions, rule = self._components, self._reductions, self._rule
+        counts = local.member_numels(components, tensors) if reductions is None else reductions.member_numels
         trained = trained_of(tensors)
         numels = [0] * len(components.names)
         for (position, component, _), count in zip(components.members, counts, strict=True):
@@ -143,7 +145,7 @@ class BoundThreshold:
                 numels[component] += max(count, 1) if is_lazy(tensors[position]) else count
         # While parameters have no data, no state is made, which would have none either.
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
-        others = components.spellings, components.aliases, None if spread is None else spread.all_names
+        others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
         return Setting(components.names, *own, *others)
 

@@ -109,7 +109,7 @@ class ParameterClipper:
     @property
     def is_spread(self) -> bool:
         """Whether other ranks have parts of components, or of the model, so that all clip together."""
-        return self._session.spread is not None
+        return self._session.reductions is not None
 
     @property
     def raises_nonfinite(self) -> bool:

@@ -12,9 +12,9 @@ from ..components.membership import Components
 from ..components.parameters import NamedTensors
 from ..components.resolve import resolve
 from ..components.spec import ComponentSpec, Grouping
-from ..distributed import run as over_ranks
-from ..distributed.local import Held, local_value
-from ..distributed.set_up import spread_of
+from ..distributed.local import LocalGradients, local_value
+from ..distributed.run import DistributedCall
+from ..distributed.set_up import plan_reductions
 from ..distributed.shards import is_flat
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
@@ -45,9 +45,9 @@ class ClipSession:
         settings: str = "",
     ) -> None:
         self.ranks = process_group, pp_mesh
-        # ``spread``: how components are sharded over ranks; None if they aren't.
-        self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
-        self.plans = Plans(self.components if self.spread is None else self.spread.local)
+        # ``reductions``: how components are sharded over ranks; None if they aren't.
+        self.components, self.reductions = plan_reductions(components, tensors, process_group, pp_mesh, settings)
+        self.plans = Plans(self.components if self.reductions is None else self.reductions.local)
         self.bound: BoundThreshold | None = None  # the last threshold
         self._parameter_plans = Plans(self.components, "the parameter")
         self._last_fixed: tuple[object, StepCaps] | None = None
@@ -62,7 +62,7 @@ class ClipSession:
         components = resolve(parameters, grouping, is_all=is_all)
         session = cls(components, parameters.tensors, process_group, pp_mesh, settings)
         if not is_all and isinstance(grouping, ComponentSpec):
-            names = parameters.names if session.spread is None else session.spread.all_parameters
+            names = parameters.names if session.reductions is None else session.reductions.all_parameters
             grouping.read_for(names, parameters.aliases, parameters.lost_prefix, is_all=True)
         return session
 
@@ -70,7 +70,7 @@ class ClipSession:
         """The caps that ``max_norm`` stands for, checked. Those of numbers are kept until these change."""
         if isinstance(max_norm, Threshold):
             if self.bound is None or not self.bound.is_for(max_norm, rule):
-                self.bound = BoundThreshold(max_norm, self.components, self.spread, rule)
+                self.bound = BoundThreshold(max_norm, self.components, self.reductions, rule)
             return self.bound.for_call(max_norm, tensors)
         if isinstance(max_norm, Tensor):
             return fixed_caps(max_norm, self.components)
@@ -78,7 +78,7 @@ class ClipSession:
         named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
         items = [(pattern, type(value), value) for pattern, value in named]
         if self._last_fixed is None or self._last_fixed[0] != items:
-            everywhere = None if self.spread is None else self.spread.all_names
+            everywhere = None if self.reductions is None else self.reductions.all_names
             self._last_fixed = items, fixed_caps(max_norm, self.components, everywhere)
         return self._last_fixed[1]
 
@@ -96,23 +96,23 @@ class ClipSession:
         ``policy`` is from ``caps_for``; unless ``learns``, its ``update_`` is left to the caller.
         """
         rule = options.rule if policy.adds_eps else options.rule.without_eps
-        raise_nonfinite, spread = options.raise_nonfinite, self.spread
+        raise_nonfinite, reductions = options.raise_nonfinite, self.reductions
         asks = raise_nonfinite or scale.found_inf is not None
         try:
-            if spread is not None and (not spread.is_local or (spread.asks and asks)):
-                job = over_ranks.Job(spread, self.plans, options.backend, home_of(tensors))
-                outcome = over_ranks.clip_(job, tensors, policy, rule, raise_nonfinite, scale)
+            if reductions is not None and (not reductions.is_local or (reductions.nonfinite_needs_ranks and asks)):
+                call = DistributedCall(reductions, self.plans, tensors, home_of(tensors), options.backend)
+                outcome = call.clip_(policy, rule, raise_nonfinite, scale)
             else:
-                if spread is None:
+                if reductions is None:
                     grads = [t.grad for t in tensors]
                 else:
-                    held = spread.gradients(tensors)
+                    held = reductions.gradients(tensors)
                     held.check_not_leaves()
                     grads = held.local
                 plan, found = self.plans.get(grads, tensors, rule.norm_type, options.backend)
                 used = scale if scale is UNSCALED else scale.on(plan.device)
                 outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used)
-                if spread is not None:
+                if reductions is not None:
                     held.touched()
                 if scale is not UNSCALED:
                     scale.deliver(used)
@@ -132,9 +132,10 @@ class ClipSession:
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
         """Norms [K] of the tensors' gradients; changes nothing."""
         try:
-            if self.spread is not None and not self.spread.is_local:
-                job = over_ranks.Job(self.spread, self.plans, backend, home_of(tensors))
-                return over_ranks.norms_of(job, tensors, norm_type)
+            if self.reductions is not None and not self.reductions.is_local:
+                return DistributedCall(self.reductions, self.plans, tensors, home_of(tensors), backend).norms(
+                    norm_type
+                )
             plan, found = self.plans.measured(self._held(tensors).local, tensors, norm_type, backend)
             return run.norms_of(plan, found, norm_type)
         except WithoutData as missing:
@@ -147,12 +148,16 @@ class ClipSession:
     @outside_autograd
     def total(self, norms: Tensor, norm_type: float) -> Tensor:
         """The norm of all components together, [], from those of each."""
-        if self.spread is not None:
-            return self.spread.total(norms, norm_type)
+        if self.reductions is not None:
+            return self.reductions.total(norms, norm_type)
         return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
 
-    def _held(self, tensors: Sequence[Tensor]) -> Held:
-        return Held([t.grad for t in tensors], ()) if self.spread is None else self.spread.gradients(tensors)
+    def _held(self, tensors: Sequence[Tensor]) -> LocalGradients:
+        return (
+            LocalGradients([t.grad for t in tensors], ())
+            if self.reductions is None
+            else self.reductions.gradients(tensors)
+        )
 
     @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
@@ -160,7 +165,7 @@ class ClipSession:
         grads = self._held(tensors).local
         shown = [_stand_in(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
         text = Plans(self.plans.components).get(shown, tensors, norm_type, backend)[0].explain(shown)
-        return text if self.spread is None else f"{text}\n{self.spread.explain()}"
+        return text if self.reductions is None else f"{text}\n{self.reductions.explain()}"
 
 
 def _stand_in(tensor: Tensor) -> Tensor | None:

@@ -82,11 +82,11 @@ def norms_of(tensors: Sequence[Tensor], components: Components, norm_type: float
     return norms
 
 
-def refuse_ranks(spread: bool) -> None:
+def refuse_ranks(is_distributed: bool) -> None:
     """Raises RuntimeError for communication between ranks, whose order the compiler might change."""
-    if spread:
+    if is_distributed:
         raise RuntimeError(
-            "parameters: components that are spread over ranks can't be clipped in a compiled function; compile the "
+            "parameters: components that are sharded over ranks can't be clipped in a compiled function; compile the "
             "model, and clip outside"
         )
 

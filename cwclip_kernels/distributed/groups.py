@@ -1,13 +1,11 @@
-"""Sets of ranks, and the few collectives that are asked of them. Thin over ``torch.distributed``."""
+"""Sets of ranks and their collectives: a thin layer over ``torch.distributed``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,75 +14,72 @@ from ..arguments import type_name
 
 
 @dataclass(frozen=True)
-class Group:
-    """Some ranks, this one among them.
+class RankGroup:
+    """A set of ranks that includes this one.
 
     Attributes:
-        handle: their ``ProcessGroup``; the first of several if there is none for all at once.
-        ranks: in its order, as the whole job numbers them.
-        further: ``ProcessGroup``s to ask after the first, each with what came of the one before.
+        handles: their ``ProcessGroup``; where there is none of them all, several, which together reach all ranks if
+            each passes on the result of the one before.
+        ranks: global ranks, in the order of the group.
     """
 
-    handle: Any
+    handles: tuple[Any, ...]
     ranks: tuple[int, ...]
-    further: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, handle: Any) -> Group:
+    def of(cls, handle: Any) -> RankGroup:
         """From a ``ProcessGroup``."""
-        return cls(handle, tuple(dist.get_process_group_ranks(handle)))
+        return cls((handle,), tuple(dist.get_process_group_ranks(handle)))
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Before which others it is asked, on all ranks: small ones first, of a mesh one dimension after another.
+        """Sort key for collectives, the same on all ranks: small groups first, and by dimensions of a mesh.
 
-        No two groups wait for each other then, and what is handed on from each to the next reaches all of the mesh.
+        In this order no two groups wait for each other, and what each group passes on to the next reaches all ranks
+        of the mesh.
         """
         return len(self.ranks), tuple(rank - self.ranks[0] for rank in self.ranks), self.ranks
 
-    @property
-    def here(self) -> int:
-        """Where this rank is among ``ranks``."""
-        return self.ranks.index(dist.get_rank())
-
-    def gather(self, thing: object) -> list[Any]:
-        """Everybody's, in the order of ``ranks`` where one group has all. Waits; for set-up and for errors only."""
-        found = [thing]
-        for handle in (self.handle, *self.further):
-            if dist.get_backend(handle) == "fake":  # a stand-in for ranks that aren't there, to estimate memory
-                return [thing] * len(self.ranks)
-            theirs: list[Any] = [None] * dist.get_world_size(handle)
-            dist.all_gather_object(theirs, found, group=handle)
-            found = [one for some in theirs for one in some]
+    def gather(self, value: object) -> list[Any]:
+        """All ranks' values, in the order of ``ranks`` if there is one handle. Blocks: for set-up and errors only."""
+        found = [value]
+        for handle in self.handles:
+            if dist.get_backend(handle) == "fake":  # simulates ranks that don't exist, to estimate memory
+                return [value] * len(self.ranks)
+            gathered: list[Any] = [None] * dist.get_world_size(handle)
+            dist.all_gather_object(gathered, found, group=handle)
+            found = [one for several in gathered for one in several]
         return found
 
-    def reduce(self, payload: Tensor, op: Any) -> Pending:
-        """Starts an all-reduce, in place where the group serves the payload's device."""
-        served = [device.type for device in getattr(self.handle, "_device_types", [])]
-        sent = payload if not served or payload.device.type in served else payload.to(served[0])
-        work = dist.all_reduce(sent, op, group=self.handle, async_op=True)
-        for handle in self.further:
-            work.wait()
+    def reduce(self, payload: Tensor, op: Any) -> Callable[[], Tensor]:
+        """Starts an all-reduce, in place where the group supports the payload's device.
+
+        Returns:
+            Waits for the result and returns it; on a GPU only the stream waits.
+        """
+        supported = _device_types(self.handles[0])
+        sent = payload if not supported or payload.device.type in supported else payload.to(supported[0])
+        work: Any = None
+        for handle in self.handles:
+            if work is not None:
+                work.wait()
             work = dist.all_reduce(sent, op, group=handle, async_op=True)
-        return Pending(payload.device, sent, work)
+
+        def result() -> Tensor:
+            work.wait()
+            return sent.to(payload.device)
+
+        return result
 
 
-@dataclass(frozen=True)
-class Pending:
-    """An all-reduce under way."""
-
-    device: torch.device
-    sent: Tensor
-    work: Any
-
-    def result(self) -> Tensor:
-        """What came of it; on a GPU only the stream waits."""
-        self.work.wait()
-        return self.sent.to(self.device)
+def in_order(groups: Iterable[RankGroup]) -> list[RankGroup]:
+    """Each set of ranks once, by the same handle on all ranks and in the same order."""
+    by_ranks = {group.ranks: group for group in sorted(groups, key=lambda group: str(group.handles[0].group_name))}
+    return sorted(by_ranks.values(), key=lambda group: group.order)
 
 
-def check_parts(parameters: object, process_group: object) -> None:
-    """Raises if these can't be parts (process_group), as every rank has all of them."""
+def check_process_group(parameters: object, process_group: object) -> None:
+    """Raises ValueError if ``process_group`` is given for gradients of which every rank has all."""
     if process_group is not None and isinstance(parameters, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "process_group: each rank has all gradients of a DistributedDataParallel, which would count once for "
@@ -92,8 +87,8 @@ def check_parts(parameters: object, process_group: object) -> None:
         )
 
 
-def as_group(value: object, name: str) -> Group | None:
-    """A group as users give it; None if that is None or there is nobody else in it.
+def as_group(value: object, name: str) -> RankGroup | None:
+    """The group that a user passed; None for None, and for a group of one rank.
 
     Raises:
         TypeError: neither a ``ProcessGroup`` nor a ``DeviceMesh`` nor None.
@@ -109,27 +104,24 @@ def as_group(value: object, name: str) -> Group | None:
         if value.get_coordinate() is None:
             raise ValueError(f"{name}: rank {dist.get_rank()} is not in this mesh")
         value = value.get_group()
-    if value is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{name}: rank {dist.get_rank()} is not in this group")
-    if not isinstance(value, dist.ProcessGroup):
+    is_member = value is not dist.GroupMember.NON_GROUP_MEMBER
+    if is_member and not isinstance(value, dist.ProcessGroup):
         raise TypeError(f"{name}: expected a ProcessGroup or a DeviceMesh or None, not {type_name(value)}")
-    group = Group.of(value)
-    if dist.get_rank() not in group.ranks:
+    group = RankGroup.of(value) if is_member else None
+    if group is None or dist.get_rank() not in group.ranks:
         raise ValueError(f"{name}: rank {dist.get_rank()} is not in this group")
     return group if len(group.ranks) > 1 else None
 
 
-def group_over(mesh: Any, dims: Sequence[int]) -> Group | None:
-    """The ranks that differ from this one in these dimensions of a mesh only; None if there are none.
+def group_over(mesh: Any, dims: Sequence[int]) -> RankGroup | None:
+    """The ranks whose coordinates differ from this one's in these dimensions of a mesh only; None if there are none.
 
-    Several dimensions at once are one group, so that one collective serves them: one that exists, or one made for the
-    purpose, at set-up, by its members alone. Where that can't be, they are asked one after another.
+    Several dimensions become one group, so that one collective serves them: an existing group, or one made by its
+    members alone, at set-up. Where that is impossible, the group has one handle for each dimension.
     """
-    if prod(mesh.size(dim) for dim in dims) == 1:
-        return None
     several = [dim for dim in dims if mesh.size(dim) > 1]
-    if len(several) == 1:
-        return Group.of(mesh.get_group(several[0]))
+    if len(several) < 2:
+        return RankGroup.of(mesh.get_group(several[0])) if several else None
     coordinate = mesh.get_coordinate()
     place = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
     ranks = tuple(sorted(mesh.mesh[place].flatten().tolist()))
@@ -137,9 +129,19 @@ def group_over(mesh: Any, dims: Sequence[int]) -> Group | None:
     if handle is None and _may_make_groups():
         handle = _made(ranks)
     if handle is not None:
-        return Group.of(handle)
-    first, *further = (mesh.get_group(dim) for dim in several)
-    return Group(first, ranks, tuple(further))
+        return RankGroup.of(handle)
+    return RankGroup(tuple(map(mesh.get_group, several)), ranks)
+
+
+def groups_along(mesh: Any) -> dict[tuple[int, ...], RankGroup]:
+    """This rank's groups along each dimension of a mesh, by their ranks; none if it is outside of the mesh."""
+    dims = range(mesh.ndim) if mesh.get_coordinate() is not None else ()
+    groups = (group_over(mesh, [dim]) for dim in dims)
+    return {group.ranks: group for group in groups if group is not None}
+
+
+def _device_types(handle: Any) -> list[str]:
+    return [device.type for device in getattr(handle, "_device_types", [])]
 
 
 def _existing(ranks: tuple[int, ...], device_type: str) -> Any:
@@ -151,8 +153,7 @@ def _existing(ranks: tuple[int, ...], device_type: str) -> Any:
     found = [
         handle
         for handle, members in known.items()
-        if tuple(sorted(members)) == ranks
-        and device_type in [device.type for device in getattr(handle, "_device_types", [])]
+        if tuple(sorted(members)) == ranks and device_type in _device_types(handle)
     ]
     return min(found, key=lambda handle: str(handle.group_name), default=None)
 
@@ -160,8 +161,8 @@ def _existing(ranks: tuple[int, ...], device_type: str) -> Any:
 def _may_make_groups() -> bool:
     """Whether some ranks can make a group without the others.
 
-    Where the first group is bound to a device, torch splits its communicator for each new group, which takes all
-    ranks of the job at once; and so it does with TorchComms.
+    If the default group is bound to a device, or with TorchComms, torch splits its communicator for each new group,
+    which takes all ranks of the job.
     """
     if getattr(dist.group.WORLD, "bound_device_id", None) is not None:
         return False
@@ -169,20 +170,14 @@ def _may_make_groups() -> bool:
     return not (uses_torchcomms is not None and uses_torchcomms())
 
 
-def along(mesh: Any) -> dict[tuple[int, ...], Group]:
-    """The groups of this rank along each dimension of a mesh."""
-    dims = range(mesh.ndim) if mesh.get_coordinate() is not None else ()
-    groups = (group_over(mesh, [dim]) for dim in dims)
-    return {group.ranks: group for group in groups if group is not None}
-
-
 _made_for: tuple[object, dict[tuple[int, ...], Any]] = (None, {})
 
 
 def _made(ranks: tuple[int, ...]) -> Any:
+    """A new group of these ranks, or the one that was made for them before."""
     global _made_for
     world = dist.group.WORLD
-    if _made_for[0] is not world:  # torch.distributed was started anew
+    if _made_for[0] is not world:  # torch.distributed was initialized anew
         _made_for = world, {}
     groups = _made_for[1]
     if ranks not in groups:

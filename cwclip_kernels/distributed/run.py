@@ -1,7 +1,7 @@
-"""One call over several ranks: measured here, added up over ranks, scaled here.
+"""One call over several ranks: power sums measured here, added up over ranks, gradients scaled here.
 
-A rank whose own part fails (a gradient that can't be clipped, a backend that refuses) still joins all collectives of
-the call, with NaN, before it raises: the others don't wait in vain, and see norms of NaN.
+If this rank fails before the collectives of the call (a gradient can't be clipped, a backend refuses) it still takes
+part in them, with NaN, and raises afterwards: the other ranks don't wait for it, and get norms of NaN.
 """
 
 from __future__ import annotations
@@ -20,128 +20,103 @@ from ..core.formula import ClipRule, wide_dtype
 from ..core.loss_scale import UNSCALED, LossScale
 from ..core.plan import ClipPlan, Plans
 from ..thresholds.base import StepCaps
-from .local import Held
-from .reduction_plan import Spread
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a call needs to know beside its arguments.
-
-    Attributes:
-        spread: of the components over ranks.
-        planner: of ``spread.local``.
-        backend: the user's choice or None.
-        home: device of the sums and the results.
-    """
-
-    spread: Spread
-    planner: Plans
-    backend: str | None
-    home: torch.device
+from .local import LocalGradients
+from .reduction_plan import ReductionPlan
 
 
 @dataclass
-class _Part:
-    """This rank's part of the measurement.
+class DistributedCall:
+    """One call for these parameters, made by all ranks that share one of them.
 
     Attributes:
-        sums: power sums of ``spread.local``, for each order asked for.
-        measured: where there are elements; for negative orders only.
-        failure: why there are NaN instead.
+        reductions: what is added up over which ranks.
+        plans: of ``reductions.local``.
+        tensors: the parameters.
+        home: device of the sums and the results.
+        backend: the user's choice or None.
     """
 
-    sums: dict[float, Tensor]
-    measured: Tensor | None = None
-    plan: ClipPlan | None = None
-    found: Sequence[Found] = ()
-    held: Held | None = None
-    loss_scale: LossScale = UNSCALED
-    failure: Exception | None = None
+    reductions: ReductionPlan
+    plans: Plans
+    tensors: Sequence[Tensor]
+    home: torch.device
+    backend: str | None
+    _measured: tuple[ClipPlan, Sequence[Found], LocalGradients] | None = None
+    _loss_scale: LossScale = UNSCALED
+    _failure: Exception | None = None  # of this rank
 
+    def clip_(
+        self, policy: StepCaps, rule: ClipRule, raise_nonfinite: bool, scaled: LossScale
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Clips what this rank holds of each gradient: norms before and coefficients, [K] each, and the caps.
 
-def clip_(
-    job: Job,
-    tensors: Sequence[Tensor],
-    policy: StepCaps,
-    rule: ClipRule,
-    raise_nonfinite: bool,
-    scaled: LossScale,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Clips what is held here of each gradient: norms before and coefficients, [K] each, and the caps.
+        Syncs with the host for ``raise_nonfinite`` only.
+        """
+        reductions, order = self.reductions, rule.norm_type
+        needs_maximum = scaled.found_inf is not None and not run.sums_tell_nonfinite(order)
+        orders = [order, math.inf] if needs_maximum else [order]
+        sums = self._power_sums(reductions.gradients, orders, scaled, writes=True)
+        norms = self._loss_scale.unscaled(formula.root(sums[0], order)).to(reductions.norm_dtype(self.tensors))
+        bad, count = reductions.nonfinite(norms) if raise_nonfinite else ([], 0)
+        if scaled.found_inf is not None:
+            found_inf = reductions.is_true_anywhere(~sums[-1].isfinite().all())
+            self._loss_scale.report(torch.where(found_inf > 0, math.inf, 0.0))
+        caps = policy.caps(self.home, norms if policy.needs_norms else None)
+        coefs = formula.coefficients(norms, caps, rule)
+        if self._failure is not None:
+            raise self._failure
+        if bad:
+            raise RuntimeError(run.nonfinite_message(bad, count, order))
+        assert self._measured is not None  # since nothing failed
+        plan, found, grads = self._measured
+        run.scale_(plan, found, reductions.local_factors(self._loss_scale.factors(coefs)), rule)
+        grads.touched()
+        scaled.deliver(self._loss_scale)
+        return norms, coefs, caps
 
-    Syncs with the host for ``raise_nonfinite`` only.
-    """
-    spread, order = job.spread, rule.norm_type
-    tells = run.sums_tell_nonfinite(order)
-    orders = [order] if tells or not scaled.found_inf is not None else [order, math.inf]
-    part = _measure(job, tensors, lambda: spread.gradients(tensors), orders, scaled, writes=True)
-    sums = spread.whole(part.sums[order], part.measured, order)
-    norms = part.loss_scale.unscaled(formula.root(sums, order)).to(spread.norm_dtype(tensors))
-    bad, count = spread.nonfinite(norms) if raise_nonfinite else ([], 0)
-    if scaled.found_inf is not None:
-        if not tells:
-            sums = spread.whole(part.sums[math.inf], None, math.inf)
-        found = spread.any_anywhere(~sums.isfinite().all())
-        part.loss_scale.report(torch.where(found > 0, math.inf, 0.0))
-    caps = policy.caps(job.home, norms if policy.needs_norms else None)
-    coefs = formula.coefficients(norms, caps, rule)
-    if part.failure is not None:
-        raise part.failure
-    if bad:
-        raise RuntimeError(run.nonfinite_message(bad, count, order))
-    assert part.plan is not None and part.held is not None  # noqa: PT018  # as nothing failed
-    factors = spread.local_factors(part.loss_scale.factors(coefs))
-    run.scale_(part.plan, part.found, factors, rule)
-    part.held.touched()
-    scaled.deliver(part.loss_scale)
-    return norms, coefs, caps
+    def norms(self, norm_type: float) -> Tensor:
+        """The K norms of the tensors' gradients, which stay as they are."""
+        return self._norms(self.reductions.gradients, norm_type)
 
+    def parameter_norms(self, norm_type: float) -> Tensor:
+        """The K norms of the tensors themselves."""
+        return self._norms(self.reductions.values, norm_type)
 
-def norms_of(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The K norms of the tensors' gradients, which stay as they are."""
-    return _norms(job, _measure(job, tensors, lambda: job.spread.gradients(tensors), [norm_type]), tensors, norm_type)
+    def _norms(self, read: Callable[[Sequence[Tensor]], LocalGradients], norm_type: float) -> Tensor:
+        (sums,) = self._power_sums(read, [norm_type])
+        if self._failure is not None:
+            raise self._failure
+        return formula.root(sums, norm_type).to(self.reductions.norm_dtype(self.tensors))
 
-
-def norms_of_values(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The K norms of the tensors themselves."""
-    part = _measure(job, tensors, lambda: Held(job.spread.values(tensors), []), [norm_type])
-    return _norms(job, part, tensors, norm_type)
-
-
-def _measure(
-    job: Job,
-    tensors: Sequence[Tensor],
-    read: Callable[[], Held],
-    orders: Sequence[float],
-    scaled: LossScale = UNSCALED,
-    *,
-    writes: bool = False,
-) -> _Part:
-    """Measures what is here. Whatever goes wrong is in the result, not raised: the others are to be met first."""
-    try:
-        held = read()
-        if writes:
-            held.check_not_leaves()
-        get = job.planner.get if writes else job.planner.measured
-        plan, found = get(held.local, tensors, orders[0], job.backend)
-        # Not to the first gradient's device: where parameters lie on several, that may be another on each rank.
-        sums = {order: run.power_sums(plan, found, order).to(job.home) for order in orders}
-        measured = None
-        if orders[0] < 0:
-            measured = torch.tensor(run.has_elements(plan, found), dtype=torch.bool, device="cpu").to(job.home)
-        return _Part(sums, measured, plan, found, held, scaled.on(job.home))
-    except WithoutData:
-        raise  # on all ranks, where parameters are fake: nothing is computed anywhere
-    except Exception as failure:
-        count = (len(job.spread.local.names),)
-        nan = torch.full(count, math.nan, dtype=wide_dtype(job.home), device=job.home)
-        measured = torch.ones(count, dtype=torch.bool, device=job.home) if orders[0] < 0 else None
-        return _Part({order: nan.clone() for order in orders}, measured, failure=failure)
-
-
-def _norms(job: Job, part: _Part, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    sums = job.spread.whole(part.sums[norm_type], part.measured, norm_type)
-    if part.failure is not None:
-        raise part.failure
-    return formula.root(sums, norm_type).to(job.spread.norm_dtype(tensors))
+    def _power_sums(
+        self,
+        read: Callable[[Sequence[Tensor]], LocalGradients],
+        orders: Sequence[float],
+        scaled: LossScale = UNSCALED,
+        *,
+        writes: bool = False,
+    ) -> list[Tensor]:
+        """Power sums [K] over all ranks, for each order. A failure of this rank is kept, not raised."""
+        has_elements: Tensor | None = None
+        try:
+            grads = read(self.tensors)
+            if writes:
+                grads.check_not_leaves()
+            get = self.plans.get if writes else self.plans.measured
+            plan, found = get(grads.local, self.tensors, orders[0], self.backend)
+            # To the home device: that of the first gradient may be another one on each rank.
+            own = [run.power_sums(plan, found, order).to(self.home) for order in orders]
+            if orders[0] < 0:
+                here = run.has_elements(plan, found)
+                has_elements = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.home)
+            self._loss_scale = scaled.on(self.home)
+            self._measured = plan, found, grads
+        except WithoutData:
+            raise  # on all ranks alike, since parameters without data are so everywhere
+        except Exception as failure:
+            self._failure = failure
+            shape, home = (len(self.reductions.local.names),), self.home
+            own = [torch.full(shape, math.nan, dtype=wide_dtype(home), device=home) for _ in orders]
+            has_elements = torch.ones(shape, dtype=torch.bool, device=home) if orders[0] < 0 else None
+        needed = [has_elements if order < 0 else None for order in orders]
+        return list(map(self.reductions.sum_over_ranks, own, needed, orders))

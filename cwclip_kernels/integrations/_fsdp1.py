@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..components.parameters import NamedTensors, Parameters, named_tensors
-from ..distributed.groups import Group
+from ..distributed.groups import RankGroup
 from ..distributed.shards import is_flattened
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def group_of(parameters: NamedTensors, models: Sequence[nn.Module], whose: str) 
         raise ValueError(f"parameters: they belong to {len(owners)} prepared models; clip each in a call of its own")
     if any(root.sharding_strategy is ShardingStrategy.NO_SHARD for root in owners[0]):
         return None  # the engine says what to do instead
-    groups = {Group.of(root.process_group).ranks: root.process_group for root in owners[0]}
+    groups = {RankGroup.of(root.process_group).ranks: root.process_group for root in owners[0]}
     if len(groups) > 1:
         raise ValueError(
             f"parameters: they are sharded over {len(groups)} different sets of ranks; clip each in a call of "

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from collectives import counted
 from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
-from cwclip_kernels.distributed.groups import Group
+from cwclip_kernels.distributed.groups import RankGroup
 from helpers import GRAD_TOLERANCE, assert_norms, random_grad, same_bits
 from ranks import on_ranks
 
@@ -68,9 +68,9 @@ def random_placements(generator, mesh, shape):
 def sent():
     """Lengths of what is reduced."""
     lengths = []
-    reduce = Group.reduce
+    reduce = RankGroup.reduce
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Group, "reduce", lambda self, p, op: (lengths.append(p.numel()), reduce(self, p, op))[1])
+        patch.setattr(RankGroup, "reduce", lambda self, p, op: (lengths.append(p.numel()), reduce(self, p, op))[1])
         yield lengths
 
 
@@ -300,4 +300,4 @@ def test_explain_says_who_is_asked():
     mesh = init_device_mesh("cpu", (2,))
     ours, _ = both_ways([random_grad((5,)), random_grad((4,))], mesh, [[Shard(0)], [Replicate()]])
     assert "one all-reduce of 1 sums over 2 ranks (0, 1)" in ComponentClipper(ours, 1.0).explain()
-    assert "no traffic between ranks" in ComponentClipper(ours[1:], 1.0).explain()
+    assert "no communication between ranks" in ComponentClipper(ours[1:], 1.0).explain()

@@ -29,7 +29,7 @@ ORDER = [
     reference backends/foreach backends/programs backends/cpu backends/cuda
     backends/triton_tables backends/triton backends/registry
     core/plan core/run
-    distributed/groups distributed/consistency distributed/reduction distributed/local distributed/reduction_plan
+    distributed/groups distributed/reduction distributed/local distributed/consistency distributed/reduction_plan
     distributed/set_up distributed/run
     core/bound core/engine core/cache core/traced
     in_backward/hooks
