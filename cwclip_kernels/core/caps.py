@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ from .checks import has_no_data
 from .formula import ClipRule, wide_dtype
 from .plan import Plans, home_of
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
-
 
 def is_trained(tensor: Tensor) -> bool:
     """Whether a gradient is to be expected; frozen parameters are neither measured nor counted."""
@@ -36,7 +33,7 @@ def is_trained(tensor: Tensor) -> bool:
 
 def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
     """Which of the parameters are trained; () if all are."""
-    if all(map(_REQUIRES_GRAD, tensors)):  # six times as fast as asking for each gradient as well
+    if False not in [t.requires_grad for t in tensors]:  # faster than asking for each gradient as well
         return ()
     trained = tuple(map(is_trained, tensors))
     return () if all(trained) else trained

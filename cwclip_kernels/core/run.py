@@ -19,9 +19,15 @@ from .loss_scale import UNSCALED, LossScale
 from .plan import ClipPlan
 
 
-def norms_of(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor:
-    """The K norms; changes nothing. No host sync."""
-    return _norms(plan, found, power_sums(plan, found, norm_type), norm_type)
+def norms_of(
+    plan: ClipPlan, found: Sequence[Found], norm_type: float, sums: Tensor | None = None, scale: LossScale = UNSCALED
+) -> Tensor:
+    """The K norms, from the gradients or their power sums; changes nothing. No host sync."""
+    sums = power_sums(plan, found, norm_type) if sums is None else sums
+    norms = scale.unscaled(formula.root(sums, norm_type)).to(plan.norm_dtype)
+    if norm_type < 0:  # where there are no elements, the root of the sum is inf
+        norms[[c for c, has in enumerate(has_elements(plan, found)) if not has]] = 0.0
+    return norms
 
 
 def clip_(
@@ -50,7 +56,7 @@ def clip_(
         norms, coefs = fused.clip_(bucket, targets, caps, rule, loss_scale, addresses)
         return norms, coefs, caps
     sums = power_sums(plan, found, order)
-    norms = _norms(plan, found, sums, order, loss_scale)
+    norms = norms_of(plan, found, order, sums, loss_scale)
     if raise_nonfinite:
         finite = norms.isfinite().tolist()  # the one host sync, asked for by the caller
         if not all(finite):
@@ -97,15 +103,6 @@ def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:
     for position, component, place in plan.components.members:
         has[component] |= position in grads and narrowed(grads[position], place).numel() > 0
     return has
-
-
-def _norms(
-    plan: ClipPlan, found: Sequence[Found], sums: Tensor, norm_type: float, loss_scale: LossScale = UNSCALED
-) -> Tensor:
-    norms = loss_scale.unscaled(formula.root(sums, norm_type)).to(plan.norm_dtype)
-    if norm_type < 0:  # where there are no elements, the root of the sum is inf
-        norms[[c for c, has in enumerate(has_elements(plan, found)) if not has]] = 0.0
-    return norms
 
 
 def nonfinite_message(bad: Sequence[str], count: int, norm_type: float) -> str:

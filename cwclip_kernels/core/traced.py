@@ -20,7 +20,7 @@ from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm, checked_cap, checked_caps
 from . import run
-from .caps import fixed_caps, is_trained
+from .caps import fixed_caps, trained_of
 from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
@@ -95,8 +95,7 @@ def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
     """Raises if the threshold can't be traced, or was bound to parameters in another state."""
     if threshold.untraceable is not None:
         raise RuntimeError(f"max_norm: {threshold.untraceable}")
-    trained = tuple([is_trained(t) for t in tensors])
-    if threshold.setting.trained != (() if all(trained) else trained):
+    if threshold.setting.trained != trained_of(tensors):
         raise RuntimeError(
             "max_norm: parameters have been frozen or unfrozen since the threshold was bound to them; clip once "
             "outside of the compiled function, and then call it again"

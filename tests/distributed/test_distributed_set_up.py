@@ -150,7 +150,7 @@ def test_compiled_functions_leave_ranks_alone():
     mesh = init_device_mesh("cpu", (2,))
     parameters = [("w", sharded(random_grad((4,)), mesh, [Shard(0)]))]
     clipper = ComponentClipper(parameters, 0.1)
-    with pytest.raises(Exception, match="spread over ranks can't be clipped in a compiled function"):
+    with pytest.raises(Exception, match="sharded over ranks can't be clipped in a compiled function"):
         torch.compile(lambda: clipper.clip_(), fullgraph=True, backend="eager")()
 
 

@@ -22,16 +22,16 @@ ORDER = [
     core/modes core/formula
     components/naming components/grouping components/patterns components/membership components/parameters
     components/spec
-    thresholds/base thresholds/caps thresholds/constant thresholds/adaptive thresholds/__init__
+    thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/scale
-    backends/memory backends/served backends/native core/checks core/bucket core/loss_scale
+    backends/served core/checks core/loss_scale backends/memory backends/native core/bucket
     reference backends/foreach backends/programs backends/cpu backends/cuda
     backends/triton_tables backends/triton backends/registry
-    core/plan core/run
+    core/options core/plan core/run
     distributed/groups distributed/reduction distributed/local distributed/consistency distributed/reduction_plan
     distributed/set_up distributed/run
-    core/bound core/engine core/cache core/traced
+    core/caps core/session core/cache core/traced core/parameter_clipper core/optimizers
     in_backward/hooks
     attachment clipper
     in_backward/checks in_backward/passes in_backward/steps in_backward/clipping in_backward/__init__
