@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from launches import SetActivity
-from machine import metadata
-from measure import clock_for
-from options import add_choices, chosen_sets, count, names
-from providers import TORCH
-from report import CaseResult, as_json, print_activity, print_backends, print_case, print_metadata
-from runs import count_launches, measure_set
+from _lib.launches import SetActivity
+from _lib.machine import metadata
+from _lib.measure import clock_for
+from _lib.options import add_choices, chosen_sets, count, names
+from _lib.providers import TORCH
+from _lib.report import CaseResult, as_json, print_activity, print_backends, print_case, print_metadata
+from _lib.runs import count_launches, measure_set
 
 DEFAULT_SETS = ("bert-large", "bert-base", "minilm-l6", "lora-384", "tiny-20000")
 CALLS = ("function", "clipper")
@@ -75,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(result)
         write()
     if options.roofline:
-        from roofline import draw as draw_roofline  # here, so that only who wants a figure needs matplotlib
+        from _lib.roofline import draw as draw_roofline  # here, so that only who wants a figure needs matplotlib
 
         draw_roofline(results, facts, options.roofline)
     if options.plot:
-        from plot import draw
+        from _lib.plot import draw
 
         draw(results, facts, options.plot)
 

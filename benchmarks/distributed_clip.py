@@ -34,11 +34,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._pytree import tree_leaves
 
+from _lib.machine import metadata
+from _lib.measure import CpuClock, Timing, Variant, interleave
+from _lib.options import count
+from _lib.sharded_models import Case, ShardedGradients, cases
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
-from machine import metadata
-from measure import CpuClock, Timing, Variant, interleave
-from options import count
-from sharded_models import Case, ShardedGradients, cases
 
 CAP = 1e-3  # below every norm here: all is clipped, so that nobody writes less than another
 CLIPPER = "ComponentClipper.clip_()"

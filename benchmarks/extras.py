@@ -19,15 +19,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from _lib.gradients import Gradients
+from _lib.machine import metadata
+from _lib.measure import Variant, clock_for, interleave
+from _lib.options import count
+from _lib.report import print_metadata
+from _lib.shapes import SETS
 from cwclip_kernels import ComponentClipper, ComponentSpec
 from cwclip_kernels.telemetry import ClipRecorder
 from cwclip_kernels.thresholds import EMA, FromGlobal, ParamRelative, Percentile, ZScore
-from gradients import Gradients
-from machine import metadata
-from measure import Variant, clock_for, interleave
-from options import count
-from report import print_metadata
-from shapes import SETS
 
 INVERSE = 2.0**-16
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from machine import metadata
+from _lib.machine import metadata
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,8 +18,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from options import names
-from shapes import SETS
+from _lib.options import names
+from _lib.shapes import SETS
 
 TILE_BYTES = 32 * 1024  # csrc/cuda/tables.h
 BLOCKS = 132 * 3  # an H100's or H200's, csrc/cuda/kernels.cuh

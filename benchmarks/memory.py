@@ -24,9 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from machine import metadata
-from options import count
-from report import print_metadata
+from _lib.machine import metadata
+from _lib.options import count
+from _lib.report import print_metadata
 
 WAYS = {
     "afterwards": "backward, clip_(), step(), zero_grad()",

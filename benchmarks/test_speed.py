@@ -15,10 +15,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gradients import Gradients
-from measure import Ceilings, Clock, clock_for
-from providers import TORCH, Provider, ours
-from shapes import SETS
+from _lib.gradients import Gradients
+from _lib.measure import Ceilings, Clock, clock_for
+from _lib.providers import TORCH, Provider, ours
+from _lib.shapes import SETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROTATE = 4

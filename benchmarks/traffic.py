@@ -23,12 +23,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gradients import Gradients, clipped_share
-from measure import clock_for
-from options import add_choices, chosen_backends, chosen_sets, chosen_torch
-from providers import Provider, explain, ours, set_environment
-from runs import variant
-from shapes import ShapeSet
+from _lib.gradients import Gradients, clipped_share
+from _lib.measure import clock_for
+from _lib.options import add_choices, chosen_backends, chosen_sets, chosen_torch
+from _lib.providers import Provider, explain, ours, set_environment
+from _lib.runs import variant
+from _lib.shapes import ShapeSet
 
 READ, WRITE = "dram__bytes_read.sum", "dram__bytes_write.sum"
 UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9}

@@ -11,9 +11,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import extras  # noqa: E402
 import memory  # noqa: E402
-from gradients import Gradients  # noqa: E402
+from _lib.gradients import Gradients  # noqa: E402
+from _lib.shapes import SETS, ShapeSet  # noqa: E402
 from helpers import DEVICE  # noqa: E402
-from shapes import SETS, ShapeSet  # noqa: E402
 
 SMALL = ShapeSet("small", "small", (("a.weight", (12, 6)), ("a.bias", (12,)), ("b.weight", (24, 3))), torch.float32)
 

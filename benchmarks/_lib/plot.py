@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-from gradients import CASES
-from report import CaseResult, Row
+from .gradients import CASES
+from .report import CaseResult, Row
 
 # Greys for torch's ways, a strong colour for each of our backends: readable in print and by the colour-blind.
 TORCH_COLOURS = ("#c9ced6", "#a3abb8", "#7d8796", "#565f6e")

@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launches import SetActivity
-from measure import Ceilings, Timing
-from providers import TORCH
+from .launches import SetActivity
+from .measure import Ceilings, Timing
+from .providers import TORCH
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-from gradients import CASES
-from plot import OUR_COLOURS, TITLES, TORCH_COLOURS
-from report import CaseResult
+from .gradients import CASES
+from .plot import OUR_COLOURS, TITLES, TORCH_COLOURS
+from .report import CaseResult
 
 MARKERS = "osD^vP"
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from shapes import ShapeSet, narrow_llama3_8b, narrow_qwen3_30b_a3b
+from .shapes import ShapeSet, narrow_llama3_8b, narrow_qwen3_30b_a3b
 
 Layout = tuple[DeviceMesh, tuple[Placement, ...]]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shapes import ShapeSet
+from .shapes import ShapeSet
 
 CASES = ("none", "half", "all")
 Cap = float | list[float]

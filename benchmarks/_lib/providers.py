@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cwclip_kernels import ComponentClipper, fused_component_clip_
-from gradients import Cap
+
+from .gradients import Cap
 
 Named = Sequence[tuple[str, nn.Parameter]]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s

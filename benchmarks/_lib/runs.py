@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from gradients import Gradients, clipped_share
-from launches import SetActivity, activity_of
-from machine import available_bytes
-from measure import BEYOND_CACHES, CEILING_LIMIT, Ceilings, Clock, Timing, Variant, interleave
-from options import chosen_backends, chosen_torch
-from providers import Provider, explain, ours, set_environment
-from report import CaseResult, rows_and_floor
-from shapes import ShapeSet
+from .gradients import Gradients, clipped_share
+from .launches import SetActivity, activity_of
+from .machine import available_bytes
+from .measure import BEYOND_CACHES, CEILING_LIMIT, Ceilings, Clock, Timing, Variant, interleave
+from .options import chosen_backends, chosen_torch
+from .providers import Provider, explain, ours, set_environment
+from .report import CaseResult, rows_and_floor
+from .shapes import ShapeSet
 
 # Norms after a clip may be this far from what they should be: bfloat16 rounds norm, coefficient and product.
 CHECK_TOLERANCE = 0.02

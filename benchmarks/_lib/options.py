@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from gradients import CASES
-from providers import TORCH, Provider, ours
-from shapes import SETS, ShapeSet
+from .gradients import CASES
+from .providers import TORCH, Provider, ours
+from .shapes import SETS, ShapeSet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What there is to compare on a GPU; on a CPU the package has one way that is meant for use.
