@@ -1,8 +1,7 @@
 """Speed beside torch, as a pytest-benchmark suite: ``pytest benchmarks --benchmark-only``.
 
-Small sets only, so that it takes about a minute; compare.py has the large ones, the interleaved rounds and
-the ratios. Each group of the printed table is one set and case: torch's ways, ours, and reading or rescaling
-as many flat bytes, which is the least that any way needs.
+Small sets only, so that it takes about a minute; compare.py has large sets, interleaved rounds and ratios. Each group
+of the table is one set and case: torch's methods, ours, and reading or rescaling as many flat bytes, the minimum.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Parameter lists as sharded training holds them: DTensors of which each rank has its part, with gradients.
+"""Parameter lists as in sharded training: DTensors with gradients, one shard per rank.
 
-No model is built and nothing is computed: names, shapes, meshes and placements are all that clipping looks at.
+No model is built: clipping depends on names, shapes, meshes and placements alone.
 """
 
 from __future__ import annotations
