@@ -1,8 +1,8 @@
-"""Compares component clipping with torch's ways on the shapes of real models.
+"""Compares component clipping with torch's methods on the shapes of real models.
 
 ``python benchmarks/compare.py`` prints, for each shape set with none, half and all of the components clipped:
-milliseconds, share of what the machine can do at best (measured in between), and how many times as fast as
-each of torch's ways; on a GPU also what a call launches there. README.md beside this file says how to read it.
+milliseconds, share of the machine's ceiling (measured in the same rounds), and the speed-up over each of torch's
+methods; on a GPU also the launches of a call. README.md beside this file says how to read it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from launches import SetActivity
-from machine import metadata
-from measure import clock_for
-from options import add_choices, chosen_sets, count, names
-from providers import TORCH
-from report import CaseResult, as_json, print_activity, print_backends, print_case, print_metadata
-from runs import count_launches, measure_set
+from _lib.launches import SetActivity
+from _lib.machine import metadata
+from _lib.measure import clock_for
+from _lib.options import add_choices, chosen_sets, count, names
+from _lib.providers import TORCH
+from _lib.report import CaseResult, as_json, print_activity, print_backends, print_case, print_metadata
+from _lib.runs import count_launches, measure_set
 
 DEFAULT_SETS = ("bert-large", "bert-base", "minilm-l6", "lora-384", "tiny-20000")
 CALLS = ("function", "clipper")
@@ -37,11 +37,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=count, default=20, help="timed rounds (default 20)")
     parser.add_argument("--warmup", type=count, default=2, help="rounds before these (default 2)")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="for a case, shared evenly: slow ways have fewer rounds"
+        "--seconds", type=float, default=math.inf, help="per case, shared evenly: slow methods get fewer rounds"
     )
     parser.add_argument("--threads", type=count, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rotate", type=_rotate, default="auto", help="gradient sets in turn (default: auto)")
-    parser.add_argument("--warm", action="store_true", help="gradients in the caches at the call, as far as they fit")
+    parser.add_argument("--warm", action="store_true", help="gradients in cache at the call, as far as they fit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each round's time included")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw shares of the ceiling, as bars")
     parser.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw speed over size, below the ceilings")
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     skipped: list[str] = []
 
     def write() -> None:
-        # After every set, so that a run that is cut off leaves what it has found.
+        # After every set, so that an interrupted run leaves its results.
         if options.json:
             options.json.write_text(json.dumps(as_json(facts, results, activity, skipped), indent=1) + "\n")
 
@@ -75,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(result)
         write()
     if options.roofline:
-        from roofline import draw as draw_roofline  # here, so that only who wants a figure needs matplotlib
+        from _lib.roofline import draw as draw_roofline  # imports matplotlib
 
         draw_roofline(results, facts, options.roofline)
     if options.plot:
-        from plot import draw
+        from _lib.plot import draw
 
         draw(results, facts, options.plot)
 
     if options.device.type == "cuda":
-        # After all timing: what a profiler has once switched on may go on costing time.
+        # After all timing: a profiler may slow down what runs after it.
         for shape_set, dtype in chosen_sets(options):
             own = [r for r in results if (r.set, f"torch.{r.dtype}") == (shape_set.name, str(dtype))]
             if own:

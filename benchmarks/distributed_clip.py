@@ -1,9 +1,8 @@
-"""What component clipping of sharded parameters sends between ranks, and what it costs the host.
+"""Communication and host time of clipping sharded parameters by component.
 
-``python benchmarks/distributed_clip.py`` starts 8 processes of one gloo group, each with its part of Llama-3-8B's and
-of a 128-expert model's parameter list as DTensors, and prints for each way to clip: collectives in one call, bytes
-handed to them, and time. Counts and bytes are those of any machine; the times are those of more processes than this
-one has cores.
+``python benchmarks/distributed_clip.py`` starts 8 processes of one gloo group, each with its shards of Llama-3-8B's
+and a 128-expert model's parameter list as DTensors, and prints for each method: collectives per call, bytes passed to
+them, and time. Counts and bytes don't depend on the machine; times suffer from having more processes than cores.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._pytree import tree_leaves
 
+from _lib.machine import metadata
+from _lib.measure import CpuClock, Timing, Variant, interleave
+from _lib.options import count
+from _lib.sharded_models import Case, ShardedGradients, cases
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
-from machine import metadata
-from measure import CpuClock, Timing, Variant, interleave
-from options import count
-from sharded_models import Case, ShardedGradients, cases
 
-CAP = 1e-3  # below every norm here: all is clipped, so that nobody writes less than another
+CAP = 1e-3  # below every norm here: every method clips, and writes, everything
 CLIPPER = "ComponentClipper.clip_()"
 
 
@@ -49,8 +48,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=_even, default=8, help="processes, an even number (default 8)")
     parser.add_argument("--rounds", type=count, default=8, help="timed rounds (default 8)")
-    parser.add_argument("--layers", type=count, help="fewer than the models have")
-    parser.add_argument("--by", type=count, default=32, help="what widths are divided by (default 32)")
+    parser.add_argument("--layers", type=count, help="instead of the models' own number")
+    parser.add_argument("--by", type=count, default=32, help="divisor of all widths (default 32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each round's time included")
     return parser.parse_args(arguments)
 
@@ -71,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run_rank, (options, folder), nprocs=options.ranks)
         found = json.loads((Path(folder) / "found.json").read_text())
-    console.print(
-        "\ncalls, bytes: collectives in one call, and what rank 0 hands to them. Times: fastest / median round."
-    )
+    console.print("\ncalls, bytes: collectives per call, and rank 0's payload. Times: fastest / median round.")
     for case in found.values():
         _print(console, case)
     if options.json:
@@ -82,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
-    # It says once a process that a flattened mesh would send less. One of the cases is that.
+    # Logs once per process that a flattened mesh would send less; one of the cases has one.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     store = f"file://{os.path.join(folder, 'store')}"
     dist.init_process_group(
@@ -92,20 +89,20 @@ def _run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()
-    # All is said. torch 2.13's teardown of gloo's groups aborts now and then ("terminate called without an active
-    # exception"), so it is left out.
+    # torch 2.13's teardown of gloo groups aborts now and then ("terminate called without an active exception"), so it
+    # is skipped.
     os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Who clips
+# Methods
 # ------------------------------------------------------------------------------------------------------------
 
 Ways = dict[str, Callable[[], object]]
 
 
 def ways(case: Case, gradients: ShardedGradients) -> tuple[Ways, int]:
-    """All that is compared, by what the tables call it; and how many of the first leave the same gradients."""
+    """The methods by name; and how many of the first leave the same gradients."""
     named, parameters = gradients.named, gradients.parameters
     clip = torch.nn.utils.clip_grad_norm_
     clipper = ComponentClipper(named, CAP)
@@ -256,7 +253,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
             left[key] = torch.cat([g.flatten() for g in gradients.local])
         else:
             del calls[key]
-    # Nobody is timed for something else than the others do.
+    # Only methods with the same result are compared.
     for key in list(left)[1:same]:
         torch.testing.assert_close(left[key], left[CLIPPER], rtol=1e-4, atol=1e-9, msg=partial("{}: {}".format, key))
     variants = [Variant(key, lambda turn: gradients.refill(), call, list) for key, call in calls.items()]

@@ -1,8 +1,8 @@
-"""What else a training step may ask for, and what it costs beside a plain clip of the same gradients.
+"""The cost of loss scales, slices, thresholds and recording, beside a plain clip of the same gradients.
 
 ``python benchmarks/extras.py`` prints, for one model's gradients with every component clipped: unscaling in the same
-pass against torch's ways, slices against whole tensors, cap policies against a number, recording against none. All
-ways of a table take turns in the same rounds.
+pass against torch's methods, slices against whole tensors, thresholds against a number, recording against none. All
+rows of a table are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from _lib.gradients import Gradients
+from _lib.machine import metadata
+from _lib.measure import Variant, clock_for, interleave
+from _lib.options import count
+from _lib.report import print_metadata
+from _lib.shapes import SETS
 from cwclip_kernels import ComponentClipper, ComponentSpec
 from cwclip_kernels.telemetry import ClipRecorder
 from cwclip_kernels.thresholds import EMA, FromGlobal, ParamRelative, Percentile, ZScore
-from gradients import Gradients
-from machine import metadata
-from measure import Variant, clock_for, interleave
-from options import count
-from report import print_metadata
-from shapes import SETS
 
 INVERSE = 2.0**-16
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables = {
             "loss scale": loss_scale(gradients),
             "slices": slices(gradients),
-            "cap policies": policies(gradients, options.rounds),
+            "thresholds": threshold_kinds(gradients, options.rounds),
             "recording": recording(gradients, Path(folder), open_files),
         }
         for title, calls in tables.items():
@@ -77,7 +77,7 @@ def loss_scale(gradients: Gradients) -> Calls:
     device = gradients.current[0].device
     inverse = torch.tensor(INVERSE, device=device)
     found = torch.zeros((), device=device)
-    # The gradients are what they are: the cap is for what unscaling makes of them.
+    # The cap applies to the unscaled gradients.
     cap = INVERSE * float(min(gradients.norms)) / 2
     clipper = ComponentClipper(gradients.named, cap)
     parameters = [p for _, p in gradients.named]
@@ -130,14 +130,14 @@ def slices(gradients: Gradients) -> Calls:
     return {f"{key}, K = {len(clipper.names):,}": clipper.clip_ for key, clipper in clippers.items()}
 
 
-def policies(gradients: Gradients, rounds: int) -> Calls:
-    """A number, and policies that find their caps by themselves."""
+def threshold_kinds(gradients: Gradients, rounds: int) -> Calls:
+    """A number as cap, and thresholds that compute their caps."""
     cap = float(min(gradients.norms)) / 2
     given = {
         "a number": cap,
         "FromGlobal": FromGlobal(cap),
-        "EMA, in its warm-up": EMA(warmup_steps=10 * rounds, warmup_norm=cap),
-        "EMA, after it": EMA(warmup_steps=0),
+        "EMA, during warm-up": EMA(warmup_steps=10 * rounds, warmup_norm=cap),
+        "EMA, after warm-up": EMA(warmup_steps=0),
         "ZScore": ZScore(),
         "Percentile": Percentile(),
         "ParamRelative": ParamRelative(),

@@ -1,9 +1,9 @@
-"""What a call costs the host: many tiny gradients, where Python and the look at each tensor are all that there is.
+"""Host time per call: many tiny gradients, so that Python and per-tensor work are all that is measured.
 
     python benchmarks/host_time.py                      # this checkout
-    python benchmarks/host_time.py --against PATH       # and another one, in turn, by the median of their runs
+    python benchmarks/host_time.py --against PATH       # and another one, alternating; medians of the runs
 
-A run is a process of its own, with one thread unless told otherwise; its figure is the fastest of several rounds.
+Each run is a process, with one thread by default; its figure is its fastest round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from machine import metadata
+from _lib.machine import metadata
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,15 +1,15 @@
-"""What the CUDA kernels' order of work should cost in DRAM traffic: a prediction, made before any GPU is asked.
+"""Predicts the DRAM traffic of the CUDA kernels from their order of work and a model of L2.
 
     python benchmarks/l2_model.py --sets bert-base,roberta-large --l2 20 30 45
 
-Plays the queue of csrc/cuda/kernels.cuh: blocks that take tiles by ticket, hand a tile's sum in one turn later,
-and scale what is listed before they measure more (form 2) or when all is measured (form 1). A block looks at
-the list some time during the turn before: at its end, the best case, or at its beginning, the worst. The cache
-is fully associative, drops what was used least recently, and works in whole tiles; every block has the same
-share of the memory's rate. What lies in L2 for other reasons is left out by giving less than all of it.
+Simulates the queue of csrc/cuda/kernels.cuh: blocks take tiles by ticket, publish a tile's sum one turn later, and
+scale listed tiles before they measure more (form 2) or when all are measured (form 1). A block reads the list some
+time during the turn before: at its end (best case) or at its beginning (worst case). The cache is fully associative
+with least-recently-used replacement of whole tiles, and all blocks share the bandwidth equally. Give less than all of
+L2 to allow for other data in it.
 
-Traffic is in N, the bytes of the gradients, for all clipped: 2 is the least (read once, written once), 3 what
-two passes over more than the cache cost.
+Traffic is in N, the bytes of the gradients, for all clipped: 2 is the minimum (read once, written once), 3 is two
+passes over more than the cache holds.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from options import names
-from shapes import SETS
+from _lib.options import names
+from _lib.shapes import SETS
 
 TILE_BYTES = 32 * 1024  # csrc/cuda/program.h
 BLOCKS = 132 * 3  # an H100's or H200's, csrc/cuda/kernels.cuh

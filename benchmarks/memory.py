@@ -1,9 +1,8 @@
-"""What clipping in the backward pass saves: the peak of memory of a training step, with and without.
+"""Peak memory of a training step, with and without clipping in the backward pass.
 
-``python benchmarks/memory.py`` trains a model for a few steps in a process of its own for each way, and prints the
-peak of its memory: resident memory on a CPU, what torch had allocated on a GPU. On a CPU all ways run with
-MALLOC_MMAP_THRESHOLD_=65536, so that freed tensors go back to the system: glibc otherwise keeps what it may need
-again, and the peak says more about its heap than about the tensors that were alive.
+``python benchmarks/memory.py`` trains a model for a few steps, in one process per method, and prints its peak memory:
+resident memory on a CPU, torch's allocations on a GPU. On a CPU all methods run with MALLOC_MMAP_THRESHOLD_=65536, so
+that glibc returns freed tensors to the system; otherwise the peak says little about the tensors that were alive.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from machine import metadata
-from options import count
-from report import print_metadata
+from _lib.machine import metadata
+from _lib.options import count
+from _lib.report import print_metadata
 
 WAYS = {
     "afterwards": "backward, clip_(), step(), zero_grad()",

@@ -1,8 +1,7 @@
 """Speed beside torch, as a pytest-benchmark suite: ``pytest benchmarks --benchmark-only``.
 
-Small sets only, so that it takes about a minute; compare.py has the large ones, the interleaved rounds and
-the ratios. Each group of the printed table is one set and case: torch's ways, ours, and reading or rescaling
-as many flat bytes, which is the least that any way needs.
+Small sets only, so that it takes about a minute; compare.py has large sets, interleaved rounds and ratios. Each group
+of the table is one set and case: torch's methods, ours, and reading or rescaling as many flat bytes, the minimum.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gradients import Gradients
-from measure import Ceilings, Clock, clock_for
-from providers import TORCH, Provider, ours
-from shapes import SETS
+from _lib.gradients import Gradients
+from _lib.measure import Ceilings, Clock, clock_for
+from _lib.providers import TORCH, Provider, ours
+from _lib.shapes import SETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROTATE = 4

@@ -1,8 +1,8 @@
-"""DRAM bytes of one clip, as Nsight Compute's counters see them, beside the least that has to be moved.
+"""DRAM bytes of one clip, from Nsight Compute's counters, beside the bytes that must be moved.
 
-``python benchmarks/traffic.py`` starts ``ncu`` on itself: the inner run clips once for each set, case and way, and a
-kernel of another name before each clip tells the kernels of one from the next. Bytes left in L2 at a kernel's end are
-written later and not counted: up to the size of L2 may be missing.
+``python benchmarks/traffic.py`` runs ``ncu`` on itself: the inner run clips once per set, case and method, with a
+marker kernel before each clip. Bytes left in L2 at a kernel's end are written later and not counted: up to the size
+of L2 may be missing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gradients import Gradients, clipped_share
-from measure import clock_for
-from options import add_choices, chosen_backends, chosen_sets, chosen_torch
-from providers import Provider, explain, ours, set_environment
-from runs import variant
-from shapes import ShapeSet
+from _lib.gradients import Gradients, clipped_share
+from _lib.measure import clock_for
+from _lib.options import add_choices, chosen_backends, chosen_sets, chosen_torch
+from _lib.providers import Provider, explain, ours, set_environment
+from _lib.runs import variant
+from _lib.shapes import ShapeSet
 
 READ, WRITE = "dram__bytes_read.sum", "dram__bytes_write.sum"
 UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9}
@@ -118,7 +118,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _steps(options: argparse.Namespace) -> Iterator[Step]:
-    """What is clipped and by whom, the same in the inner run as in the outer."""
+    """Set, dtype, case and method of each clip, the same in the inner and the outer run."""
     tiny = [("weight", torch.nn.Parameter(torch.zeros(1, device=options.device)))]
     tiny[0][1].grad = torch.zeros(1, device=options.device)
     providers = chosen_torch(options)

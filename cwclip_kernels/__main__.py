@@ -1,4 +1,4 @@
-"""``python -m cwclip_kernels``: versions, and which backends this machine can use; ``plot RUN``: a run's figures."""
+"""``python -m cwclip_kernels`` prints versions and usable backends; ``plot RUN`` plots a recorded run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .backends.registry import BACKENDS, ELSEWHERE, PREFERENCE
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The report, or what the first argument names; the exit status."""
+    """Runs a command, by default ``report``; returns the exit status."""
     if not arguments:
         report()
         return 0
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def report() -> None:
-    """Prints what an issue should start with."""
+    """Prints versions and backends, which belong into every bug report."""
     print(f"cwclip_kernels {__version__}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}")
     devices = [torch.device("cpu")]

@@ -1,8 +1,8 @@
 """A text-classification data set that every machine has: the docstrings of the Python standard library.
 
-Each example is one docstring; its label is the family of the module that it stands in (networking, numbers, ...).
-The sources are parsed, never imported, so that nothing of them runs, and read in a fixed order: one Python version
-gives one data set, bit for bit.
+Each example is one docstring; its label is the family of the module that contains it (networking, numbers, ...). The
+sources are parsed, never imported, so that none of them runs, and read in a fixed order: the same Python version
+gives the same data set, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Modules that a Python lacks (they come and go between versions) are passed over. Not here on purpose: test packages,
-# idlelib and lib2to3 (gone from newer versions), and tkinter, which many systems install apart.
+# Modules that this Python version lacks are skipped. Left out on purpose: test packages, idlelib and lib2to3 (removed
+# in newer versions), and tkinter, which many systems install separately.
 FAMILIES: dict[str, str] = {
     "networking": "ftplib http imaplib ipaddress nntplib poplib smtpd smtplib socket socketserver ssl telnetlib "
     "urllib webbrowser wsgiref xmlrpc cgi",
@@ -39,7 +39,7 @@ FAMILIES: dict[str, str] = {
     "pyclbr pydoc runpy site symtable sysconfig tokenize venv zipimport",
 }
 
-MIN_WORDS = 8  # shorter ones ("Return the value.") say nothing about where they come from
+MIN_WORDS = 8  # shorter ones ("Return the value.") say nothing about their module
 MAX_PER_MODULE = 30  # or email, logging and asyncio alone would be half of the data
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -63,7 +63,7 @@ def sources(module: str, stdlib: Path) -> list[Path]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Every docstring of a file, its white space made single, signatures such as `f(x) -> y` and doctests cut off."""
+    """Every docstring of a file, with white space collapsed and doctests removed."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         text = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
         if text:
@@ -71,19 +71,19 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _fingerprint(text: str) -> str:
-    """What two docstrings must share to count as one: their words, whatever the case, digits and punctuation."""
+    """Two docstrings with the same words, ignoring case, digits and punctuation, count as one."""
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
 def _shuffled_by_hash(examples: Iterable[Example]) -> list[Example]:
-    """A fixed pseudo-random order that depends on the texts alone (`hash` differs from one run to the next)."""
+    """A fixed pseudo-random order that depends on the texts alone (`hash` differs between runs)."""
     return sorted(examples, key=lambda example: hashlib.sha256(example.text.encode()).digest())
 
 
 def collect(stdlib: Path | None = None) -> list[Example]:
     """All examples, in a fixed order.
 
-    A docstring found more than once is kept once; one found under two families belongs to neither and is left out.
+    A docstring found more than once is kept once; one found in two families is left out.
 
     Args:
         stdlib: the folder with the library's sources; by default that of the running interpreter.
@@ -111,8 +111,8 @@ def split(
 ) -> tuple[list[Example], list[Example]]:
     """Split into (train, held-out), each family in the same proportion, both shuffled.
 
-    The split is random within a family, so a module has docstrings on both sides, but no docstring is on both:
-    `collect` left none that is found twice.
+    The split is random within a family, so a module may have docstrings on both sides, but no docstring is on both:
+    `collect` removed duplicates.
 
     Args:
         held_out: the share held out.

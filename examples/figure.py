@@ -1,4 +1,4 @@
-"""Draws gradient norms over the steps, layer by layer, as the paper's figures do."""
+"""Plots gradient norms over the steps, layer by layer, as the paper's figures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _panels(model: nn.Module, names: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 def _smoothed(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Running median over the steps, at the middle of each window; from one step to the next norms jump about."""
+    """Running median over the steps, at the middle of each window, because norms are noisy."""
     window = min(SMOOTHING, len(values))
     windows = np.lib.stride_tricks.sliding_window_view(values, window)
     return np.arange(len(windows)) + (window + 1) / 2, np.median(windows, axis=1)

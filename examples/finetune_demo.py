@@ -3,8 +3,8 @@
     python examples/finetune_demo.py    # two to three minutes on two CPU cores
     python examples/finetune_demo.py --model distilbert-base-uncased --epochs 1 --limit 500
 
-The encoder learns to tell from a docstring of the Python standard library which part of the library it is from.
-The training loop is `train`: plain PyTorch, with `fused_component_clip_` where `clip_grad_norm_` would be.
+The encoder learns to classify docstrings of the Python standard library by the part of the library they come from.
+The training loop is `train`: plain PyTorch, with `fused_component_clip_` in place of `clip_grad_norm_`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from argparse import Namespace
 from collections import Counter
 
-# torch's threads (GNU OpenMP) wait for each other in a loop that keeps a CPU busy for about a millisecond. Where
-# other programs want the CPUs too, that can triple the time of a step. This shorter wait is what OpenMP itself
-# takes when it finds too few CPUs. It is read when torch is imported.
+# torch's threads (GNU OpenMP) wait for each other by spinning for about a millisecond. On a busy machine that can
+# triple the time of a step. This is the shorter wait that OpenMP itself uses when it finds too few CPUs. It is read
+# when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -56,12 +56,12 @@ def train(model: nn.Module, batches: DataLoader, args: Namespace, console: Conso
             for batch in batches:
                 loss = model(**batch.to(args.device)).loss
                 loss.backward()
-                norms = fused_component_clip_(model, args.max_norm)  # where clip_grad_norm_ would be
+                norms = fused_component_clip_(model, args.max_norm)  # in place of clip_grad_norm_
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
 
-                # Both stay on the device: reading them at every step would make the host wait for it.
+                # Both stay on the device: reading them at every step would synchronize.
                 norms_by_step.append(norms)
                 losses.append(loss.detach())
                 if len(losses) % 10 == 0:

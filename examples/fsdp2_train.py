@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/fsdp2_train.py    # on GPUs if there are any, otherwise on the CPU
 
 It learns to write docstrings of the Python standard library, character by character. The loop is plain PyTorch;
-`clipper.clip_()` stands where `clip_grad_norm_` would, and its norms are those of the whole model.
+`clipper.clip_()` replaces `clip_grad_norm_`, and its norms are those of whole parameters.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def train(args: Namespace, device: torch.device) -> None:
         batch = text[starts + torch.arange(args.length + 1)].to(device)
         loss = model(batch[:, :-1], batch[:, 1:])
         loss.backward()
-        result = clipper.clip_()  # one all-reduce of a number a component
+        result = clipper.clip_()  # one all-reduce, with one number per component
         optimizer.step()
         optimizer.zero_grad()
 
         if step == 1 or step % args.every == 0:
-            dist.all_reduce(loss := loss.detach())  # and these are for the eye alone
+            dist.all_reduce(loss := loss.detach())  # only for the printed loss
             total, share = clipper.total_norm(result.norms), result.clipped.float().mean()
             if dist.get_rank() == 0:
                 print(

@@ -1,4 +1,4 @@
-"""The demo's words and tables."""
+"""The demo's tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def short_name(name: str, model: nn.Module) -> str:
 def print_header(
     console: Console, model: nn.Module, args: Namespace, training: int, held_out: int, backend: str
 ) -> None:
-    """What is about to run, on what."""
+    """Model, device, data and settings."""
     parameters = list(model.parameters())
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{args.device}"
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
@@ -89,7 +89,7 @@ def print_components(
 
 
 def print_accuracy(console: Console, held_out: int, *, always: float, before: float, after: float) -> None:
-    """Accuracy on the held-out examples, beside what no learning would give."""
+    """Accuracy on the held-out examples, beside that without training."""
     table = _table(f"Accuracy on {held_out} held-out docstrings")
     table.add_column("")
     table.add_column("accuracy", justify="right")
@@ -100,7 +100,7 @@ def print_accuracy(console: Console, held_out: int, *, always: float, before: fl
 
 
 def print_timing(console: Console, rows: list[Row], rounds: int) -> None:
-    """One section a case; ratios are of the shortest rounds, the least disturbed."""
+    """One section per case; ratios are of the shortest rounds."""
     table = _table(f"Clipping this model's gradients, {rounds} interleaved rounds")
     table.add_column("", overflow="fold")
     for heading in ("min ms", "median ms", "ratio to ours"):

@@ -68,7 +68,7 @@ def _number(kind: type, least: float) -> Callable[[str], Any]:
 
 def load_model(name: str, classes: int) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module]:
     """The tokenizer and the encoder, with a fresh head for `classes` classes."""
-    # The new head would be reported as missing from the checkpoint, and every try to reach the Hub logged.
+    # Otherwise the new head is reported as missing from the checkpoint, and every attempt to reach the Hub is logged.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -79,7 +79,7 @@ def load_model(name: str, classes: int) -> tuple[transformers.PreTrainedTokenize
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=classes,
-            ignore_mismatched_sizes=True,  # the head of another task gives way to a fresh one
+            ignore_mismatched_sizes=True,  # another task's head is replaced
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]

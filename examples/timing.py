@@ -1,4 +1,4 @@
-"""Times component clipping of a model's own gradients: cwclip_kernels beside what torch offers."""
+"""Times component clipping of a model's own gradients: cwclip_kernels beside torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = "fused_component_clip_"
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds that one way took over the rounds of one case."""
+    """One method's milliseconds in the rounds of one case."""
 
     case: str
     way: str
@@ -29,7 +29,7 @@ class Row:
 
     @property
     def best(self) -> float:
-        """The shortest round: what the code takes when nothing disturbs it."""
+        """The shortest round, the least disturbed one."""
         return min(self.milliseconds)
 
     @property
@@ -39,7 +39,7 @@ class Row:
 
 
 def ways(model: nn.Module, cap: float) -> dict[str, Callable[[], object]]:
-    """The contenders. All but the last compute the same thing."""
+    """The methods. All but the last compute the same thing."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters]
     clipper = ComponentClipper(model, cap)

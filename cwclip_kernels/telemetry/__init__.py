@@ -1,11 +1,4 @@
-"""What clipping found and did, step by step: recorded without stalling the step, read again, drawn.
-
-recorder.py   ClipRecorder: a ring buffer on the device, drained to files now and then
-writers.py    the files: JSON lines, CSV, TensorBoard
-runs.py       read_run: those files, and the paper's status files, as tensors
-status.py     write_status_json: one step in the layout of the paper's own trainer
-plots.py      plot_run: the paper's figures (needs matplotlib)
-"""
+"""What clipping found and did at each step: recorded without stalling the step, read again, plotted."""
 
 from .plots import plot_run
 from .recorder import ClipRecorder

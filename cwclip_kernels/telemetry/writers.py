@@ -1,4 +1,8 @@
-"""The files that a recorder writes. Whole lines only, so that a run that is killed leaves a file that can be read."""
+"""The files that a recorder writes: JSON lines, CSV, TensorBoard events.
+
+Text files grow by whole lines, so a killed run leaves a readable file. A constructor only looks at an existing file;
+``begin`` is the first to change it.
+"""
 
 from __future__ import annotations
 
@@ -7,290 +11,171 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
+
+import torch
 
 FORMAT = "cwclip_kernels.run"
-VERSION = 1
-_RATE = "clip/rate"  # an event of every step
 CSV_COLUMNS = ("step", "component", "norm", "cap", "coef", "clipped", "nonfinite")
+Row = tuple[int, Sequence[list[float]]]  # a step's number; its norms, caps and coefficients
+_JSON_NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_RATE = "clip/rate"  # TensorBoard's tag that every step has
 
 
-@dataclass(frozen=True)
-class Row:
-    """One step on the host.
+class _TextFile(ABC):
+    """A file of a header and whole lines. An existing file of the same components is continued."""
 
-    Attributes:
-        step: its number.
-        norms: of the K components, before clipping.
-        caps: theirs.
-        coefs: what they were multiplied by.
-    """
+    next_step: int | None = None  # after the last step in the file
 
-    step: int
-    norms: list[float]
-    caps: list[float]
-    coefs: list[float]
+    def __init__(self, path: Path, header: str) -> None:
+        self._path = path
+        self._header = header.encode()
+        self._end = 0  # where the last whole line of an existing file ends
+        start = b""
+        if path.exists():
+            with path.open("rb") as file:
+                start = file.read(len(self._header))
+        if start == self._header:
+            self._look()
+        elif not self._header.startswith(start):  # neither empty nor cut off when a run was killed
+            what = "holds a run of other components" if FORMAT.encode() in start else "is no run of cwclip_kernels"
+            raise ValueError(f"path: {path} exists and {what}; choose another name")
 
+    def _look(self) -> None:
+        with self._path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+            self._end = text.rfind(b"\n") + 1
+            last = text[text.rfind(b"\n", 0, self._end - 1) + 1 : self._end]
+        try:
+            self.next_step = None if last == self._header else self._step_after(last.decode())
+        except (LookupError, TypeError, ValueError):
+            raise ValueError(f"path: the last line of {self._path} is not a step; choose another name") from None
 
-class Writer(Protocol):
-    """One kind of file. Making one looks at a file that exists, and changes nothing.
+    @abstractmethod
+    def _step_after(self, line: str) -> int: ...
 
-    Attributes:
-        next_step: the number that follows the last step in the file; None where there is no step, or nobody looked.
-    """
-
-    next_step: int | None
+    @abstractmethod
+    def _text(self, rows: Sequence[Row]) -> str: ...
 
     def begin(self) -> None:
-        """Makes the file, or prepares one that exists for more steps."""
+        """Creates the file, or cuts an unfinished last line off an existing one."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.truncate(self._end)
+        if self._end == 0:
+            _append(self._path, self._header)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Appends steps, so that they are on disk when it returns."""
-
-    def close(self) -> None:
-        """Ends it."""
+        """Appends steps; they are on disk when it returns."""
+        _append(self._path, self._text(rows).encode())
 
 
-class JsonLines:
-    """A header, then one line a step. NaN and infinities are strings, which every JSON parser reads.
-
-    Args:
-        path: the file; one that exists is continued.
-        names: the K component names.
-
-    Raises:
-        ValueError: the file is another kind of file, or of other components.
-    """
+class JsonLines(_TextFile):
+    """One line a step. NaN and infinities are strings, which every JSON parser reads."""
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        self._path = path
-        self._header = json.dumps({"format": FORMAT, "version": VERSION, "components": list(names)}) + "\n"
-        self.next_step: int | None = None
-        self._is_new = _is_new(path, self._header)
-        if self._is_new:
-            return
-        with path.open(encoding="utf-8") as file:
-            found = _parsed(file.readline())
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"path: {path} exists and is no run of cwclip_kernels; choose another name")
-        if tuple(found["components"]) != names:
-            raise ValueError(f"path: {path} exists and holds a run of other components; choose another name")
-        last, is_header = _last_line(path)
-        if not is_header:
-            row = _parsed(last)
-            self.next_step = _step_of(row.get("step") if isinstance(row, dict) else None, path) + 1
+        header = {"format": FORMAT, "version": 1, "components": names}
+        super().__init__(Path(f"{path}.jsonl"), json.dumps(header) + "\n")
 
-    def begin(self) -> None:
-        """See ``Writer``."""
-        _begin(self._path, self._header if self._is_new else None)
+    def _step_after(self, line: str) -> int:
+        return int(json.loads(line)["step"]) + 1
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """See ``Writer``."""
+    def _text(self, rows: Sequence[Row]) -> str:
         lines = []
-        for row in rows:
-            caps: Any = [_number(c) for c in row.caps]
-            if len(set(map(str, caps))) == 1:
-                caps = caps[0]
-            content = {
-                "step": row.step,
-                "norms": [_number(n) for n in row.norms],
-                "caps": caps,
-                "coefs": [_number(c) for c in row.coefs],
-            }
+        for step, columns in rows:
+            norms, caps, coefs = ([v if math.isfinite(v) else _JSON_NAMES[str(v)] for v in own] for own in columns)
+            content = {"step": step, "norms": norms, "caps": caps[0] if len(set(caps)) == 1 else caps, "coefs": coefs}
             lines.append(json.dumps(content) + "\n")
-        _append(self._path, "".join(lines))
-
-    def close(self) -> None:
-        """See ``Writer``."""
+        return "".join(lines)
 
 
-class Csv:
-    """One line for each step and component; arguments and errors as for ``JsonLines``."""
+class Csv(_TextFile):
+    """One line for each step and component."""
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        self._path = path
         self._names = names
-        self._header = ",".join(CSV_COLUMNS) + "\n"
-        self.next_step: int | None = None
-        self._is_new = _is_new(path, self._header)
-        if self._is_new:
-            return
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            if tuple(next(rows, ())) != CSV_COLUMNS:
-                raise ValueError(f"path: {path} exists and is no run of cwclip_kernels; choose another name")
-            # One row more than a step has, which begins the next: or else there are more components.
-            first = [row[1] for row in islice(rows, len(names) + 1) if len(row) == len(CSV_COLUMNS)]
-        if tuple(first) != (*names, *names[:1])[: len(first)]:
-            raise ValueError(f"path: {path} exists and holds a run of other components; choose another name")
-        last, is_header = _last_line(path)
-        if not is_header:
-            row = next(csv.reader([last]), [])
-            is_whole = row[1:2] == [names[-1]]
-            # A step of which some rows are missing comes again.
-            self.next_step = _step_of(row[0] if row else None, path) + is_whole
+        path = Path(f"{path}.csv")
+        super().__init__(path, ",".join(CSV_COLUMNS) + "\n")
+        if self.next_step is not None:
+            with path.open(encoding="utf-8", newline="") as file:
+                # One row more than a step has must begin the next step, unless the file has more components.
+                rows = islice(csv.reader(file), 1, len(names) + 2)
+                first = tuple(row[1] for row in rows if len(row) == len(CSV_COLUMNS))
+            if first != (*names, *names[:1])[: len(first)]:
+                raise ValueError(f"path: {path} exists and holds a run of other components; choose another name")
 
-    def begin(self) -> None:
-        """See ``Writer``."""
-        _begin(self._path, self._header if self._is_new else None)
+    def _step_after(self, line: str) -> int:
+        step, name, *_ = next(csv.reader([line]))
+        return int(step) + (name == self._names[-1])  # a step with rows missing is recorded again
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """See ``Writer``."""
+    def _text(self, rows: Sequence[Row]) -> str:
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
-        for row in rows:
-            for name, norm, cap, coef in zip(self._names, row.norms, row.caps, row.coefs, strict=True):
-                lines.writerow((row.step, name, norm, cap, coef, int(coef != 1), int(not math.isfinite(norm))))
-        _append(self._path, text.getvalue())
-
-    def close(self) -> None:
-        """See ``Writer``."""
+        for step, columns in rows:
+            for name, norm, cap, coef in zip(self._names, *columns, strict=True):
+                lines.writerow((step, name, norm, cap, coef, int(coef != 1), int(not math.isfinite(norm))))
+        return text.getvalue()
 
 
 class TensorBoard:
-    """Clip rate, non-finite components, median and largest norm, and a histogram of norms.
+    """Event files in the folder ``path``: clip rate, non-finite norms, median and largest norm, a histogram."""
 
-    Args:
-        path: folder of the event files.
-        names: unused; the histogram shows all components together.
-
-    Raises:
-        RuntimeError: TensorBoard isn't installed.
-    """
+    next_step: int | None = None
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RuntimeError(
-                f"formats: 'tensorboard' needs TensorBoard ({error}): pip install tensorboard"
-            ) from None
+            raise RuntimeError(f"formats: TensorBoard is missing ({error}): pip install tensorboard") from None
         self._make = SummaryWriter
         self._path = path
-        self._events: Any = None
-        self.next_step: int | None = None
+        self.events: Any = None
 
     def look(self) -> None:
-        """Finds ``next_step`` in the event files, which are read whole: for where no other file tells it."""
+        """Finds ``next_step`` by reading all event files: slow, so only where no other file tells it."""
         files = sorted(self._path.glob("events.out.tfevents.*"))
         if not files:
             return
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
         for file in files:
-            # The last step of the file that was begun last, so that a step that was gone back to counts.
+            # The last step in the newest file, so that a return to an earlier step counts.
             for event in EventFileLoader(str(file)).Load():
                 if any(value.tag == _RATE for value in event.summary.value):
                     self.next_step = event.step + 1
 
     def begin(self) -> None:
-        """See ``Writer``."""
-        self._events = self._make(str(self._path))
+        """Starts a new event file."""
+        self.events = self._make(str(self._path))
 
     def write(self, rows: Sequence[Row]) -> None:
-        """See ``Writer``."""
-        for row in rows:
-            finite = sorted(n for n in row.norms if math.isfinite(n))
-            count = max(1, len(row.norms))
-            self._events.add_scalar(_RATE, sum(c != 1 for c in row.coefs) / count, row.step)
-            self._events.add_scalar("clip/nonfinite", len(row.norms) - len(finite), row.step)
+        """Appends steps, and the histogram of the last of them."""
+        for step, (norms, _, coefs) in rows:
+            finite = sorted(filter(math.isfinite, norms))
+            self.events.add_scalar(_RATE, sum(coef != 1 for coef in coefs) / max(1, len(coefs)), step)
+            self.events.add_scalar("clip/nonfinite", len(norms) - len(finite), step)
             if finite:
-                self._events.add_scalar("clip/median_norm", finite[len(finite) // 2], row.step)
-                self._events.add_scalar("clip/max_norm", finite[-1], row.step)
-        if rows and finite:
-            import torch
-
-            self._events.add_histogram("clip/norms", torch.tensor(finite), rows[-1].step)
-        self._events.flush()
-
-    def close(self) -> None:
-        """See ``Writer``."""
-        if self._events is not None:
-            self._events.close()
+                self.events.add_scalar("clip/median_norm", finite[len(finite) // 2], step)
+                self.events.add_scalar("clip/max_norm", finite[-1], step)
+        if finite:
+            self.events.add_histogram("clip/norms", torch.tensor(finite), step)
+        self.events.flush()
 
 
-WRITERS: dict[str, Callable[[Path, tuple[str, ...]], Writer]] = {
-    "jsonl": JsonLines,
-    "csv": Csv,
-    "tensorboard": TensorBoard,
-}
+Writer = JsonLines | Csv | TensorBoard
+WRITERS: dict[str, type[Writer]] = {"jsonl": JsonLines, "csv": Csv, "tensorboard": TensorBoard}
 
 
-def _number(value: float) -> float | str:
-    """As JSON: its only way to write NaN and infinities is as strings."""
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _parsed(line: str) -> object:
+def _append(path: Path, text: bytes) -> None:
+    """Appends all of the text or nothing: half a line left by a full disk would spoil the next attempt."""
+    end = path.stat().st_size
     try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _step_of(value: object, path: Path) -> int:
-    try:
-        return int(value)  # type: ignore[call-overload, no-any-return]
-    except (TypeError, ValueError):
-        raise ValueError(f"path: the last line of {path} is not a step of a run; choose another name") from None
-
-
-def _is_new(path: Path, header: str) -> bool:
-    """Whether there is nothing in the file yet, or a header that a killed run left unfinished."""
-    if not path.exists():
-        return True
-    with path.open("rb") as file:
-        start = file.read(len(header.encode()))
-    return len(start) < len(header.encode()) and header.encode().startswith(start)
-
-
-def _begin(path: Path, header: str | None) -> None:
-    """Makes the file, with its header; of one that is continued, without one, cuts off an unfinished last line."""
-    if header is None:
-        with path.open("rb+") as file:
-            file.truncate(_end_of_lines(file))
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
-    _append(path, header)
-
-
-def _append(path: Path, text: str) -> None:
-    """All of the text, or nothing: a disk that is full would leave half a line for the next try to go on from."""
-    data = memoryview(text.encode())
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            while data:
-                data = data[file.write(data) :]
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def _last_line(path: Path) -> tuple[str, bool]:
-    """The last line that is whole, and whether it is the first."""
-    with path.open("rb") as file:
-        end = _end_of_lines(file)
-        start = _end_of_lines(file, end - 1)
-        file.seek(start)
-        return file.read(end - start).decode(), start == 0
-
-
-def _end_of_lines(file: BinaryIO, before: int | None = None) -> int:
-    """Where the last line break ends, of those before a place; 0 if there is none."""
-    end = file.seek(0, os.SEEK_END) if before is None else before
-    while end > 0:
-        start = max(0, end - (1 << 16))
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+        with path.open("ab") as file:
+            file.write(text)
+    except OSError:
+        os.truncate(path, end)
+        raise

@@ -171,10 +171,11 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch):
     with ClipRecorder(tmp_path / "run", every=2) as recorder:
         recorder.record(results[0])
         is_full[0] = True
-        with pytest.raises(OSError, match="No space left"):
-            recorder.record(results[1])
+        for r in results[1:5]:  # more than a buffer holds
+            with pytest.raises(OSError, match="No space left"):
+                recorder.record(r)
         is_full[0] = False
-        for r in results[2:]:
+        for r in results[5:]:
             recorder.record(r)
     check_run(read_run(tmp_path / "run.jsonl"), results)
 
@@ -257,7 +258,7 @@ class TestRecorderErrors:
         recorded(tmp_path / "run", [result()], formats=("jsonl", "csv"))
         for kind, line, message in (
             ("jsonl", "{}\n", "line 3: not a step of a run"),
-            ("jsonl", "oops\n", "line 3: Expecting value"),
+            ("jsonl", "oops\n", "line 3: not a step of a run .*Expecting value"),
             ("csv", "a,b\n", "line 5: not a step of a run"),
         ):
             file = tmp_path / f"run.{kind}"

@@ -12,8 +12,8 @@ pytest.importorskip("rich")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import distributed_clip  # noqa: E402
+from _lib.shapes import narrow_llama3_8b, narrow_qwen3_30b_a3b  # noqa: E402
 from ranks import on_ranks  # noqa: E402
-from shapes import narrow_llama3_8b, narrow_qwen3_30b_a3b  # noqa: E402
 
 CLIPPER = distributed_clip.CLIPPER
 
@@ -71,8 +71,8 @@ def test_prints_and_writes_what_it_counted(tmp_path, capsys):
 @on_ranks(4)
 def test_ways_of_a_case_do_what_the_others_do():
     """All that clip by parameter leave the same; the global ones find the norm that ours adds up to."""
+    from _lib.sharded_models import ShardedGradients, cases
     from cwclip_kernels import ComponentClipper
-    from sharded_models import ShardedGradients, cases
 
     for case in cases(dist.get_world_size(), layers=1, by=64):
         gradients = ShardedGradients(case)

@@ -1,4 +1,4 @@
-"""The benchmarks of what a training step may ask for besides: they run, and what they compare does the same."""
+"""extras.py and memory.py run, and the methods that they compare give the same gradients."""
 
 import json
 import sys
@@ -11,9 +11,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import extras  # noqa: E402
 import memory  # noqa: E402
-from gradients import Gradients  # noqa: E402
+from _lib.gradients import Gradients  # noqa: E402
+from _lib.shapes import SETS, ShapeSet  # noqa: E402
 from helpers import DEVICE  # noqa: E402
-from shapes import SETS, ShapeSet  # noqa: E402
 
 SMALL = ShapeSet("small", "small", (("a.weight", (12, 6)), ("a.bias", (12,)), ("b.weight", (24, 3))), torch.float32)
 
@@ -42,10 +42,10 @@ def test_extras_prints_and_writes(tmp_path, capsys, monkeypatch):
     file = tmp_path / "extras.json"
     extras.main(["--set", "small", "--rounds", "1", "--device", DEVICE, "--json", str(file)])
     written = json.loads(file.read_text())
-    assert set(written["ms"]) == {"loss scale", "slices", "cap policies", "recording"}
+    assert set(written["ms"]) == {"loss scale", "slices", "thresholds", "recording"}
     assert all(times for ways in written["ms"].values() for times in ways.values())
     printed = capsys.readouterr().out
-    for text in ("loss scale", "min / first row's", "EMA, after it", "recorded, drained"):
+    for text in ("loss scale", "min / first row's", "EMA, after warm-up", "recorded, drained"):
         assert text in printed
 
 

@@ -24,15 +24,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # they are scripts beside one another, not a package
 
 import compare  # noqa: E402
-import launches  # noqa: E402
-import machine  # noqa: E402
-import runs  # noqa: E402
 import traffic  # noqa: E402
-from gradients import Gradients  # noqa: E402
-from launches import Activity  # noqa: E402
-from measure import clock_for  # noqa: E402
-from providers import SETTINGS, TORCH, Provider, ours, set_environment  # noqa: E402
-from shapes import SETS, ShapeSet  # noqa: E402
+from _lib import launches, machine, runs  # noqa: E402
+from _lib.gradients import Gradients  # noqa: E402
+from _lib.launches import Activity  # noqa: E402
+from _lib.measure import clock_for  # noqa: E402
+from _lib.providers import SETTINGS, TORCH, Provider, ours, set_environment  # noqa: E402
+from _lib.shapes import SETS, ShapeSet  # noqa: E402
 
 CPU = torch.device("cpu")
 PAIR = ShapeSet("pair", "for tests", (("a.weight", (5, 7)), ("b.weight", (11,)), ("c.weight", (3,))))
@@ -56,7 +54,7 @@ def test_misaligned_views_start_at_every_place_but_those_of_16_bytes(dtype: torc
 
 
 def test_current_norms_are_right_where_a_tensor_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradients.PIECE", 4)
+    monkeypatch.setattr("_lib.gradients.PIECE", 4)
     gradients = Gradients(PAIR, torch.float32, CPU)
     expected = [float(torch.linalg.vector_norm(g.double())) for g in gradients.current]
     assert gradients.norms == pytest.approx(expected, rel=1e-6)
@@ -67,7 +65,7 @@ def test_a_spec_sets_the_variables_that_the_library_reads_and_the_next_one_reset
 ) -> None:
     for variable in SETTINGS.values():
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("providers._AS_STARTED", dict.fromkeys(SETTINGS.values()))
+    monkeypatch.setattr("_lib.providers._AS_STARTED", dict.fromkeys(SETTINGS.values()))
     first, second = (ours(spec, ["clipper"])[0] for spec in ("foreach:form2:blocks4", "foreach:form1"))
     assert (first.key, first.label) == ("clipper/foreach:form2:blocks4", "ComponentClipper (foreach:form2:blocks4)")
     seen = []
@@ -95,7 +93,7 @@ def test_a_way_that_fails_or_clips_wrong_is_left_out_with_the_reason(monkeypatch
         return lambda named, cap: call
 
     ways = [Provider("idle", "does nothing", doing(lambda: None)), Provider("broken", "fails", doing(failing))]
-    monkeypatch.setattr("options.TORCH", [*ways, TORCH[1]])
+    monkeypatch.setattr("_lib.options.TORCH", [*ways, TORCH[1]])
     skipped: list[str] = []
     options = _options(torch=("idle", "broken", "foreach"), clipped=("none", "all"))
     results = list(runs.measure_set(PAIR, torch.float32, clock_for(CPU), options, skipped))
@@ -330,6 +328,12 @@ def test_stages_end_within_ten_minutes_and_the_readme_names_them() -> None:
     assert sum(limits.values()) + 3 * len(limits) < 600
     readme = (BENCHMARKS / "README.md").read_text()
     assert [name for name in re.findall(r"^\| `(\w+)` \|", readme, re.M) if name in STAGES] == list(STAGES)
+
+
+def test_files_that_the_script_names_exist() -> None:
+    named = re.findall(r"(?:tests|benchmarks)/[\w/]+\.(?:py|sh)", SCRIPT.read_text())
+    assert len(named) > 10
+    assert [path for path in named if not (BENCHMARKS.parent / path).is_file()] == []
 
 
 def test_every_stage_runs_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # they are scripts beside one another, not a package
 
 import compare  # noqa: E402
-import runs  # noqa: E402
-from gradients import CASES, Gradients, clipped_share, clips  # noqa: E402
-from launches import Activity, SetActivity  # noqa: E402
-from measure import LEAST_ROUNDS, Ceilings, Timing, Variant, clock_for, interleave  # noqa: E402
-from providers import TORCH, Provider, explain, ours, set_environment  # noqa: E402
-from report import CaseResult, print_activity, print_case, rows_and_floor  # noqa: E402
-from shapes import SETS, ShapeSet  # noqa: E402
+from _lib import runs  # noqa: E402
+from _lib.gradients import CASES, Gradients, clipped_share, clips  # noqa: E402
+from _lib.launches import Activity, SetActivity  # noqa: E402
+from _lib.measure import LEAST_ROUNDS, Ceilings, Timing, Variant, clock_for, interleave  # noqa: E402
+from _lib.providers import TORCH, Provider, explain, ours, set_environment  # noqa: E402
+from _lib.report import CaseResult, print_activity, print_case, rows_and_floor  # noqa: E402
+from _lib.shapes import SETS, ShapeSet  # noqa: E402
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,7 +219,7 @@ def test_table_fits_120_columns_with_the_host_time_of_a_gpu() -> None:
 
 
 def test_ceilings_scale_to_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("measure.CEILING_LIMIT", 4096)
+    monkeypatch.setattr("_lib.measure.CEILING_LIMIT", 4096)
     ceilings = Ceilings(4 * 4096, CPU)
     timings = {v.key: Timing([1.0]) for v in ceilings.variants()}
     assert ceilings.nbytes == 4096

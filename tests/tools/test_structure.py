@@ -175,7 +175,7 @@ def test_every_public_thing_has_an_example_or_fields():
 
 def test_files_stay_readable():
     root = PACKAGE.parent
-    for pattern in ("cwclip_kernels/**/*.py", "csrc/**/*", "tests/**/*.py", "benchmarks/*.py", "examples/**/*.py"):
+    for pattern in ("cwclip_kernels/**/*.py", "csrc/**/*", "tests/**/*.py", "benchmarks/**/*.py", "examples/**/*.py"):
         for path in root.glob(pattern):
             if path.is_file():
                 assert len(path.read_text().splitlines()) <= 400, path

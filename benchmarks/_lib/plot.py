@@ -1,4 +1,4 @@
-"""One figure: share of the machine's ceiling, torch's ways beside ours, a panel for none, half and all."""
+"""Bar chart: share of the machine's ceiling by method, one panel each for none, half and all clipped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-from gradients import CASES
-from report import CaseResult, Row
+from .gradients import CASES
+from .report import CaseResult, Row
 
 # Greys for torch's ways, a strong colour for each of our backends: readable in print and by the colour-blind.
 TORCH_COLOURS = ("#c9ced6", "#a3abb8", "#7d8796", "#565f6e")
@@ -37,7 +37,7 @@ def draw(results: Sequence[CaseResult], metadata: dict[str, Any], path: Path) ->
     panels = figure.subplots(len(cases), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     bars: dict[str, Any] = {}
     for case, panel in zip(cases, panels, strict=True):
-        # "half" has no global clip, so that no one panel need have every bar of the legend.
+        # No single panel has every bar: "half" has no global clip.
         bars |= _draw_case(panel, case, [r for r in results if r.clipped == case])
     panels[-1].set_xticks(range(len(sets)), [_tick(result) for result in sets.values()])
     panels[-1].set_ylim(0, max(118.0, 1.06 * panels[-1].get_ylim()[1]))

@@ -1,4 +1,4 @@
-"""How time is taken: variants interleaved in rounds, caches in a known state, the machine's ceilings too."""
+"""Timing: variants interleaved in rounds, caches in a known state, and the machine's ceilings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 BEYOND_CACHES = 256 << 20
 # Ceilings don't change above this size; a second Llama-sized buffer would only cost memory.
 CEILING_LIMIT = 1 << 30
-# What even the slowest variant is given, however short the time.
+# Rounds that even the slowest variant gets.
 LEAST_ROUNDS = 3
 
 
@@ -45,7 +45,7 @@ class Timing:
 
     Attributes:
         samples: CPU: wall time of the call. CUDA: time on the device between events around it.
-        host: CUDA only: time until the call gave control back to Python.
+        host: CUDA only: time until the call returned.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -125,10 +125,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times every variant once a round, in another random order each round.
 
-    So a machine that slows down for a second slows all variants down, and none always comes after the same other,
-    which may leave it warm or cold caches. Just before
-    each call caches are filled by reading: they hold clean lines then, and no variant pays for writing back
-    what restoring its gradients has left there.
+    So a slow second of the machine affects all variants, and none always follows the same other, which may leave warm
+    or cold caches. Just before each call caches are filled by reading: they hold clean lines then, so no variant
+    pays for writing back what restoring its gradients left there.
 
     Args:
         variants: what to time.
@@ -136,8 +135,8 @@ def interleave(
         rounds: timed rounds.
         warmup: rounds before that, not kept: plans are made, kernels compiled, pages touched.
         warm: read the variant's own data before the call instead of foreign data.
-        seconds: for all of it, in equal shares. A variant that has used up its share, restoring included, sits out
-            the rounds that are left, once it has had ``LEAST_ROUNDS``: so one slow way costs the others nothing.
+        seconds: in total, in equal shares. A variant that has used up its share, restoring included, sits out the
+            remaining rounds after ``LEAST_ROUNDS``, so that a slow one costs the others nothing.
 
     Returns:
         Timings by variant key.
@@ -147,7 +146,7 @@ def interleave(
     turn = 0
     order = random.Random(0)
     gc.collect()
-    gc.disable()  # as timeit does: a collection in one variant's call would be another's garbage
+    gc.disable()  # as timeit: one variant's call may collect another's garbage
     try:
         for round_ in range(warmup + rounds):
             for variant in order.sample(variants, len(variants)):
@@ -166,7 +165,7 @@ def interleave(
 
 
 class Ceilings:
-    """What the machine can do at best, on one flat float32 tensor of as many bytes as the gradients have.
+    """The machine's best speed, on one flat float32 tensor of as many bytes as the gradients have.
 
     Reading is the floor where nothing is clipped, reading and writing every byte where all is. Each is
     measured in two ways and the faster counts; which one that is differs between machines. On a CPU ``copy_``

@@ -1,4 +1,4 @@
-"""One gradient set measured: who can take part, rounds for each case, and what was found."""
+"""Measures one gradient set: the methods that can serve it, rounds for each case, the results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from gradients import Gradients, clipped_share
-from launches import SetActivity, activity_of
-from machine import available_bytes
-from measure import BEYOND_CACHES, CEILING_LIMIT, Ceilings, Clock, Timing, Variant, interleave
-from options import chosen_backends, chosen_torch
-from providers import Provider, explain, ours, set_environment
-from report import CaseResult, rows_and_floor
-from shapes import ShapeSet
+from .gradients import Gradients, clipped_share
+from .launches import SetActivity, activity_of
+from .machine import available_bytes
+from .measure import BEYOND_CACHES, CEILING_LIMIT, Ceilings, Clock, Timing, Variant, interleave
+from .options import chosen_backends, chosen_torch
+from .providers import Provider, explain, ours, set_environment
+from .report import CaseResult, rows_and_floor
+from .shapes import ShapeSet
 
 # Norms after a clip may be this far from what they should be: bfloat16 rounds norm, coefficient and product.
 CHECK_TOLERANCE = 0.02
@@ -87,7 +87,7 @@ def count_launches(
         options: of the run.
         results: of the same set and dtype; ways that took the host too long there are left out.
     """
-    # "all" alone clips by every way; which components are clipped changes no way's launches but ours.
+    # Every method has the case "all"; only our launches depend on the case.
     case = "all" if "all" in options.clipped else options.clipped[-1]
     host_ms = {row.key: row.host_ms for result in results if result.clipped == case for row in result.rows}
     gradients = Gradients(shape_set, dtype, options.device, 1, options.seed, case != "none")
@@ -145,7 +145,7 @@ def _who_can(
 def _who_clips_right(
     providers: Sequence[Provider], gradients: Gradients, case: str, title: str, skipped: list[str]
 ) -> list[Provider]:
-    """The providers that leave gradients as they should be: who fails here has no time worth knowing."""
+    """The providers whose clip leaves the expected norms; the others aren't timed."""
     able = []
     for provider in providers:
         if not provider.componentwise and case == "half":
@@ -156,7 +156,7 @@ def _who_clips_right(
             one.before(0)
             one.call()
             found = gradients.current_norms()
-        except Exception as error:  # whatever a way fails with, the others are still to be measured
+        except Exception as error:  # whatever it is, the other methods are still measured
             words = str(error).strip().partition("\n")[0]
             skipped.append(f"{title}, {provider.label}: {type(error).__name__}: {words}")
             continue

@@ -1,7 +1,7 @@
-"""Who clips: torch's ways and ours, behind one small protocol.
+"""The methods that are compared: torch's and ours.
 
-``prepare`` does what a training script does once; what it returns is what the script does at every step, and
-that call alone is timed, Python included.
+``prepare`` does what a training script does once, and returns what it does at every step: that call alone is timed,
+Python included.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cwclip_kernels import ComponentClipper, fused_component_clip_
-from gradients import Cap
+
+from .gradients import Cap
 
 Named = Sequence[tuple[str, nn.Parameter]]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
-# What can be set behind a backend's name, and the variable that the library reads at each call (csrc/cuda/launch.cu).
+# Settings after a backend's name, and the variables that the library reads at each call (csrc/cuda/launch.cu).
 SETTINGS = {"form": "CWCLIP_CUDA_FORM", "blocks": "CWCLIP_CUDA_BLOCKS_PER_SM"}
 _AS_STARTED = {variable: os.environ.get(variable) for variable in SETTINGS.values()}
 
@@ -35,7 +36,7 @@ class Provider:
         label: name in tables.
         prepare: (named parameters, cap) -> the call to time.
         componentwise: False for the global clip, which can't take a cap for each component.
-        environment: variables to be set while it runs; see ``set_environment``.
+        environment: environment variables while it runs; see ``set_environment``.
     """
 
     key: str
@@ -88,8 +89,8 @@ def _global(named: Named, cap: Cap) -> Callable[[], object]:
 TORCH = (
     Provider("loop", "loop of clip_grad_norm_", _loop),
     Provider("foreach", "_foreach_norm + _foreach_mul_", lambda n, c: _foreach(n, c, through_host=False)),
-    # On a GPU torch multiplies by 0-d tensors in one launch each, by Python numbers many tensors a launch:
-    # whoever accepts a host sync may have a faster torch way, so it belongs in the comparison.
+    # On a GPU torch multiplies by 0-d tensors in one launch each, by Python numbers in one launch for many tensors.
+    # This may be faster for those who accept a host sync, so it belongs in the comparison.
     Provider("tolist", "the same, coefs.tolist()", lambda n, c: _foreach(n, c, through_host=True)),
     Provider("global", "one global clip_grad_norm_", _global, componentwise=False),
 )

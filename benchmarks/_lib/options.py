@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from gradients import CASES
-from providers import TORCH, Provider, ours
-from shapes import SETS, ShapeSet
+from .gradients import CASES
+from .providers import TORCH, Provider, ours
+from .shapes import SETS, ShapeSet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What there is to compare on a GPU; on a CPU the package has one way that is meant for use.
+# Compared on a GPU by default; on a CPU one backend is meant for use.
 GPU_BACKENDS = ("cuda:form1", "cuda:form2", "triton", "foreach")
 
 
 def add_choices(parser: argparse.ArgumentParser, sets: Sequence[str], torch_ways: Sequence[str]) -> None:
-    """Adds what to clip and who clips it.
+    """Adds the options for sets and methods.
 
     Args:
         parser: gains the options.

@@ -1,4 +1,4 @@
-"""What a measurement was taken on and with: nobody can judge a time without it."""
+"""Hardware, versions and command line of a measurement."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def metadata(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
     }
-    # They choose among kernels, so figures taken with one of them set tell about that one.
+    # They select kernels, so figures depend on them.
     found |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("CWCLIP_")}
     if device.type == "cuda":
         chip = torch.cuda.get_device_properties(device)
@@ -53,7 +53,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can be taken now without swapping."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()  # what torch keeps of earlier sets is there to be taken
+        torch.cuda.empty_cache()  # torch's cached memory is available, too
         return torch.cuda.mem_get_info(device)[0]
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable"):
@@ -76,7 +76,7 @@ def _cpu_model() -> str:
 
 
 def _said_by(program: str, *arguments: str) -> str:
-    """The last line that a program prints about itself."""
+    """The last line of a program's output."""
     path = shutil.which(program)
     if path is None:
         return "unknown"

@@ -1,4 +1,4 @@
-"""From timings to what is shown: shares of the machine's ceiling, ratios to torch's ways, table, JSON."""
+"""Results from timings: shares of the machine's ceiling, speed-up over torch's methods, table, JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launches import SetActivity
-from measure import Ceilings, Timing
-from providers import TORCH
+from .launches import SetActivity
+from .measure import Ceilings, Timing
+from .providers import TORCH
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def print_metadata(console: Console, metadata: dict[str, Any]) -> None:
         _say(console, f"{key:<16}{value}")
     _say(
         console,
-        "\nGB/s: gradient bytes N / min. ceiling: floor / min, the floor as measured in between.",
+        "\nGB/s: gradient bytes N / min. ceiling: floor / min, the floor as measured in the same rounds.",
     )
     ways = ", ".join(p.key for p in TORCH)
-    _say(console, f"{ways}: how many times as fast as that way of torch's, by min and by median.")
+    _say(console, f"{ways}: how many times as fast as that method of torch's, by min and by median.")
 
 
 def print_backends(console: Console, result: CaseResult) -> None:

@@ -1,4 +1,4 @@
-"""One figure: speed over size, every way below the ceilings of the same run, a panel for none, half and all."""
+"""Roofline: speed over size with the ceilings of the same run, one panel each for none, half and all clipped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-from gradients import CASES
-from plot import OUR_COLOURS, TITLES, TORCH_COLOURS
-from report import CaseResult
+from .gradients import CASES
+from .plot import OUR_COLOURS, TITLES, TORCH_COLOURS
+from .report import CaseResult
 
 MARKERS = "osD^vP"
 
@@ -20,8 +20,8 @@ MARKERS = "osD^vP"
 def draw(results: Sequence[CaseResult], metadata: dict[str, Any], path: Path) -> None:
     """Writes the figure; the file's ending says the format.
 
-    Across: the bytes that have to be moved at least, N read and f N written. Upwards: those bytes over the fastest
-    round's time, for every way the same bytes, so that moving more shows as being slower.
+    x axis: the bytes that must be moved, N read and f N written. y axis: those bytes over the fastest round's time.
+    They are the same for every method, so one that moves more is slower.
 
     Args:
         results: of one run.
@@ -57,7 +57,7 @@ def _draw_case(panel: Axes, case: str, results: Sequence[CaseResult]) -> dict[st
         name = result.set if result.dtype == "float32" else f"{result.set} {result.dtype}"
         panel.annotate(name, (size, height), (0, 4), textcoords="offset points", fontsize=6.5, rotation=60)
     rows = {row.key: row for result in results for row in result.rows}
-    # The clipper stands for us, and the function where that alone was measured.
+    # Ours is the clipper, or the function where only that was measured.
     call = "clipper/" if any(key.startswith("clipper/") for key in rows) else "function/"
     torch_looks = cycle(zip(TORCH_COLOURS, MARKERS, strict=False))
     our_looks = cycle(zip(OUR_COLOURS, MARKERS, strict=False))

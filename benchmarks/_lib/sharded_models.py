@@ -1,6 +1,6 @@
-"""Parameter lists as sharded training holds them: DTensors of which each rank has its part, with gradients.
+"""Parameter lists as in sharded training: DTensors with gradients, one shard per rank.
 
-No model is built and nothing is computed: names, shapes, meshes and placements are all that clipping looks at.
+No model is built: clipping depends on names, shapes, meshes and placements alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from shapes import ShapeSet, narrow_llama3_8b, narrow_qwen3_30b_a3b
+from .shapes import ShapeSet, narrow_llama3_8b, narrow_qwen3_30b_a3b
 
 Layout = tuple[DeviceMesh, tuple[Placement, ...]]
 

@@ -1,4 +1,4 @@
-"""What one call makes a GPU do: kernels, copies, fills, and whether the host waits for any of it."""
+"""What one call launches on a GPU: kernels, copies, fills, and whether the host waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABEL = "one call of a benchmark"
 
 @dataclass(frozen=True)
 class Activity:
-    """One call's doings.
+    """What one call does.
 
     Attributes:
         kernels: launched.
@@ -40,13 +40,13 @@ class Activity:
 
 @dataclass(frozen=True)
 class SetActivity:
-    """The providers' doings on one set.
+    """What the providers' calls do on one set.
 
     Attributes:
         set: name of the shape set.
         dtype: of the gradients.
         clipped: the case.
-        by_provider: provider key -> what its call did; not there: not looked at.
+        by_provider: provider key -> what its call did; missing if not measured.
     """
 
     set: str
@@ -102,10 +102,10 @@ def profiled(call: Callable[[], object]) -> list[Any]:
 
 
 def count(events: Iterable[Any], torch_waits: bool) -> Activity:
-    """The call's doings out of the profiler's events.
+    """The call's activity, from the profiler's events.
 
-    Nothing else runs on the GPU while the profiler looks, so all of its events count. On the host our own waiting
-    comes after the call's range.
+    Nothing else runs on the GPU while the profiler is on, so all of its events count. On the host our own
+    synchronization comes after the call's range.
     """
     events = list(events)
     # The range shows on the GPU as well, as a span that is no kernel.

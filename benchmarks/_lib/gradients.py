@@ -1,4 +1,4 @@
-"""Gradients to clip: parameters that weigh nothing, several sets in turn, caps that clip what a case says."""
+"""Gradients to clip: parameters without memory of their own, several sets in turn, caps for each case."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shapes import ShapeSet
+from .shapes import ShapeSet
 
 CASES = ("none", "half", "all")
 Cap = float | list[float]
-PIECE = 1 << 24  # elements that torch may sum in float32 and still be right to some digits
+PIECE = 1 << 24  # elements that torch sums in float32 with a few correct digits
 
 
 def clips(case: str, count: int) -> list[bool]:
