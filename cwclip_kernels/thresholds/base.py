@@ -136,7 +136,7 @@ class Threshold(ABC):
         """Whether this is the last that it was bound to."""
         return self._setting is setting
 
-    def allocate(self, device: torch.device) -> None:  # noqa: B027  # not every policy has state
+    def allocate(self, device: torch.device) -> object:  # noqa: B027  # not every policy has state
         """Makes the state that the policy will need; so that no later step does, which may be traced or captured."""
 
     @property
