@@ -22,7 +22,7 @@ from .core.optimizers import OptimizerPart, OptimizerParts, attached_clippers, p
 from .core.parameter_clipper import ParameterClipper
 from .result import ClipResult
 
-# Steps with nothing to clip, before any other, until that is told: a GAN may take 100 with one of its optimizers.
+# Steps without anything to clip before a warning: a GAN may take 100 with one of its optimizers first.
 _STEPS_WITHOUT = 128
 
 _OVERRIDDEN = {
@@ -34,35 +34,28 @@ _OVERRIDDEN = {
 class ComponentClipGradScaler(GradScaler):
     """A ``GradScaler`` whose ``unscale_`` also clips each component, in one pass over the gradients.
 
-    Use it as torch's own, without clipping anywhere else. ``step`` unscales and clips what hasn't been yet, also for
-    fused optimizers; scale updates and skipped steps are torch's. Disabled (``enabled=False``, say for bfloat16) it
-    still clips. Parameters that the clipper doesn't have are unscaled.
+    Use it as torch's own, and clip nowhere else. ``step`` calls ``unscale_`` if you don't, also for fused optimizers.
+    Parameters that the clipper doesn't have are unscaled. Disabled (``enabled=False``, for bfloat16) it still clips.
 
-    A step that is skipped, because of inf or NaN, teaches a threshold nothing and doesn't count. A fused optimizer
-    decides that on the device, without telling the host: there it counts.
+    Thresholds don't learn from a step that is skipped because of inf or NaN, unless a fused optimizer skips it on the
+    device, without telling the host.
 
     ``state_dict()`` is that of torch's scaler, and either loads the other's; ``clipper.state_dict()`` holds what
-    thresholds have learnt. ``copy.deepcopy`` copies the clipper as well (the copy's ``clipper`` is its own, and so is
-    what that learns), and calls the same ``on_clip``. It can't be pickled, since copies of the parameters would come
-    along: make one anew, around a clipper, and load its state.
+    thresholds have learnt. ``copy.deepcopy`` copies the clipper too, and keeps ``on_clip``. Pickling is refused,
+    since the parameters would be pickled as well.
 
     Args:
         clipper: what to clip, and how. With several optimizers each clips what it owns.
-        device: as for ``torch.amp.GradScaler``.
-        init_scale: likewise.
-        growth_factor: likewise.
-        backoff_factor: likewise.
-        growth_interval: likewise.
-        enabled: likewise.
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as for ``torch.amp.GradScaler``.
         on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
 
     Attributes:
-        last: what the last clipping found and did, with norms of the unscaled gradients; None before the first.
+        last: the last ``ClipResult``, with norms of the unscaled gradients; None before the first.
 
     Raises:
-        TypeError: ``clipper`` is none. When pickled.
+        TypeError: ``clipper`` isn't a ``ComponentClipper``.
         ValueError: the clipper raises for non-finite norms, which a scaled loss has now and then.
-        RuntimeError: this version of torch has another ``GradScaler`` than this class is made for.
+        RuntimeError: this version of torch has a different ``GradScaler``.
 
     Example:
         >>> import torch
@@ -108,7 +101,7 @@ class ComponentClipGradScaler(GradScaler):
 
     @property
     def clipper(self) -> ComponentClipper:
-        """What clips, for its ``state_dict()``; a deep-copied scaler has one of its own.
+        """The clipper, for its ``state_dict()``; a deep-copied scaler has its own.
 
         Example:
             >>> import copy, torch
@@ -121,12 +114,12 @@ class ComponentClipGradScaler(GradScaler):
         return self._clipper
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Unscales and clips the optimizer's gradients; once for each ``step``, and only when they are complete.
+        """Unscales and clips the optimizer's gradients, once for each ``step``, after the last backward pass.
 
         Raises:
-            RuntimeError: called twice, or after ``step``, before ``update``; or some of the gradients are clipped
-                elsewhere, too, by ``attach`` or ``clip_in_backward``. Nothing is changed.
-            ValueError: float16 gradients, or a component that another optimizer has a part of.
+            RuntimeError: called twice, or after ``step``, before ``update``; or ``attach`` or ``clip_in_backward``
+                clips some of the gradients, too. Nothing is changed.
+            ValueError: float16 gradients, or a component of which another optimizer owns a part.
         """
         part = self._parts.of(optimizer)
         _check_alone(part, optimizer)
@@ -143,15 +136,11 @@ class ComponentClipGradScaler(GradScaler):
             self._unscaling = False
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """As ``torch.amp.GradScaler.step``, after ``unscale_`` where that hasn't been called.
-
-        Raises:
-            RuntimeError: as for ``unscale_``; or a closure is given.
-        """
+        """As ``torch.amp.GradScaler.step``, after ``unscale_`` if that hasn't been called; no closures."""
         closure = kwargs.pop("closure", None)
         if any(map(callable, (closure, *args))):
             raise RuntimeError("a closure's gradients can't be clipped here; use ComponentClipper.attach(optimizer)")
-        # Optimizers that unscale by themselves, too: to be clipped, gradients must be unscaled.
+        # Also for optimizers that can unscale by themselves: gradients must be unscaled to be clipped.
         if self._is_ready(optimizer) if self.is_enabled() else optimizer not in self._clipped:
             self.unscale_(optimizer)
         else:
@@ -170,14 +159,15 @@ class ComponentClipGradScaler(GradScaler):
                 clipper.learn(result)
             return optimizer.step(*args, **kwargs)
 
-        # torch waits for found_inf here, and then steps or doesn't: to ask again would be to wait again.
-        judged: Any = SimpleNamespace(step=step)
-        result: float | None = super()._maybe_opt_step(judged, optimizer_state, *args, **kwargs)
+        # torch waits for found_inf here; to learn whether the step was taken from elsewhere would be a second sync.
+        wrapped: Any = SimpleNamespace(step=step)
+        result: float | None = super()._maybe_opt_step(wrapped, optimizer_state, *args, **kwargs)
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """As ``torch.amp.GradScaler.update``."""
         self._clipped.clear()
+        self._unlearnt.clear()
         super().update(new_scale)
 
     def __copy__(self) -> ComponentClipGradScaler:
@@ -188,16 +178,15 @@ class ComponentClipGradScaler(GradScaler):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
-            "a ComponentClipGradScaler can't be pickled, since copies of the parameters would come along, and these "
-            "be clipped: make a new one around the clipper and call load_state_dict() with this one's state_dict()"
+            "a ComponentClipGradScaler can't be pickled, since the parameters would be pickled with it: make a new "
+            "one around the clipper and call load_state_dict() with this one's state_dict()"
         )
 
     def _copied(self, how: Callable[[Any], Any], memo: dict[int, Any]) -> ComponentClipGradScaler:
         if self._clipped:
             raise RuntimeError("a ComponentClipGradScaler can't be copied between unscale_() and step()")
-        state = self.__getstate__()  # torch, too, refuses in the middle of an iteration
+        state = self.__getstate__()  # raises in the middle of an iteration
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
-        # What is known of optimizers is found anew.
         new.__dict__.update(_on_clip=state.pop("_on_clip"), _parts=None, _unlearnt={}, _clipped=WeakSet())
         if self.is_enabled():
             new._per_optimizer_states = copy.copy(state.pop("_per_optimizer_states"))
@@ -212,17 +201,14 @@ class ComponentClipGradScaler(GradScaler):
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        if not self._unscaling:  # torch only looks for inf and NaN
+        if not self._unscaling:  # torch calls this only to look for inf and NaN
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         part = self._parts.of(optimizer)
         grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if any(grad.dtype == torch.float16 for grad in grads):
-            raise ValueError(
-                "Attempting to unscale FP16 gradients: keep parameters in float32 and use torch.autocast."
-            )
-        if not grads and (
-            part.clipper is None or not part.clipper.is_spread
-        ):  # where it is, other ranks may have some
+            raise ValueError("Attempting to unscale FP16 gradients: keep parameters in float32, use torch.autocast")
+        others_may_have = part.clipper is not None and part.clipper.is_spread  # on other ranks
+        if not grads and not others_may_have:
             return {}
         # A fused optimizer skips its step on the device, and a graph is only being captured: the host can't tell.
         learns = getattr(optimizer, "_step_supports_amp_scaling", False) or is_recorded()
@@ -231,7 +217,7 @@ class ComponentClipGradScaler(GradScaler):
             self._unlearnt[id(optimizer)] = part.clipper, self.last
         rest: Any = SimpleNamespace(param_groups=[{"params": list(part.others)}])
         found = super()._unscale_grads_(rest, inv_scale, torch.zeros_like(found_inf), allow_fp16)
-        # Not the sum of the two: fused optimizers skip a step where this is 1, and take it where it is 2.
+        # Not their sum: a fused optimizer skips a step if this is 1, but takes it if this is 2.
         here = found_inf.device
         found[here] = torch.maximum(found[here], found_inf) if here in found else found_inf
         return found
@@ -247,8 +233,8 @@ class ComponentClipGradScaler(GradScaler):
         self._steps_without += 1
         if self.last is None and self._steps_without == _STEPS_WITHOUT:
             warn_caller(
-                f"ComponentClipGradScaler has clipped nothing in {_STEPS_WITHOUT} steps: the optimizers that it has "
-                "seen own none of the clipper's parameters. Was the clipper made from another copy of the model?"
+                f"ComponentClipGradScaler has clipped nothing in {_STEPS_WITHOUT} steps: its optimizers own none of "
+                "the clipper's parameters. Was the clipper made from another copy of the model?"
             )
 
 
@@ -264,7 +250,7 @@ def _check_alone(part: OptimizerPart, optimizer: Optimizer) -> None:
 
 
 def _check_torch() -> None:
-    """Raises RuntimeError unless ``GradScaler`` calls what is overridden here, with the same arguments."""
+    """Raises RuntimeError unless ``GradScaler`` has the methods that are overridden here, with the same arguments."""
     for name, wanted in _OVERRIDDEN.items():
         method = getattr(GradScaler, name, None)
         if method is not None and list(inspect.signature(method).parameters) == ["self", *wanted]:

@@ -1,4 +1,7 @@
-"""Caps that follow the norms of parameters or gradients."""
+"""Caps that follow the norms of parameters or gradients.
+
+The clipper's ``eps`` isn't used, so that nothing here depends on the loss's scale but ``EMA``'s ``warmup_norm``.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,12 @@ class ParamRelative(Threshold):
 
         cap_c = factor * max(||w_c||, eps)
 
-    Unit-wise, as in the paper, with ``components=ComponentSpec().unitwise("*")``; per tensor without. It reads the
-    trained parameters at every step, as many bytes as the gradients have, and no frozen ones. The paper leaves the
-    last layer out.
+    It reads the trained parameters at every step. For the paper's unit-wise form use
+    ``components=ComponentSpec().unitwise("*")``; the paper doesn't clip the last layer.
 
     Args:
         factor: 0.01 in the authors' code.
-        eps: what a norm counts at least, so that parameters that are zero can grow; 1e-3 there.
+        eps: lower bound of the norm, so that parameters that are zero can grow; 1e-3 in the authors' code.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, ComponentSpec, thresholds
@@ -58,19 +60,15 @@ class EMA(Threshold):
         warm-up   h = min(1, warmup_norm / ||g||), the same for all;  gamma_c = min(gamma_c, h ||g_c||)
         after     cap_c = ratio * gamma_c;  gamma_c = decay * gamma_c + (1 - decay) * ||clipped g_c||
 
-    ||g|| is the norm of all components whose norm is finite. In the warm-up gradients are clipped in two passes,
-    after it in one. A component that first has a gradient after the warm-up starts from that gradient's norm. Steps
-    are calls: where several optimizers clip what they own, each of them counts.
-
-    A norm is clipped if it is above its cap, to the cap, and what is learnt is min(||g_c||, cap_c): the clipper's
-    ``eps`` has no part in it. So nothing depends on the loss's scale but the warm-up's clipping, as ``warmup_norm``
-    is a norm; with ``warmup_norm=math.inf`` nothing does.
+    ||g|| is the norm of all components whose norm is finite. Gradients are clipped in two passes in the warm-up, in
+    one after it. A component that first has a gradient after the warm-up starts from that gradient's norm. A step is
+    a call: if several optimizers each clip what they own, each call counts.
 
     Args:
-        ratio: lambda_rel. 1.05 as in ports of the algorithm; the authors' Megatron patch has 1.04.
-        decay: beta. 0.98 likewise; 0.99 in the authors' patch.
+        ratio: lambda_rel; 1.05 in ports of the algorithm, 1.04 in the authors' Megatron patch.
+        decay: beta; 0.98 in ports, 0.99 in the authors' patch.
         warmup_steps: 100 in the authors' patch.
-        warmup_norm: lambda_abs, the global cap of the warm-up, 1.0 in the authors' patch; inf clips nothing then.
+        warmup_norm: lambda_abs, the global cap of the warm-up; 1.0 in the authors' patch, inf for no clipping then.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -85,9 +83,8 @@ class EMA(Threshold):
 
     References:
         Wang et al., "AdaGC: Improving Training Stability for Large Language Model Pretraining", 2025, arXiv
-        2502.11034, algorithm 1. The authors' patch: github.com/lishuai-97/AdaGC, megatron-gpt2.patch; there a
-        component without gradient in the warm-up keeps a cap of 0, here it is left out. Ports with 1.05 and 0.98:
-        github.com/kozistr/pytorch_optimizer.
+        2502.11034, algorithm 1. The authors' patch: github.com/lishuai-97/AdaGC, megatron-gpt2.patch, whose cap of 0
+        for components without gradient in the warm-up is left out. A port: github.com/kozistr/pytorch_optimizer.
     """
 
     needs_all_components = True
@@ -101,8 +98,7 @@ class EMA(Threshold):
         self._decay = checked_number(decay, "decay", high=1.0)
         self._warmup_steps = checked_int(warmup_steps, "warmup_steps", 0)
         self._warmup_norm = checked_number(warmup_norm, "warmup_norm", above_low=True, finite=False)
-        # On the host, to know without asking the device. Steps of compiled functions and graphs are counted on the
-        # device alone: this may lag behind, and then the device decides.
+        # On the host, for needs_norms. It lags behind where compiled functions and CUDA graphs count on the device.
         self._steps = 0
 
     @property
@@ -110,21 +106,19 @@ class EMA(Threshold):
         return is_traced() or self._steps < self._warmup_steps
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        gamma, steps = self._gamma(device), self._counter(device)
-        later = gamma * self._ratio  # inf while there is none
+        gamma, steps = self.allocate(device)
+        later = gamma * self._ratio  # inf before the first norm
         if norms is None:
             return later
-        order = self.setting.norm_type
-        wide = as_wide(norms)
-        known = torch.where(observed(norms), wide, 0.0)
+        order, wide, is_known = self.setting.norm_type, as_wide(norms), observed(norms)
+        known = torch.where(is_known, wide, 0.0)
         together = known.amax() if order == math.inf else root((known**order).sum(), order)
         share = self._warmup_norm / together
         first = torch.where(share < 1.0, share * wide, math.inf)
-        first = torch.where(observed(norms), first, self._warmup_norm)
-        return torch.where(steps < self._warmup_steps, first, later)
+        return torch.where(steps < self._warmup_steps, torch.where(is_known, first, self._warmup_norm), later)
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        gamma, steps = self._gamma(norms.device), self._counter(norms.device)
+        gamma, steps = self.allocate(norms.device)
         clipped = as_wide(norms) * as_wide(coefs)
         smaller = torch.minimum(gamma, clipped)
         mean = torch.where(gamma == math.inf, clipped, self._decay * gamma + (1 - self._decay) * clipped)
@@ -140,32 +134,25 @@ class EMA(Threshold):
     def load_host_state(self, state: dict[str, int | float]) -> None:
         self._steps = int(state["steps"])
 
-    def allocate(self, device: torch.device) -> None:
-        self._gamma(device)
-        self._counter(device)
-
-    def _gamma(self, device: torch.device) -> Tensor:
-        return self.state("gamma", device, len(self.setting.names), fill=math.inf)
-
-    def _counter(self, device: torch.device) -> Tensor:
+    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        gamma = self.state("gamma", device, len(self.setting.names), fill=math.inf)
         # [1], because torch.compile (2.13) loses what is written to a float64 tensor of shape [] on the CPU.
-        return self.state("steps", device, 1)
+        return gamma, self.state("steps", device, 1)
 
 
 class ZScore(Threshold):
-    """ZClip: a norm that lies far above its running mean is clipped, the harder the farther it lies.
+    """ZClip: a norm far above its running mean is clipped, and the farther, the harder.
 
         z = (||g_c|| - mu_c) / (sigma_c + 1e-6 mu_c);  if z > threshold: cap_c = mu_c + threshold^2 / z * sigma_c
         mu_c = decay * mu_c + (1 - decay) * n;  sigma_c^2 = decay * sigma_c^2 + (1 - decay) * (n - mu_c)^2
 
-    with n = min(||g_c||, cap_c) and, in the second line, the new mu_c. In its first ``warmup_steps`` steps a
-    component isn't clipped; mu_c and sigma_c^2 begin as the mean and variance of those norms. Gradients are clipped
-    in two passes. Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it: the 1e-6 is
-    relative to the mean, where the authors' code adds 1e-6 as it is.
+    with n = min(||g_c||, cap_c), and the new mu_c in the last term. A component isn't clipped in its first
+    ``warmup_steps`` steps; mu_c and sigma_c^2 start as the mean and variance of these norms. The authors' code has
+    1e-6 in place of 1e-6 mu_c. Gradients are clipped in two passes.
 
     Args:
-        decay: alpha, 0.97 in the paper and in the authors' code.
-        threshold: z_thresh, 2.5 likewise.
+        decay: alpha; 0.97 in the paper and in the authors' code.
+        threshold: z_thresh; 2.5 in both.
         warmup_steps: 25 in the authors' code.
 
     Example:
@@ -181,11 +168,11 @@ class ZScore(Threshold):
 
     References:
         Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv 2504.02507: reciprocal
-        clipping. The authors' code, github.com/bluorion-com/ZClip (zclip 1.0.0), clips one norm for all, and also to
-        ``max_grad_norm`` = 1.0 at every step, those of the warm-up included; here there is no such ceiling.
+        clipping. The authors' code, github.com/bluorion-com/ZClip (zclip 1.0.0), clips one global norm, and at every
+        step also to ``max_grad_norm`` = 1.0, which is left out here.
     """
 
-    _EPS = 1e-6
+    needs_norms = True
 
     def __init__(self, decay: float = 0.97, threshold: float = 2.5, warmup_steps: int = 25) -> None:
         super().__init__()
@@ -193,46 +180,32 @@ class ZScore(Threshold):
         self._threshold = checked_number(threshold, "threshold", above_low=True)
         self._warmup_steps = checked_int(warmup_steps, "warmup_steps", 1)
 
-    @property
-    def needs_norms(self) -> bool:
-        return True
-
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         assert norms is not None
-        mean, variance, seen = self._statistics(device)
+        mean, variance, seen = self.allocate(device)
         deviation = variance.sqrt()
-        z = (as_wide(norms) - mean) / (deviation + self._EPS * mean)
-        is_outlier = (z > self._threshold) & (seen >= self._warmup_steps)
-        # A norm of inf, or NaN, lies infinitely far above.
+        z = (as_wide(norms) - mean) / (deviation + 1e-6 * mean)
+        # A norm of inf or NaN counts as infinitely far above the mean.
         capped = mean + torch.where(z.isfinite(), self._threshold**2 / z, 0.0) * deviation
-        is_outlier |= ~norms.isfinite() & (seen >= self._warmup_steps)
+        is_outlier = ((z > self._threshold) | ~norms.isfinite()) & (seen >= self._warmup_steps)
         return torch.where(is_outlier, capped, math.inf)
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        mean, variance, seen = self._statistics(norms.device)
+        mean, variance, seen = self.allocate(norms.device)
         clipped = as_wide(norms) * as_wide(coefs)
-        is_warm = seen >= self._warmup_steps
-        # Of the warm-up: running mean, and mean of squared distances from it (Welford's method).
+        # In the warm-up the mean of all norms and of their squared distances from it (Welford's method).
         count = seen + 1.0
         first_mean = mean + (clipped - mean) / count
         first_variance = variance + ((clipped - mean) * (clipped - first_mean) - variance) / count
         later_mean = self._decay * mean + (1 - self._decay) * clipped
         later_variance = self._decay * variance + (1 - self._decay) * (clipped - later_mean) ** 2
-        tells = observed(norms)
-        mean.copy_(torch.where(tells, torch.where(is_warm, later_mean, first_mean), mean))
-        variance.copy_(torch.where(tells, torch.where(is_warm, later_variance, first_variance), variance))
-        seen.copy_(torch.where(tells, count, seen))
+        is_known, is_warm = observed(norms), seen >= self._warmup_steps
+        mean.copy_(torch.where(is_known, torch.where(is_warm, later_mean, first_mean), mean))
+        variance.copy_(torch.where(is_known, torch.where(is_warm, later_variance, first_variance), variance))
+        seen.copy_(torch.where(is_known, count, seen))
 
-    def allocate(self, device: torch.device) -> None:
-        self._statistics(device)
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        count = len(self.setting.names)
-        return (
-            self.state("mean", device, count),
-            self.state("variance", device, count),
-            self.state("seen", device, count),
-        )
+    def allocate(self, device: torch.device) -> list[Tensor]:
+        return [self.state(name, device, len(self.setting.names)) for name in ("mean", "variance", "seen")]
 
 
 class Percentile(Threshold):
@@ -240,10 +213,8 @@ class Percentile(Threshold):
 
         cap_c = percentile({||g_c|| of step 1, ..., ||g_c|| of this step}, p)
 
-    Linear interpolation between neighbours, as ``numpy.percentile``. The history is a ring of ``window`` steps on the
-    device ([window, K] float64; the source keeps all of them). Gradients are clipped in two passes.
-
-    Nothing depends on the loss's scale, and the clipper's ``eps`` has no part in it.
+    Interpolated linearly, as ``numpy.percentile``. The last ``window`` norms are kept on the device ([window, K]
+    float64; the authors' code keeps all). Gradients are clipped in two passes.
 
     Args:
         percentile: 10 in the authors' TensorFlow example; their PyTorch code has no default.
@@ -265,22 +236,18 @@ class Percentile(Threshold):
         2007.14469; github.com/pseeth/autoclip.
     """
 
+    needs_norms = True
+
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
         super().__init__()
         self._percentile = checked_number(percentile, "percentile", high=100.0)
         self._window = checked_int(window, "window", 1)
 
-    @property
-    def needs_norms(self) -> bool:
-        return True
-
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         assert norms is not None
-        history, seen = self._ring(device)
-        with_this, count = self._with(history, seen, norms)
-        ordered = with_this.sort(0).values  # what isn't filled yet is inf, and comes last
-        kept = count.clamp(max=self._window)
-        rank = (kept - 1.0).clamp(min=0.0) * (self._percentile / 100.0)
+        history, count = self._with(norms, device)
+        ordered = history.sort(0).values  # rows that aren't filled yet hold inf, and come last
+        rank = (count.clamp(max=self._window) - 1.0).clamp(min=0.0) * (self._percentile / 100.0)
         below = rank.floor()
         lower = ordered.gather(0, below.long().unsqueeze(0)).squeeze(0)
         upper = ordered.gather(0, rank.ceil().long().unsqueeze(0)).squeeze(0)
@@ -288,22 +255,18 @@ class Percentile(Threshold):
         return torch.where(weight == 0.0, lower, lower + weight * (upper - lower))
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        history, seen = self._ring(norms.device)
-        with_this, count = self._with(history, seen, norms)
-        history.copy_(with_this)
-        seen.copy_(count)
+        new = self._with(norms, norms.device)
+        for tensor, value in zip(self.allocate(norms.device), new, strict=True):
+            tensor.copy_(value)
 
-    def _with(self, history: Tensor, seen: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def _with(self, norms: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """History and counts with this step's norms, where these tell something."""
-        tells = observed(norms)
-        place = (seen % self._window).long().unsqueeze(0)
-        old = history.gather(0, place).squeeze(0)
-        new = torch.where(tells, as_wide(norms), old)
-        return history.scatter(0, place, new.unsqueeze(0)), seen + tells
+        history, seen = self.allocate(device)
+        is_known = observed(norms)
+        row = (seen % self._window).long().unsqueeze(0)
+        new = torch.where(is_known, as_wide(norms), history.gather(0, row).squeeze(0))
+        return history.scatter(0, row, new.unsqueeze(0)), seen + is_known
 
-    def allocate(self, device: torch.device) -> None:
-        self._ring(device)
-
-    def _ring(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
         count = len(self.setting.names)
         return self.state("history", device, self._window, count, fill=math.inf), self.state("seen", device, count)

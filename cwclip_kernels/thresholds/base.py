@@ -158,7 +158,7 @@ class Threshold(ABC):
         """Whether this is the last setting that it was bound to."""
         return self._setting is setting
 
-    def allocate(self, device: torch.device) -> None:  # noqa: B027  # not every threshold has state
+    def allocate(self, device: torch.device) -> object:  # noqa: B027  # not every threshold has state
         """Makes all state that the threshold will need: later steps may be traced or captured."""
 
     @property
