@@ -31,9 +31,9 @@ ORDER = [
     distributed/groups distributed/consistency distributed/reduction distributed/local distributed/reduction_plan
     distributed/set_up distributed/run
     core/bound core/engine core/cache core/traced
-    in_backward/hooks
     attachment clipper
-    in_backward/checks in_backward/passes in_backward/steps in_backward/clipping in_backward/__init__
+    in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
+    in_backward/__init__
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_optimizers integrations/_learning integrations/_fsdp1 integrations/_already
