@@ -16,13 +16,7 @@ AT_THE_STEP = "clip at the step instead: ComponentClipper.attach(optimizer)"
 
 
 def check_parameters(module: nn.Module | None, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Raises ValueError for parameters whose gradients other ranks add to after the hooks, or that have none.
-
-    Args:
-        module: the model, if the parameters were given as one.
-        names: of the parameters.
-        tensors: the parameters.
-    """
+    """Raises ValueError for parameters whose gradients other ranks add to after the hooks, or that have none."""
     for part in () if module is None else module.modules():
         # By name, so that nothing has to be imported.
         kinds = {kind.__name__ for kind in type(part).__mro__}
@@ -55,10 +49,7 @@ def check_whole(name: str, tensor: Tensor) -> None:
 
 def averaged_by(wrapper: str) -> str:
     """The error for parameters in a module of this type."""
-    return (
-        f"parameters: in a {wrapper} the backward pass sees local gradients, not yet averaged over ranks; "
-        f"{AT_THE_STEP}"
-    )
+    return f"parameters: in a {wrapper} the backward pass sees local gradients, not averaged ones; {AT_THE_STEP}"
 
 
 def runs_on_several_ranks() -> bool:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, SupportsIndex
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import type_name
 from ..clipper import ComponentClipper
-from ..components.membership import Components
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import Grouping
-from ..core.bound import ThresholdAtWork
-from ..core.engine import Engine
+from ..core.session import ClipSession
+from ..handle import Handle
 from ..result import ClipResult
-from ..thresholds import EMA
-from ..thresholds.base import learnt, load_learnt
-from ..thresholds.caps import MaxNorm
+from ..thresholds import EMA, Threshold
+from ..thresholds.base import StepCaps
+from ..thresholds.constant import MaxNorm
 from .checks import AT_THE_STEP, are_averaged, averaged_by, check_parameters, check_whole, runs_on_several_ranks
 from .hooks import ParameterHook, hooks_for, hooks_of, register
 from .passes import Mark, Pass, Passes, check_torch
@@ -51,27 +52,26 @@ def clip_in_backward(
 
     - ``DistributedDataParallel`` and sharded parameters, whose hooks see local gradients
     - components of several trained parameters
-    - thresholds that need all norms of a step (``EMA`` during its warm-up: to resume, load its state before this
-      call), and ``nonfinite="error"``
+    - ``nonfinite="error"``, and thresholds that need all norms of a step (``EMA`` until its warm-up is over: to
+      resume, load its state before this call)
     - ``create_graph=True`` and compiled autograd; the model itself may be compiled
-    - gradient accumulation; not noticed where something else writes to gradients or replaces them in between, and
-      zeroing through ``.data`` is mistaken for it
-    - freezing and unfreezing under ``thresholds.FromGlobal``, which counts trained parameters; unless
-      ``parameters`` is a Module or a clipper that still exists, or the optimizer owns the parameter, unfreezing is
-      only noticed with that parameter's gradient, and freezing not at all
+    - gradient accumulation: not noticed if other code writes to gradients or replaces them in between, and zeroing
+      through ``.data`` is mistaken for it
+    - freezing and unfreezing under ``thresholds.FromGlobal``, which counts trained parameters: noticed in time if
+      ``parameters`` is a Module or a clipper that still exists, or if the optimizer owns the parameter; otherwise
+      unfreezing is noticed with that parameter's gradient, and freezing isn't
 
     Not supported, and not noticed: gradients of a scaled loss (float16 under a ``GradScaler``), and gradients that
     your own code averages over ranks, in a hook or after ``backward()``.
 
-    Hooks are put on the parameters that are there now. When these are replaced (``load_state_dict(assign=True)``,
-    ``fully_shard``, a conversion that swaps tensors), remove the handle and call this again. A parameter that is
-    frozen now is clipped as soon as it is trained. A ``backward()`` that is called in a hook is a pass of its own.
-    With an ``optimizer``, the hooks keep it and its parameters alive until ``remove()``.
+    Hooks are put on the present parameters. If these are replaced (``load_state_dict(assign=True)``, ``fully_shard``,
+    a conversion that swaps tensors), remove the handle and call this again. Frozen parameters are clipped once they
+    are trained. With an ``optimizer`` the hooks keep it and its parameters alive until ``remove()``.
 
     Args:
-        parameters: as for ``ComponentClipper``; some must require grad. Or a ``ComponentClipper``: its parameters,
-            components, caps, options and state are used, and none of the next six arguments may be given.
-        max_norm: as for ``ComponentClipper``, which has the defaults of what is None here.
+        parameters: as for ``ComponentClipper``; some must require grad. Or a ``ComponentClipper``, whose parameters,
+            components, caps, options and state are used; the next five and ``backend`` can't be given then.
+        max_norm: as for ``ComponentClipper``, whose defaults replace None, here and below.
         norm_type: order of the norm.
         components: each must lie within one parameter.
         eps: added to norms.
@@ -83,10 +83,9 @@ def clip_in_backward(
         on_clip: called with a ``ClipResult`` at the end of each backward pass, such as ``ClipRecorder.record``.
 
     Raises:
-        TypeError, ValueError: an argument that isn't what it should be or isn't supported; or parameters that another
-            ``clip_in_backward`` or, at the optimizer's step, ``ComponentClipper.attach`` clips.
+        TypeError, ValueError: an argument that is wrong or not supported; parameters that are clipped already.
         RuntimeError: this version of torch isn't supported. In the backward pass: what isn't supported and wasn't
-            known before, such as a ``DistributedDataParallel`` made later; before anything is clipped, if possible.
+            known before, such as a ``DistributedDataParallel`` made later.
 
     Example:
         >>> import torch
@@ -105,8 +104,8 @@ def clip_in_backward(
     if isinstance(parameters, ComponentClipper):
         if given:
             raise TypeError(f"{next(iter(given))}: the ComponentClipper has its own; leave it out")
-        check_parameters(None, parameters._engine.components.tensor_names, parameters._parameters())
-        if any(ranks is not None for ranks in parameters._engine.ranks):
+        check_parameters(None, parameters._session.components.tensor_names, parameters._all())
+        if any(ranks is not None for ranks in parameters._session.ranks):
             raise ValueError(
                 "parameters: this ComponentClipper adds up norms over ranks (process_group, pp_mesh), which can't be "
                 f"done for each gradient as it comes; {AT_THE_STEP}"
@@ -121,11 +120,10 @@ def clip_in_backward(
     return BackwardClipping(ComponentClipper(source, **given), module, optimizer, on_clip)
 
 
-class BackwardClipping:
+class BackwardClipping(Handle):
     """Clipping at work in the backward pass; made by ``clip_in_backward``. As a context manager it ends itself.
 
-    It can't be copied or pickled: call ``clip_in_backward`` for the copied model, and carry over what was learnt with
-    ``state_dict()``.
+    It can't be copied or pickled: call ``clip_in_backward`` for the copied model, and use ``state_dict()``.
 
     Attributes:
         names: the K component names.
@@ -142,6 +140,11 @@ class BackwardClipping:
         (True, tensor([0.0707, 0.1000]))
     """
 
+    _not_copied = (
+        "a handle of clip_in_backward can't be copied or pickled, since its hooks are on these parameters: call "
+        "clip_in_backward on the copy's"
+    )
+
     def __init__(
         self,
         clipper: ComponentClipper,
@@ -149,7 +152,7 @@ class BackwardClipping:
         optimizer: Optimizers | None,
         on_clip: Callable[[ClipResult], object] | None,
     ) -> None:
-        tensors, components = clipper._parameters(), clipper._engine.components
+        tensors, components, max_norm = clipper._all(), clipper._session.components, clipper.max_norm
         if clipper.raises_nonfinite:
             raise ValueError(f"nonfinite: 'error' would come when others are clipped already; {AT_THE_STEP}")
         if not any(tensor.requires_grad for tensor in tensors):
@@ -160,21 +163,25 @@ class BackwardClipping:
                     f"parameters: {name!r} is clipped or stepped in the backward pass already; call remove() on the "
                     "handle that the earlier clip_in_backward returned"
                 )
+        # Without an optimizer no parameter is kept: a cycle of parameter, hook and this is never collected.
         self.names = components.names
-        self.last: ClipResult | None = None
-        self._max_norm = clipper.max_norm
-        policy = clipper._policy()
-        if policy.needs_norms:
-            raise ValueError(_needs_norms(self._max_norm))
-        # Keeps no parameter: a cycle of parameter, hook and this is never collected. An optimizer makes one.
-        self._policy = policy.without_parameters() if isinstance(policy, ThresholdAtWork) else policy
-        self._counts_trained = isinstance(policy, ThresholdAtWork) and policy.counts_trained
+        self._max_norm = max_norm
+        self._caps = clipper._caps()
+        self._caps_from: Callable[[Callable[[], Tensor]], StepCaps] | None = None
+        self._counts_trained = False
+        bound = (clipper._whole or clipper)._session.bound
+        if isinstance(max_norm, Threshold) and bound is not None:
+            self._caps = bound.measuring(max_norm, None)
+            self._caps_from = partial(bound.measuring, max_norm) if max_norm.reads_parameters else None
+            self._counts_trained = max_norm.needs_all_components and max_norm.reads_numels
+        if self._caps.needs_norms:
+            raise ValueError(_needs_norms(max_norm))
         self._options = clipper._options
         self._owner = weakref.ref(clipper if module is None else module)
         self._steps = None if optimizer is None else Steps(optimizer, components.tensor_names, tensors)
         self._on_clip = on_clip
-        self._lock = threading.Lock()  # gradients of several devices arrive on several threads
-        self._passes = Passes(self._begin, self._finish)
+        self._lock = threading.RLock()  # gradients of several devices arrive on several threads
+        self._passes = Passes(self._begin, self._finish, self._lock)
         self._is_distributed = False
         self._occasions = 0  # to search for a wrapper
         self._handles: dict[ParameterHook, Any] = {}
@@ -192,42 +199,20 @@ class BackwardClipping:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> BackwardClipping:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError(
-            "a handle of clip_in_backward can't be copied or pickled, since its hooks are on these parameters: call "
-            "clip_in_backward on the copy's; state_dict() and load_state_dict() carry over what was learnt"
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What caps have learnt: {"max_norm": ``Threshold.state_dict()``}, or {} where they learn nothing."""
-        return learnt(self._max_norm)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict()``.
-
-        Raises:
-            TypeError, ValueError: not that of such caps, or of other components. Nothing is changed.
-        """
-        load_learnt(self._max_norm, state_dict)
-
     # --------------------------------------------------------------------------------------------------------
     # In the backward pass
     # --------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Called before a graph task's first gradient; raises for what has changed since set-up."""
-        if self._policy.needs_norms:  # an earlier state was loaded
+        if isinstance(self._max_norm, Threshold) and self._max_norm.needs_norms:  # an earlier state was loaded
             raise RuntimeError(_needs_norms(self._max_norm))
         if self._steps is not None:
             self._steps.begin()
         if self._counts_trained:
-            for parameter in self._known_parameters():
+            owner = self._owner()  # of parameters that can be reached, though none is kept
+            known = owner.parameters() if isinstance(owner, nn.Module) else () if owner is None else owner.parameters
+            for parameter in chain(known, () if self._steps is None else self._steps.parameters()):
                 for hook in hooks_of(parameter):
                     if hook in self._handles and hook.components and hook.was_frozen == parameter.requires_grad:
                         raise RuntimeError(self._other_are_trained(hook))
@@ -242,12 +227,12 @@ class BackwardClipping:
             )
         current = self._passes.current()
         try:
-            self._clip(current, hook, parameter, parameter.grad)
+            self._clip_and_step(current, hook, parameter, parameter.grad)
         except BaseException:
             current.is_over = True  # the backward pass fails
             raise
 
-    def _clip(self, current: Pass, hook: ParameterHook, parameter: Tensor, grad: Tensor) -> None:
+    def _clip_and_step(self, current: Pass, hook: ParameterHook, parameter: Tensor, grad: Tensor) -> None:
         step = None if self._steps is None else self._steps.step_of(parameter)
         if step is None and hook.components is None:
             return
@@ -258,9 +243,15 @@ class BackwardClipping:
             )
         hook.check_complete(current, grad)
         if self._is_distributed:
-            self._look_for_wrapper(current, hook, sys.getrefcount(parameter))
+            references = sys.getrefcount(parameter)  # which grows if the parameter has been wrapped
+            if references > hook.references and not current.was_searched:
+                if self._occasions.bit_count() <= 1:  # the first three, then ever fewer: a search takes long
+                    self._refuse_averaging()
+                self._occasions += 1
+                current.was_searched = True
+            hook.references = references
         if hook.components is not None:
-            current.found.append((hook.own, *self._clip_own(current, hook, hook.components, parameter, grad.device)))
+            self._clip(current, hook, parameter, grad.device)
         if step is not None:
             with self._lock:
                 step()
@@ -269,10 +260,7 @@ class BackwardClipping:
         if self._is_distributed:
             current.watched.append((hook.name, parameter, hook.clipped))
 
-    def _clip_own(
-        self, current: Pass, hook: ParameterHook, components: Components, parameter: Tensor, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clips one parameter's gradient; returns norms, coefficients and caps of its components."""
+    def _clip(self, current: Pass, hook: ParameterHook, parameter: Tensor, device: torch.device) -> None:
         check_whole(hook.name, parameter)
         if hook.shared is not None:
             raise RuntimeError(
@@ -282,20 +270,21 @@ class BackwardClipping:
             )
         if self._counts_trained and hook.was_frozen:
             raise RuntimeError(self._other_are_trained(hook))
-        if hook.engine is None:
-            hook.engine = Engine(components, (parameter,))
-        policy = self._policy
+        if hook.session is None:
+            assert hook.components is not None
+            hook.session = ClipSession(hook.components, (parameter,))
         with torch.no_grad():
-            if isinstance(policy, ThresholdAtWork) and policy.reads_parameters:
-                norms = hook.engine.parameter_norms((parameter,), self._options.rule.norm_type)
-                of_all = norms.new_zeros(len(self.names))
-                of_all[hook.own] = norms
-                caps = policy.caps_by(lambda: of_all, device, None)
+            if self._caps_from is None:
+                caps = current.caps_on(device, self._caps)
             else:
-                caps = current.caps_on(device, policy)
-            own_caps = caps[hook.own] if caps.ndim else caps
-        norms, coefs, _ = hook.engine.clip_((parameter,), _Known(own_caps, policy.adds_eps), self._options)
-        return norms, coefs, own_caps
+                norms = hook.session.parameter_norms((parameter,), self._options.rule.norm_type)
+                all_norms = norms.new_zeros(len(self.names))
+                all_norms[hook.own] = norms
+                caps = self._caps_from(lambda: all_norms).caps(device, None)
+            own = caps[hook.own] if caps.ndim else caps
+        known = StepCaps(self._caps.adds_eps, False, lambda *_: own, self._caps.update_)
+        norms, coefs, _ = hook.session.clip_((parameter,), known, self._options, learns=False)
+        current.found.append((hook.own, norms, coefs, own))
 
     @torch.no_grad()
     def _finish(self, whole: Pass) -> None:
@@ -312,27 +301,10 @@ class BackwardClipping:
                 )
         if whole.found:
             result = whole.result(self.names)
-            self._policy.update_(result.norms, result.coefs)
+            self._caps.update_(result.norms, result.coefs)
             self.last = result
             if self._on_clip is not None:
                 self._on_clip(result)
-
-    def _look_for_wrapper(self, current: Pass, hook: ParameterHook, references: int) -> None:
-        """Raises if gradients are averaged, as far as more references to the parameter than before tell."""
-        if references > hook.references and not current.was_searched:
-            if self._occasions.bit_count() <= 1:  # the first three, then ever fewer: a search takes long
-                self._refuse_averaging()
-            self._occasions += 1
-            current.was_searched = True
-        hook.references = references
-
-    def _known_parameters(self) -> Iterator[Tensor]:
-        """The parameters that can be reached from here, though none is kept."""
-        owner = self._owner()
-        if owner is not None:
-            yield from owner.parameters if isinstance(owner, ComponentClipper) else owner.parameters()
-        if self._steps is not None:
-            yield from self._steps.parameters()
 
     def _other_are_trained(self, hook: ParameterHook) -> str:
         then, now = ("frozen", "trained") if hook.was_frozen else ("trained", "frozen")
@@ -344,20 +316,6 @@ class BackwardClipping:
     def _refuse_averaging(self) -> None:
         if are_averaged(lambda tensor: any(hook in self._handles for hook in hooks_of(tensor))):
             raise RuntimeError(averaged_by("DistributedDataParallel"))
-
-
-class _Known(NamedTuple):
-    """Caps that are known already, of one parameter's components, as a ``CapPolicy``."""
-
-    value: Tensor
-    adds_eps: bool
-    needs_norms: bool = False
-
-    def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
-        return self.value
-
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """Done for all components together, at the end of the backward pass."""
 
 
 def _needs_norms(max_norm: object) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ..components.membership import Components, Slice
-from ..core.engine import Engine
+from ..core.session import ClipSession
 from ..distributed.shards import is_dtensor
 from .checks import AT_THE_STEP
 from .passes import Mark, Own, Pass
@@ -46,10 +46,8 @@ class ParameterHook:
     was_frozen: bool
     components: Components | None = None  # of this parameter alone; None if it isn't clipped but only stepped
     own: Own = ()  # where they are among all K
-    shared: str | None = (
-        None  # the component, if any, that a frozen parameter shares with others: not clipped in parts
-    )
-    engine: Engine | None = None  # made at the first gradient, since a frozen parameter may never have one
+    shared: str | None = None  # a component that it shares with others, if it was frozen
+    session: ClipSession | None = None  # made at the first gradient, since a frozen parameter may never have one
     last_pass: weakref.ref[Pass] | None = None
     clipped: Mark | None = None  # the gradient as it was clipped; None once it was freed
     references: int = 0  # to the parameter, when its last gradient came
@@ -64,7 +62,11 @@ class ParameterHook:
             or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
             or torch._C._current_graph_task_id() == -1
         ):
-            raise RuntimeError(_COMPILED)
+            raise RuntimeError(
+                "clip_in_backward: under compiled autograd the end of the backward pass isn't known, so nothing "
+                "would be learnt or reported. Switch it off (torch._dynamo.config.compiled_autograd = False; the "
+                f"model may stay compiled), or {AT_THE_STEP}"
+            )
         self.on_gradient(self, parameter)
 
     def check_complete(self, current: Pass, grad: Tensor) -> None:
@@ -83,13 +85,6 @@ class ParameterHook:
                 f"zero_grad() between backward passes, or {AT_THE_STEP}"
             )
         self.last_pass = weakref.ref(current)
-
-
-_COMPILED = (
-    "clip_in_backward: under compiled autograd the end of the backward pass isn't known, so nothing would be learnt "
-    "or reported. Switch it off (torch._dynamo.config.compiled_autograd = False; the model may stay compiled), or "
-    f"{AT_THE_STEP}"
-)
 
 
 def hooks_of(parameter: Tensor) -> list[ParameterHook]:
@@ -141,23 +136,20 @@ def hooks_for(
 
 
 def _takes_hooks(tensor: Tensor) -> bool:
-    """Whether it is trained, or a frozen parameter that can be trained later."""
-    if tensor.requires_grad:
-        return True
-    is_number = tensor.is_floating_point() or tensor.is_complex()
-    return is_number and not tensor.is_inference() and (type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor))
+    """Whether it is trained, or frozen and can be trained later."""
+    can_require_grad = (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_inference()
+    is_known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
+    return tensor.requires_grad or (can_require_grad and is_known)
 
 
 def register(parameter: Any, hook: ParameterHook) -> Any:
     """Puts a hook on a parameter, frozen or not. Returns torch's handle."""
-    frozen = not parameter.requires_grad
+    is_trained = parameter.requires_grad
     try:
-        if frozen:
-            parameter.requires_grad_(True)  # torch takes a hook only so; it stays when the parameter is frozen again
+        parameter.requires_grad_(True)  # torch takes a hook only so; it stays when the parameter is frozen again
         handle = parameter.register_post_accumulate_grad_hook(hook)
         # swap_tensors moves autograd's reference to the hooks, but not this dict of them; assigning it sets it anew.
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
     finally:
-        if frozen:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(is_trained)
     return handle

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core.formula import wide_dtype
 from ..result import ClipResult
-from ..thresholds.caps import CapPolicy
+from ..thresholds.base import StepCaps
 from .checks import AT_THE_STEP
 
 Own: TypeAlias = "slice | Sequence[int]"  # where the components of one parameter are among all K
@@ -80,7 +80,7 @@ class Pass:
         self.watched: list[tuple[str, Tensor, Mark | None]] = []  # clipped gradients that others may yet write to
         self.inner: list[Pass] = []
 
-    def caps_on(self, device: torch.device, policy: CapPolicy) -> Tensor:
+    def caps_on(self, device: torch.device, policy: StepCaps) -> Tensor:
         """The caps of this pass, [] or [K]: those at its first gradient."""
         if device not in self.caps:
             first = next(iter(self.caps.values()), None)
@@ -123,12 +123,11 @@ class Passes:
     Args:
         begin: called before the first gradient of a graph task.
         finish: called with the whole pass at its end.
+        lock: held while ``begin`` runs.
     """
 
-    def __init__(self, begin: Callable[[], None], finish: Callable[[Pass], None]) -> None:
-        self._begin = begin
-        self._finish = finish
-        self._lock = threading.Lock()  # gradients of several devices arrive on several threads
+    def __init__(self, begin: Callable[[], None], finish: Callable[[Pass], None], lock: threading.RLock) -> None:
+        self._begin, self._finish, self._lock = begin, finish, lock
         # Weak: a pass is kept by its callback, which autograd drops where the backward pass fails.
         self._open: WeakValueDictionary[int, Pass] = WeakValueDictionary()
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..arguments import type_name
-from ..attachment import clipping_too, inside_of, parameters_of, runs_hooks
+from ..core.optimizers import attached_clippers, inside_of, runs_hooks
+from ..core.parameter_clipper import parameters_of
 from .checks import AT_THE_STEP
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
@@ -99,7 +100,7 @@ def _checked(optimizer: object, wanted: str, tensors: Sequence[Tensor]) -> Optim
     inner = inside_of(optimizer)
     if inner and not runs_hooks(optimizer):
         raise TypeError(f"optimizer: a {kind} wraps one; pass the optimizer inside{inner}")
-    too = clipping_too(optimizer, tensors)
+    too = attached_clippers(optimizer, tensors)
     if too:
         raise ValueError(
             f"optimizer: a clipper that was attached to it (ComponentClipper.attach) clips {too[0][1]!r} as well; "

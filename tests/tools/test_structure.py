@@ -22,7 +22,7 @@ ORDER = [
     core/modes core/formula
     components/naming components/grouping components/patterns components/membership components/parameters
     components/spec
-    thresholds/base thresholds/caps thresholds/constant thresholds/adaptive thresholds/__init__
+    thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/scale
     backends/memory backends/native core/checks core/bucket core/loss_scale
@@ -30,8 +30,8 @@ ORDER = [
     core/plan core/run
     distributed/groups distributed/consistency distributed/reduction distributed/local distributed/reduction_plan
     distributed/set_up distributed/run
-    core/bound core/engine core/cache core/traced
-    attachment clipper
+    core/caps core/options core/session core/traced core/cache core/parameter_clipper core/optimizers
+    handle attachment clipper
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
     functional grad_scaler
