@@ -15,10 +15,11 @@ from .clipper import ComponentClipper
 from .components.spec import ComponentSpec
 from .functional import component_norms, fused_component_clip_
 from .grad_scaler import ComponentClipGradScaler
-from .in_backward.clipping import clip_in_backward
+from .in_backward.clipping import BackwardClipping, clip_in_backward
 from .result import ClipResult
 
 __all__ = [
+    "BackwardClipping",
     "ClipResult",
     "ComponentClipGradScaler",
     "ComponentClipper",

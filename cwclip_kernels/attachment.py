@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, SupportsIndex
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -22,10 +22,11 @@ from .core.optimizers import (
     runner_of_hooks,
 )
 from .core.parameter_clipper import ParameterClipper
+from .handle import Handle
 from .result import ClipResult
 
 
-class Attachment:
+class Attachment(Handle):
     """A clipper at work in an optimizer; made by ``ComponentClipper.attach``. As a context manager it ends itself.
 
     It can't be copied or pickled, so don't store it on a module, which couldn't either. The hooks of an optimizer
@@ -47,6 +48,7 @@ class Attachment:
         tensor([1.4142, 1.0000])
     """
 
+    _not_copied = "an Attachment of one optimizer can't be copied or pickled: attach a clipper to the other optimizer"
     clips_by_component = True  # by which it is recognised among an optimizer's hooks
 
     def __init__(
@@ -60,7 +62,7 @@ class Attachment:
         check_runs_hooks(optimizer)
         runner_of_hooks()
         self.clipper = clipper
-        self.last: ClipResult | None = None
+        self._max_norm = clipper.max_norm
         self._on_clip = on_clip
         self._parts = OptimizerParts(clipper)
         self._may_nest = may_step_within_step(optimizer)
@@ -79,30 +81,6 @@ class Attachment:
     def remove(self) -> None:
         """Ends clipping at this optimizer's steps."""
         self._hook.remove()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the clipper's caps have learnt: {"max_norm": ...}, or {} where they learn nothing."""
-        return self.clipper.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict()``.
-
-        Raises:
-            TypeError, ValueError: not a ``state_dict()`` of a clipper with such caps. Nothing is changed.
-        """
-        self.clipper.load_state_dict(state_dict)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError(
-            "an Attachment belongs to one optimizer and can't be copied or pickled: attach a clipper to the other "
-            "optimizer; state_dict() and load_state_dict() carry over what its caps have learnt"
-        )
 
     def _part_of(self, optimizer: Optimizer) -> OptimizerPart:
         part = self._parts.of(optimizer)

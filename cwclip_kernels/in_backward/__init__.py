@@ -1,4 +1,4 @@
-"""Clipping while the backward pass is still running: each parameter the moment its gradient is final."""
+"""Clipping while the backward pass still runs: each parameter as soon as its gradient is final."""
 
 from .clipping import BackwardClipping, clip_in_backward
 from .hooks import clipped_in_backward

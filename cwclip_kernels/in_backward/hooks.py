@@ -1,32 +1,23 @@
-"""What ``clip_in_backward`` leaves on a parameter: one hook that recognises what must not be clipped again."""
+"""What ``clip_in_backward`` leaves on each parameter: the hook that autograd calls when its gradient is final."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..components.membership import Components, Slice
 from ..core.session import ClipSession
 from ..distributed.shards import is_dtensor
-
-if TYPE_CHECKING:
-    from .passes import Pass
-
-
-Own: TypeAlias = "slice | list[int]"
-
-
-class Clips(Protocol):
-    """Whoever clips a parameter when its hook says that its gradient is there."""
-
-    def on_gradient(self, hook: ParameterHook, parameter: Tensor) -> None:
-        """Clips and perhaps steps ``parameter``."""
+from .checks import AT_THE_STEP
+from .passes import Mark, Own, Pass
 
 
 def clipped_in_backward(parameter: Tensor) -> bool:
@@ -43,56 +34,25 @@ def clipped_in_backward(parameter: Tensor) -> bool:
         >>> clipped_in_backward(weight)
         False
     """
-    return any(hook.clips for hook in hooks_of(parameter))
+    return any(hook.components is not None for hook in hooks_of(parameter))
 
 
-def hooks_of(parameter: Tensor) -> list[ParameterHook]:
-    """The hooks that ``clip_in_backward`` left on this parameter."""
-    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return [hook for hook in hooks.values() if isinstance(hook, ParameterHook)] if hooks else []
-
-
+@dataclass(eq=False)
 class ParameterHook:
-    """Called by autograd when a parameter's gradient is final. Holds no reference to the parameter.
+    """Called by autograd when a parameter's gradient is final. Holds no reference to the parameter."""
 
-    Args:
-        clipping: whose hook it is.
-        name: of the parameter.
-        components: this parameter's alone, None if it isn't clipped but only stepped.
-        own: where these are among all K.
-        whole: False if other parameters belong to the component, so that this one, frozen until now, can't be
-            clipped by itself.
-        was_frozen: whether the parameter is frozen now.
+    on_gradient: Callable[[ParameterHook, Tensor], None]
+    name: str
+    was_frozen: bool
+    components: Components | None = None  # of this parameter alone; None if it isn't clipped but only stepped
+    own: Own = ()  # where they are among all K
+    shared: str | None = None  # a component that it shares with others, if it was frozen
+    session: ClipSession | None = None  # made at the first gradient, since a frozen parameter may never have one
+    last_pass: weakref.ref[Pass] | None = None
+    clipped: Mark | None = None  # the gradient as it was clipped; None once it was freed
+    references: int = 0  # to the parameter, when its last gradient came
 
-    Attributes:
-        clipping: whose hook it is.
-        name: of the parameter.
-        own: where its components are among all K.
-        was_frozen: whether the parameter was frozen at set-up.
-    """
-
-    clips_by_component = True  # by which others recognise it that would clip as well
-
-    def __init__(
-        self,
-        clipping: Clips,
-        name: str,
-        components: Components | None,
-        own: Own,
-        *,
-        whole: bool = True,
-        was_frozen: bool = False,
-    ) -> None:
-        self.clipping = clipping
-        self.name = name
-        self.own = own
-        self.was_frozen = was_frozen
-        self._components = components
-        self._whole = whole
-        self._engine: ClipSession | None = None
-        self._clipped: _Mark | None = None
-        self._seen: weakref.ref[Pass] | None = None
-        self._references: int | None = None
+    clips_by_component: ClassVar[bool] = True  # how ComponentClipper.attach recognises it
 
     def __call__(self, parameter: Tensor) -> None:
         """What autograd calls."""
@@ -102,141 +62,94 @@ class ParameterHook:
             or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
             or torch._C._current_graph_task_id() == -1
         ):
-            raise RuntimeError(_COMPILED)
-        self.clipping.on_gradient(self, parameter)
-
-    @property
-    def clips(self) -> bool:
-        """Whether the parameter is clipped, and not only stepped."""
-        return self._components is not None
-
-    def engine(self, parameter: Tensor) -> ClipSession:
-        """What clips the parameter by itself; made when it is first needed, since a frozen parameter may never be."""
-        assert self._components is not None
-        if not self._whole:
             raise RuntimeError(
-                f"components: {self._components.names[0]!r} consists of several parameters, one of which, "
-                f"{self.name!r}, required no grad when clip_in_backward was set up; remove() the handle and set it "
-                "up again, with components='parameter'"
+                "clip_in_backward: under compiled autograd the end of the backward pass isn't known, so nothing "
+                "would be learnt or reported. Switch it off (torch._dynamo.config.compiled_autograd = False; the "
+                f"model may stay compiled), or {AT_THE_STEP}"
             )
-        if self._engine is None:
-            self._engine = ClipSession(self._components, (parameter,))
-        return self._engine
+        self.on_gradient(self, parameter)
 
-    def check(self, current: Pass, grad: Tensor) -> None:
-        """Raises where this gradient is only a part of what was to be clipped whole."""
-        before = None if self._seen is None else self._seen()
+    def check_complete(self, current: Pass, grad: Tensor) -> None:
+        """Raises where this gradient is only a part of what should be clipped, or has been clipped in part."""
+        before = None if self.last_pass is None else self.last_pass()
         if before is not None and not before.is_over:
             raise RuntimeError(
                 f"{self.name!r} got a second gradient in one backward pass, after the first had been clipped, as a "
                 "tied parameter does under reentrant checkpointing. Use checkpoint(..., use_reentrant=False), or "
-                "clip once at the step: ComponentClipper.attach(optimizer)"
+                f"{AT_THE_STEP}"
             )
-        if self._clipped is not None and self._clipped.was_written_once(grad):
+        if self.clipped is not None and self.clipped.writes(grad) == 1:  # two, if it was zeroed before
             raise RuntimeError(
                 f"the gradient of {self.name!r} was added to one that is clipped already: gradient accumulation "
-                "can't be clipped in the backward pass; or it was zeroed through .data, which can't be told from "
-                "that. Call zero_grad() between backward passes, or clip once at the step: "
-                "ComponentClipper.attach(optimizer)"
+                "can't be clipped in the backward pass; or it was zeroed through .data, which looks the same. Call "
+                f"zero_grad() between backward passes, or {AT_THE_STEP}"
             )
-        self._seen = weakref.ref(current)
-
-    def has_more_references(self, parameter: Tensor) -> bool:
-        """Whether somebody has got hold of the parameter since the last time, as a wrapper would; False at first."""
-        before, self._references = self._references, sys.getrefcount(parameter)
-        return before is not None and self._references > before
-
-    def remember(self, grad: Tensor | None) -> None:
-        """Keeps in mind the gradient as it was clipped; None where it has been freed."""
-        self._clipped = None if grad is None else _Mark(grad)
+        self.last_pass = weakref.ref(current)
 
 
-_COMPILED = (
-    "clip_in_backward: under compiled autograd the end of the backward pass never comes, so that nothing would be "
-    "learnt or reported. Switch it off (torch._dynamo.config.compiled_autograd = False; the model may stay compiled) "
-    "or clip at the step: ComponentClipper.attach(optimizer)"
-)
+def hooks_of(parameter: Tensor) -> list[ParameterHook]:
+    """The hooks that ``clip_in_backward`` left on this parameter."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return [hook for hook in hooks.values() if isinstance(hook, ParameterHook)] if hooks else []
 
 
-_weak: Any = StorageWeakRef
+def hooks_for(
+    components: Components, tensors: Sequence[Tensor], on_gradient: Callable[[ParameterHook, Tensor], None]
+) -> Iterator[tuple[Tensor, ParameterHook]]:
+    """Each parameter that may ever have a gradient, with a hook for it.
 
-
-class _Mark:
-    """A gradient as it was clipped: recognised without keeping it.
-
-    And without a weak reference to the tensor, which would forbid ``torch.utils.swap_tensors`` and with it moving
-    some models.
+    Raises:
+        ValueError: several trained parameters belong to one component.
     """
-
-    def __init__(self, grad: Tensor) -> None:
-        self._identity = id(grad)
-        # While this is kept no other storage gets its address. A sparse gradient has no storage; but there a new one
-        # begins with version 0, and can't be taken for the old one.
-        self._storage: Any = None if grad.is_sparse else _weak(grad.untyped_storage())
-        self._version = grad._version
-
-    def was_written_once(self, grad: Tensor) -> bool:
-        """Added to since then; zeroing it, too, would have made two."""
-        return self._is_of(grad) and grad._version == self._version + 1
-
-    def _is_of(self, grad: Tensor) -> bool:
-        if id(grad) != self._identity or grad.is_sparse != (self._storage is None):
-            return False
-        return self._storage is None or self._storage.cdata == grad.untyped_storage()._cdata
-
-
-def parameter_hook(
-    clipping: Clips,
-    components: Components,
-    position: int,
-    members: list[tuple[int, Slice]],
-    *,
-    whole: bool,
-    was_frozen: bool,
-) -> ParameterHook:
-    """The hook of the parameter at this position.
-
-    Args:
-        clipping: whose hook it is.
-        components: all K.
-        position: of the parameter.
-        members: component and place of its slices; empty if it isn't clipped.
-        whole: as for ``ParameterHook``.
-        was_frozen: likewise.
-    """
-    name = components.tensor_names[position]
-    if not members:
-        return ParameterHook(clipping, name, None, [])
-    own = sorted({component for component, _ in members})
-    place = {component: i for i, component in enumerate(own)}
-    alone = tuple((0, place[component], box) for component, box in members)
-    mine = Components(tuple(components.names[i] for i in own), (name,), alone)
-    is_run = own[-1] - own[0] + 1 == len(own)
-    return ParameterHook(
-        clipping, name, mine, slice(own[0], own[-1] + 1) if is_run else own, whole=whole, was_frozen=was_frozen
-    )
+    members: dict[int, list[tuple[int, Slice]]] = defaultdict(list)
+    sharers: dict[int, dict[int, None]] = defaultdict(dict)  # ordered
+    for position, component, place in components.members:
+        members[position].append((component, place))
+        sharers[component][position] = None
+    names = components.tensor_names
+    for component, positions in sharers.items():
+        trained = [names[i] for i in positions if tensors[i].requires_grad]
+        if len(trained) > 1:
+            raise ValueError(
+                f"components: {components.names[component]!r} consists of several parameters ({trained[0]!r}, "
+                f"{trained[1]!r}, ...), whose gradients are not final together; use components='parameter' or "
+                f"slices of parameters, or {AT_THE_STEP}"
+            )
+    problems = dict(components.problems)
+    for position, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+        if not _takes_hooks(tensor):
+            continue
+        hook = ParameterHook(on_gradient, name, not tensor.requires_grad)
+        own = sorted({component for component, _ in members[position]})
+        if own:
+            number = {component: i for i, component in enumerate(own)}
+            hook.components = Components(
+                tuple(components.names[component] for component in own),
+                (name,),
+                tuple((0, number[component], place) for component, place in members[position]),
+                ((0, problems[position]),) if position in problems else (),
+            )
+            hook.own = slice(own[0], own[-1] + 1) if own[-1] - own[0] + 1 == len(own) else own
+            if hook.was_frozen:
+                hook.shared = next((components.names[c] for c in own if len(sharers[c]) > 1), None)
+        yield tensor, hook
 
 
-def can_be_watched(tensor: Tensor) -> bool:
-    """Whether a hook can be put on it: a frozen parameter, too, if it may ever be trained."""
-    if tensor.requires_grad:
-        return True
-    is_number = tensor.is_floating_point() or tensor.is_complex()
-    return is_number and not tensor.is_inference() and (type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor))
+def _takes_hooks(tensor: Tensor) -> bool:
+    """Whether it is trained, or frozen and can be trained later."""
+    can_require_grad = (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_inference()
+    is_known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
+    return tensor.requires_grad or (can_require_grad and is_known)
 
 
-def watch(tensor: Tensor, hook: ParameterHook) -> Any:
-    """Puts a hook on a parameter, frozen ones included: they may be trained later. Returns torch's handle."""
-    frozen = not tensor.requires_grad
-    parameter: Any = tensor
+def register(parameter: Any, hook: ParameterHook) -> Any:
+    """Puts a hook on a parameter, frozen or not. Returns torch's handle."""
+    is_trained = parameter.requires_grad
     try:
-        if frozen:
-            parameter.requires_grad_(True)  # torch takes a hook only so; it stays when that is taken back
+        parameter.requires_grad_(True)  # torch takes a hook only so; it stays when the parameter is frozen again
         handle = parameter.register_post_accumulate_grad_hook(hook)
-        # swap_tensors moves what autograd knows of the hooks and leaves the list of them, which autograd then
-        # doesn't look at any more; assigning it tells autograd again.
+        # swap_tensors moves autograd's reference to the hooks, but not this dict of them; assigning it sets it anew.
         parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
     finally:
-        if frozen:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(is_trained)
     return handle

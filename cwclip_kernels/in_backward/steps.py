@@ -1,258 +1,162 @@
-"""Stepping one parameter at a time, as soon as its gradient is clipped."""
+"""Stepping one parameter at a time, right after its gradient is clipped."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import FunctionType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from ..arguments import type_name
-from ..components.parameters import NamedTensors
 from ..core.optimizers import attached_clippers, inside_of, parameters_of, runs_hooks
+from .checks import AT_THE_STEP
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
 
-_AT_THE_STEP = "clip at the step instead (ComponentClipper.attach(optimizer))"
 _ONE_EACH = "give each parameter an optimizer of its own: optimizer={p: Optimizer([p], ...) for p in parameters}"
 
-# What a subclass may define without changing what a step of one parameter does.
-_HARMLESS = {
-    *("__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__annotate_func__", "__parameters__"),
-    *("__repr__", "__slots__", "__dict__", "__weakref__", "__static_attributes__", "__firstlineno__", "__hash__"),
-    *("__getstate__", "__setstate__", "state_dict", "load_state_dict", "zero_grad", "add_param_group"),
-}
+# What a subclass may override beside dunder methods, without changing what a step of one parameter does.
+_HARMLESS = {"state_dict", "load_state_dict", "zero_grad", "add_param_group"}
 
 
-class Steps(Protocol):
-    """Steps parameters one by one."""
-
-    def begin(self) -> None:
-        """Called before a backward pass's first gradient; raises if the optimizer isn't any more what it was."""
-
-    def step_of(self, parameter: Tensor) -> Callable[[], None] | None:
-        """What steps this parameter; None if it isn't the optimizer's."""
-
-    def parameters(self) -> Iterable[Tensor]:
-        """All that it steps."""
-
-
-def steps_of(optimizer: object, named: NamedTensors) -> Steps:
-    """Steps by this optimizer, or by one for each parameter.
+class Steps:
+    """Steps single parameters: each with its own optimizer, or all with a shared one that sees one at a time.
 
     Raises:
-        TypeError, ValueError: one that can't be right when it steps one parameter after the other.
+        TypeError, ValueError: an optimizer for which that isn't the same as one step of all parameters.
     """
-    if isinstance(optimizer, Optimizer):
-        _check_not_wrapper(optimizer, "")
-        _check_not_attached(optimizer, named)
-        return _GroupSteps(optimizer, named)
-    if isinstance(optimizer, Mapping):
-        return _OwnSteps(optimizer, named)
-    raise TypeError(
-        "optimizer: expected a torch.optim.Optimizer, a mapping of parameters to optimizers, or None, not "
-        f"{type_name(optimizer)}{inside_of(optimizer)}"
-    )
 
-
-class _GroupSteps:
-    """One optimizer for many parameters: for each step it is left one group of one parameter."""
-
-    def __init__(self, optimizer: Optimizer, named: NamedTensors) -> None:
-        _check_no_closure(optimizer)
-        _check_steps_one_by_one(optimizer)
-        self._optimizer = optimizer
-        self._outline: list[tuple[int, int, int]] = []
-        self._places: dict[int, tuple[dict[str, Any], int]] = {}
-        self.begin()
-        if not any(id(tensor) in self._places for tensor in named.tensors):
-            raise ValueError("optimizer: owns none of the parameters")
-
-    def begin(self) -> None:
-        _check_own_step(self._optimizer)
-        groups = self._optimizer.param_groups
-        # Groups are added by add_param_group, and replaced by load_state_dict.
-        outline = [(id(group), id(group["params"]), len(group["params"])) for group in groups]
-        if outline != self._outline:
-            self._look_up()
-            self._outline = outline
-
-    def parameters(self) -> Iterable[Tensor]:
-        return parameters_of(self._optimizer)
-
-    def _look_up(self) -> None:
-        groups = self._optimizer.param_groups
-        self._places = {id(p): (group, i) for group in groups for i, p in enumerate(group["params"])}
-
-    def step_of(self, parameter: Tensor) -> Callable[[], None] | None:
-        place = self._places.get(id(parameter))
-        if place is not None and not _is_at(place, parameter):  # a list was changed in place
-            self._look_up()
-            place = self._places.get(id(parameter))
-        return None if place is None else partial(self._step, place[0], parameter)
-
-    def _step(self, group: dict[str, Any], parameter: Tensor) -> None:
-        optimizer = self._optimizer
-        # A copy, of the group as it is now: torch's optimizers write nothing to their groups in a step.
-        kept, optimizer.param_groups = optimizer.param_groups, [{**group, "params": [parameter]}]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = kept
-
-
-def _is_at(place: tuple[dict[str, Any], int], parameter: Tensor) -> bool:
-    group, i = place
-    return i < len(group["params"]) and group["params"][i] is parameter
-
-
-class _OwnSteps:
-    """An optimizer for each parameter, of any class: what it counts, it counts for that parameter."""
-
-    def __init__(self, optimizers: Mapping[Any, Any], named: NamedTensors) -> None:
-        names = dict(zip(map(id, named.tensors), named.names, strict=True))
-        self._optimizers: dict[int, tuple[str, Optimizer]] = {}
-        for parameter, optimizer in optimizers.items():
+    def __init__(self, optimizer: object, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        self._shared: Optimizer | None = None
+        self._groups: dict[int, dict[str, Any]] = {}  # of the shared optimizer, by id of the parameter
+        self._own: dict[int, tuple[str, Optimizer]] = {}
+        if not isinstance(optimizer, Mapping):
+            self._shared = _checked(optimizer, ", a mapping of parameters to optimizers, or None", tensors)
+            _check_class(type(self._shared))
+            self.begin()
+            if not any(id(tensor) in self._groups for tensor in tensors):
+                raise ValueError("optimizer: owns none of the parameters")
+            return
+        name_of = dict(zip(map(id, tensors), names, strict=True))
+        for parameter, own in optimizer.items():
             if not isinstance(parameter, Tensor):
                 raise TypeError(f"optimizer: the keys of a mapping are parameters, not {type_name(parameter)}")
-            name = names.get(id(parameter))
-            if name is None:
-                raise ValueError(
-                    f"optimizer: a key of shape {list(parameter.shape)} is none of the parameters, and would never "
-                    "be stepped"
-                )
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(
-                    f"optimizer: expected a torch.optim.Optimizer for {name!r}, not {type_name(optimizer)}"
-                )
-            _check_not_wrapper(optimizer, f" for {name!r}")
-            _check_not_attached(optimizer, named)
-            _check_no_closure(optimizer)
-            if not _owns_exactly(optimizer, parameter):
+            if id(parameter) not in name_of:
+                raise ValueError(f"optimizer: a key of shape {list(parameter.shape)} is none of the parameters")
+            name = name_of[id(parameter)]
+            self._own[id(parameter)] = name, _checked(own, f" for {name!r}", tensors)
+            if list(map(id, parameters_of(own))) != [id(parameter)]:
                 raise ValueError(
                     f"optimizer: the one for {name!r} must own that parameter and no other: Optimizer([p], ...)"
                 )
-            self._optimizers[id(parameter)] = name, optimizer
-        if not self._optimizers:
+        if not self._own:
             raise ValueError("optimizer: a mapping of no parameter")
 
     def begin(self) -> None:
-        pass
+        """Called before a pass's first gradient: reads the groups as they are now.
 
-    def parameters(self) -> Iterable[Tensor]:
-        return [p for _, optimizer in self._optimizers.values() for p in parameters_of(optimizer)]
+        Raises:
+            ValueError: a shared optimizer's step has been replaced, or has got hooks.
+        """
+        if self._shared is not None:
+            _check_step_is_own(self._shared)
+            self._groups = {id(p): group for group in self._shared.param_groups for p in group["params"]}
 
-    def step_of(self, parameter: Tensor) -> Callable[[], None] | None:
-        found = self._optimizers.get(id(parameter))
-        if found is None:
-            return None
-        name, optimizer = found
-        if not _owns_exactly(optimizer, parameter):
-            raise RuntimeError(f"optimizer: the one for {name!r} doesn't own that parameter alone any more")
-        return partial(_step, optimizer)
+    def parameters(self) -> list[Tensor]:
+        """All that are stepped."""
+        optimizers = [own for _, own in self._own.values()] if self._shared is None else [self._shared]
+        return [p for optimizer in optimizers for p in parameters_of(optimizer)]
 
+    def step_of(self, parameter: Tensor) -> Callable[[], object] | None:
+        """What steps this parameter; None if no optimizer owns it."""
+        if id(parameter) in self._own:
+            name, optimizer = self._own[id(parameter)]
+            if list(map(id, parameters_of(optimizer))) != [id(parameter)]:
+                raise RuntimeError(f"optimizer: the one for {name!r} doesn't own that parameter alone any more")
+            return optimizer.step
+        group = self._groups.get(id(parameter))
+        return None if group is None else partial(self._step, group, parameter)
 
-def _step(optimizer: Optimizer) -> None:
-    optimizer.step()
-
-
-def _owns_exactly(optimizer: Optimizer, parameter: Tensor) -> bool:
-    groups = optimizer.param_groups
-    return len(groups) == 1 and len(groups[0]["params"]) == 1 and groups[0]["params"][0] is parameter
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Which optimizers treat each parameter by itself
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _check_not_wrapper(optimizer: Optimizer, whose: str) -> None:
-    inner = "" if runs_hooks(optimizer) else inside_of(optimizer)
-    if inner:
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer{whose}, not a {type_name(optimizer)}, which wraps one; "
-            f"pass the optimizer inside{inner}"
-        )
+    def _step(self, group: dict[str, Any], parameter: Tensor) -> None:
+        optimizer = self._shared
+        assert optimizer is not None
+        # The group is copied each time, with its present options: torch's optimizers write nothing to it in a step.
+        groups, optimizer.param_groups = optimizer.param_groups, [{**group, "params": [parameter]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
 
 
-def _check_not_attached(optimizer: Optimizer, named: NamedTensors) -> None:
-    too = attached_clippers(optimizer, named.tensors)
+def _checked(optimizer: object, wanted: str, tensors: Sequence[Tensor]) -> Optimizer:
+    """An optimizer that wraps no other, doesn't clip the same parameters, and whose step needs no argument."""
+    kind = type_name(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer{wanted}, not {kind}{inside_of(optimizer)}")
+    inner = inside_of(optimizer)
+    if inner and not runs_hooks(optimizer):
+        raise TypeError(f"optimizer: a {kind} wraps one; pass the optimizer inside{inner}")
+    too = attached_clippers(optimizer, tensors)
     if too:
         raise ValueError(
             f"optimizer: a clipper that was attached to it (ComponentClipper.attach) clips {too[0][1]!r} as well; "
             "remove() that one's handle, or don't call clip_in_backward"
         )
-
-
-def _check_no_closure(optimizer: Optimizer) -> None:
-    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
-    if isinstance(optimizer, LBFGS) or needed:
-        wants = "all gradients at once" if isinstance(optimizer, LBFGS) else f"{needed[0]!r} at its step"
-        raise ValueError(f"optimizer: {type_name(optimizer)} needs {wants}; {_AT_THE_STEP}")
-
-
-def _check_steps_one_by_one(optimizer: Optimizer) -> None:
-    """torch.optim's own keep all that they count with the parameter; of others nobody knows."""
-    kind = type(optimizer)
-    changed = next((f"{owner.__module__}.{owner.__qualname__}.{name}" for owner, name in _overrides(kind)), None)
-    if changed is None and not _is_torchs(kind.step):
-        changed = f"{kind.__module__}.{kind.__qualname__}.step"
-    if changed is not None:
+    needed = [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind not in variadic]
+    if needed:
         raise ValueError(
-            f"optimizer: {changed} is not torch.optim's own. Called once for each parameter, it may count a step "
-            "each time (what an optimizer keeps in its groups) or miss the other parameters (statistics over several "
-            f"of them). Either {_ONE_EACH}; or {_AT_THE_STEP}"
+            f"optimizer: {kind} needs {needed[0]!r} at its step, which takes all parameters at once; {AT_THE_STEP}"
         )
+    return optimizer
 
 
-def _overrides(kind: type) -> list[tuple[type, str]]:
-    """What classes that aren't torch's change of those that are."""
-    lineage = kind.__mro__
-    torchs = [c for c in lineage if c is not object and c.__module__.split(".")[:2] == ["torch", "optim"]]
-    others = [c for c in lineage if c is not object and c not in torchs and c.__module__ != "typing"]
-    touched = {name for base in torchs for name in vars(base)} - _HARMLESS | {"param_groups", "state"}
-    # torch itself puts its step on a subclass, with a decorator around it.
-    return [
-        (c, name)
-        for c in others
-        for name, value in vars(c).items()
-        if name in touched and not (name == "step" and _is_torchs(value))
+def _check_class(kind: type[Optimizer]) -> None:
+    """Raises unless a step is torch.optim's own, which keeps all its state with the parameter."""
+    bases = [base for base in kind.__mro__ if base.__module__.split(".")[:2] == ["torch", "optim"]]
+    names = {name for base in bases for name in vars(base) if not name.startswith("__")} - _HARMLESS
+    names |= {"param_groups", "state"}
+    changed = [
+        f"{other.__module__}.{other.__qualname__}.{name}"
+        for other in kind.__mro__
+        if other not in bases
+        for name, value in vars(other).items()
+        # torch itself puts its step, decorated, on a subclass.
+        if name in names and not (name == "step" and _is_torchs(value))
     ]
+    if not changed and not _is_torchs(kind.step):
+        changed = [f"{kind.__module__}.{kind.__qualname__}.step"]
+    if changed:
+        raise ValueError(
+            f"optimizer: {changed[0]} is not torch.optim's own. Called once for each parameter, it may count each "
+            "call as a step, in param_groups for example, or need statistics over several parameters. Either "
+            f"{_ONE_EACH}; or {AT_THE_STEP}"
+        )
 
 
 def _is_torchs(step: Any) -> bool:
-    """Whether a step is defined in torch.optim, with nothing but torch's own decorators around it."""
-    while True:
-        step = getattr(step, "__func__", step)
-        if not isinstance(step, FunctionType):
-            return False
-        # Not __module__, which functools.wraps copies.
-        module = step.__globals__.get("__name__", "")
-        inner = getattr(step, "__wrapped__", None)
-        if inner is None:
-            return bool(module.startswith("torch.optim."))
-        if not module.startswith("torch."):
-            return False
-        step = inner
+    """Whether torch.optim defines this step, with no decorators around it but torch's own."""
+    step = getattr(step, "__func__", step)
+    # Not step.__module__, which functools.wraps copies.
+    module: str = getattr(step, "__globals__", {}).get("__name__", "")
+    if not hasattr(step, "__wrapped__"):
+        return module.startswith("torch.optim.")
+    return module.startswith("torch.") and _is_torchs(step.__wrapped__)
 
 
-def _check_own_step(optimizer: Optimizer) -> None:
-    """Raises where something happens at each step that is meant to happen once for all parameters."""
-    own = vars(optimizer).get("step")  # a learning rate schedule puts one there, which is torch's
-    if own is not None and not _is_torchs(own):
+def _check_step_is_own(optimizer: Optimizer) -> None:
+    """Raises where each step does something that is meant to happen once for all parameters."""
+    step = vars(optimizer).get("step")  # put there by a learning rate scheduler, for one
+    if step is not None and not _is_torchs(step):
         raise ValueError(
-            f"optimizer: its step was replaced, by something that would be called once for each parameter. Either "
-            f"{_ONE_EACH}; or {_AT_THE_STEP}"
+            "optimizer: its step was replaced, by something that would be called once for each parameter. Either "
+            f"{_ONE_EACH}; or {AT_THE_STEP}"
         )
-    if getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(
-        optimizer, "_optimizer_step_post_hooks", None
-    ):
+    if any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")):
         raise ValueError(
             "optimizer: has hooks on its step (register_step_pre_hook, register_step_post_hook; "
             "ComponentClipper.attach is one), which would be called once for each parameter. Remove them, or "

@@ -210,7 +210,7 @@ class TestInBackward:
                 TypeError,
                 "optimizer: expected .*a mapping of parameters to optimizers, or None, not str",
             ),
-            ({"optimizer": torch.optim.LBFGS(model.parameters())}, ValueError, "LBFGS needs all gradients"),
+            ({"optimizer": torch.optim.LBFGS(model.parameters())}, ValueError, "LBFGS needs 'closure' at its step"),
             ({"max_norm": -1.0}, ValueError, "max_norm"),
             ({"backend": "gpu"}, ValueError, "backend"),
         ):

@@ -97,8 +97,8 @@ def test_looking_for_it_is_rare():
     from cwclip_kernels.in_backward import clipping as in_backward
 
     looks = []
-    original = in_backward.averaging
-    in_backward.averaging = lambda is_ours: looks.append(1) or original(is_ours)
+    original = in_backward.are_averaged
+    in_backward.are_averaged = lambda is_ours: looks.append(1) or original(is_ours)
     try:
         model = made()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -107,7 +107,7 @@ def test_looking_for_it_is_rare():
             loss_of(model).backward()
         handle.remove()
     finally:
-        in_backward.averaging = original
+        in_backward.are_averaged = original
     assert len(looks) <= 2
 
 
@@ -239,8 +239,8 @@ def test_looking_for_it_grows_rare_where_references_grow():
     from cwclip_kernels.in_backward import clipping as in_backward
 
     looks, bag = [], []
-    original = in_backward.averaging
-    in_backward.averaging = lambda is_ours: looks.append(1) or original(is_ours)
+    original = in_backward.are_averaged
+    in_backward.are_averaged = lambda is_ours: looks.append(1) or original(is_ours)
     try:
         model = made()
         handle = clip_in_backward(model, CAP)
@@ -250,5 +250,5 @@ def test_looking_for_it_grows_rare_where_references_grow():
             bag.append(list(model.parameters()))
         handle.remove()
     finally:
-        in_backward.averaging = original
+        in_backward.are_averaged = original
     assert 3 < len(looks) <= 8

@@ -32,9 +32,9 @@ ORDER = [
     distributed/groups distributed/reduction distributed/local distributed/consistency distributed/reduction_plan
     distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/parameter_clipper core/optimizers
-    in_backward/hooks
-    attachment clipper
-    in_backward/checks in_backward/passes in_backward/steps in_backward/clipping in_backward/__init__
+    handle attachment clipper
+    in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
+    in_backward/__init__
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_optimizers integrations/_learning integrations/_fsdp1 integrations/_already
