@@ -1,21 +1,24 @@
-"""Accelerate's call, by component."""
+"""A replacement for ``Accelerator.clip_grad_norm_`` that clips by component."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..components.parameters import Parameters, as_items, named_tensors
-from ..components.spec import Grouping
-from ..core.cache import engine_for
-from ..core.engine import check_options, settings_in_words
+from ..core.options import ClipOptions
 from ..thresholds.caps import MaxNorm
-from ._already import refuse_double_clipping
-from ._fsdp1 import group_of, without_whole_frozen
-from ._learning import learning_unless_skipped
-from ._optimizers import owning
+from ._common import (
+    ClipCall,
+    checked,
+    group_of,
+    learning_unless_skipped,
+    owning,
+    refuse_double_clipping,
+    without_whole_frozen,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,39 +33,35 @@ def clip_grad_norm_(
     norm_type: float = 2,
     *,
     error_if_nonfinite: bool = False,
-    components: Grouping = None,
-    nonfinite: str = "propagate",
     process_group: ProcessGroup | DeviceMesh | None = None,
-    backend: str | None = None,
+    **options: Unpack[ClipOptions],
 ) -> Tensor:
     """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
 
-    In place of ``accelerator.clip_grad_norm_(parameters, max_norm)``, where that is: after ``accelerator.backward``,
+    Call it where ``accelerator.clip_grad_norm_(parameters, max_norm)`` would be: after ``accelerator.backward``,
     under ``if accelerator.sync_gradients:``, before the optimizer's step. Gradients of a scaled loss are unscaled
-    first, as there. It serves one process, ``DistributedDataParallel``, FSDP 1 and 2 and tensor parallelism.
+    first, as there. It supports one process, ``DistributedDataParallel``, FSDP 1 and 2 and tensor parallelism.
 
     Args:
         accelerator: what prepared model and optimizer.
-        parameters: as for ``fused_component_clip_``. Pass the prepared model itself, or its ``named_parameters()``,
-            where ``components`` needs names.
+        parameters: as for ``fused_component_clip_``. Where ``components`` needs names pass the prepared model itself,
+            or its ``named_parameters()``.
         max_norm: the cap of each component, not of all together.
         norm_type: order of the norms, and of the total.
         error_if_nonfinite: as for ``fused_component_clip_``.
-        components: likewise.
-        nonfinite: likewise.
-        process_group: likewise. That of a model prepared with FSDP 1 is found without it.
-        backend: likewise.
+        process_group: as for ``fused_component_clip_``; found without it for a model prepared with FSDP 1.
+        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``fused_component_clip_``.
 
     Returns:
         [] norm of all components before clipping, the same on all ranks: float32 (float64 if any gradient is), on the
-        gradients' device; no host sync, unless a threshold has to know whether a loss scaler will skip the step. What
-        a callable of ``components`` leaves alone doesn't count.
+        gradients' device; no host sync, unless a threshold has to know whether a loss scaler will skip the step.
+        Parameters that a callable in ``components`` leaves alone don't count.
 
     Raises:
         TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
             several, or some that are sharded beside some that aren't. No gradient is clipped.
-        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; they belong to
-            DeepSpeed, Megatron-LM or XLA; or a clipper is attached to the optimizer. No gradient is clipped.
+        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; DeepSpeed, Megatron-LM
+            or XLA clip them; or a clipper is attached to the optimizer. No gradient is clipped.
 
     Example:
         >>> import torch
@@ -80,7 +79,7 @@ def clip_grad_norm_(
     References:
         https://huggingface.co/docs/accelerate, ``Accelerator.clip_grad_norm_``.
     """
-    options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
+    scalars = checked(norm_type, error_if_nonfinite, options)
     check_gradients_are_here(accelerator)
     if not accelerator.sync_gradients:
         raise RuntimeError(
@@ -91,19 +90,19 @@ def clip_grad_norm_(
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
         parameters, _ = without_whole_frozen(parameters)
-        process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
-    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
-    policy = engine.policy(max_norm, tensors, options.rule)
+        process_group = group_of(named_tensors(parameters), accelerator._models)
+    call = ClipCall(parameters, max_norm, scalars, options.get("components"), process_group)
+    call.check()
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
-    refuse_double_clipping(optimizers, scaler, tensors, "clip_grad_norm_")
+    refuse_double_clipping(optimizers, scaler, call.tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()
-    with learning_unless_skipped(max_norm, scaler, owning(optimizers, tensors)):
-        norms = engine.clip_(tensors, policy, options)[0]
-    return engine.total(norms, options.rule.norm_type)
+    with learning_unless_skipped(max_norm, scaler, owning(optimizers, call.tensors)):
+        norms = call.clip_()
+    return call.total_norm(norms)
 
 
 def check_gradients_are_here(accelerator: Any) -> None:
-    """Raises RuntimeError, with what to do instead, where gradients are clipped before anyone else can get at them.
+    """Raises RuntimeError, with the setting to use instead, if gradients are clipped out of this package's reach.
 
     Args:
         accelerator: an ``Accelerator``, or its ``state``.
@@ -117,10 +116,10 @@ def check_gradients_are_here(accelerator: Any) -> None:
 
 
 _ELSEWHERE = {
-    "DEEPSPEED": "DeepSpeed keeps its gradients to itself and clips them in its own step, all by one norm. Clip by "
-    "component under FSDP 2, or leave it to DeepSpeed's gradient_clipping (DeepSpeedPlugin(gradient_clipping=...), "
-    "or max_grad_norm of transformers' TrainingArguments)",
+    "DEEPSPEED": "DeepSpeed clips its gradients in its own step, all by one norm, and gives nobody else access. Clip "
+    "by component under FSDP 2, or leave it to DeepSpeed's gradient_clipping "
+    "(DeepSpeedPlugin(gradient_clipping=...), or max_grad_norm of transformers' TrainingArguments)",
     "MEGATRON_LM": "Megatron-LM clips in its own step, all by one norm: set its gradient_clipping "
     "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
-    "XLA": "XLA's gradients are added up over devices in Accelerate's own clip_grad_norm_ alone; use that",
+    "XLA": "XLA's gradients are summed over devices only in Accelerate's own clip_grad_norm_; use that",
 }

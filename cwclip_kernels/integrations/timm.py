@@ -1,27 +1,23 @@
-"""timm's call, by component.
+"""A replacement for ``timm.utils.dispatch_clip_grad`` whose mode "norm" clips by component.
 
-In ``train.py``, this import in place of ``utils.dispatch_clip_grad``; or, with timm left as it is, before training:
-
-    from cwclip_kernels.integrations.timm import dispatch_clip_grad
-    from timm import utils
-    utils.dispatch_clip_grad = utils.cuda.dispatch_clip_grad = dispatch_clip_grad
-
-``utils.cuda`` has timm's loss scalers, which unscale first.
+``apply()`` before training makes timm use it, in ``train.py`` and in its loss scalers, which unscale first.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from weakref import WeakKeyDictionary
 
 import torch
+from typing_extensions import Unpack
 
 from ..components.parameters import Parameters
-from ..components.spec import ComponentSpec, Grouping
-from ..core.cache import engine_for
-from ..core.engine import Engine, check_options, settings_in_words
+from ..components.spec import ComponentSpec
+from ..core.options import ClipOptions
 from ..thresholds import ParamRelative
 from ..thresholds.caps import MaxNorm
+from ._common import ClipCall, checked
+from ._patch import Patch
 
 MODES = ("norm", "value", "agc")
 
@@ -31,15 +27,9 @@ def dispatch_clip_grad(
     value: MaxNorm,
     mode: str = "norm",
     norm_type: float = 2.0,
-    *,
-    components: Grouping = None,
-    nonfinite: str = "propagate",
-    backend: str | None = None,
+    **options: Unpack[ClipOptions],
 ) -> None:
     """Clips gradients in place, as timm's ``--clip-grad`` and ``--clip-mode`` say: "norm" by component.
-
-    The arguments up to ``norm_type`` are those of ``timm.utils.dispatch_clip_grad``; give it others with
-    ``functools.partial``.
 
     Args:
         parameters: as for ``fused_component_clip_``. timm passes them without names.
@@ -48,9 +38,9 @@ def dispatch_clip_grad(
         mode: "norm"; "value", which is torch's ``clip_grad_value_``; or "agc", adaptive gradient clipping by output
             unit, timm's rule in one pass over the gradients.
         norm_type: order of the norms.
-        components: what is clipped together under "norm"; each parameter by itself if None. "all" is timm's own rule.
-        nonfinite: as for ``fused_component_clip_``; not under "value".
-        backend: likewise.
+        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``fused_component_clip_``.
+            ``components="all"`` is timm's own rule. "agc" has components of its own and no ``eps``; "value" uses
+            none of these options.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fused_component_clip_``; nothing is changed.
@@ -70,23 +60,39 @@ def dispatch_clip_grad(
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, not {mode!r}")
-    if mode == "value":
-        torch.nn.utils.clip_grad_value_(parameters, value)  # type: ignore[arg-type]
+    if mode != "agc":
+        scalars = checked(norm_type, False, options)
+        if mode == "value":
+            torch.nn.utils.clip_grad_value_(parameters, value)  # type: ignore[arg-type]
+        else:
+            ClipCall(parameters, value, scalars, options.get("components")).clip_()
         return
-    # timm's AGC adds nothing to a norm: small gradients would be clipped to less than their cap.
-    options = check_options(norm_type, False, 0.0 if mode == "agc" else 1e-6, nonfinite, backend)
-    if mode == "agc":
-        if components is not None:
-            raise ValueError("components: 'agc' has its own, output units; leave it out")
-        tensors, engine = engine_for(parameters, _UNITS, settings=partial(settings_in_words, options))
-        known = _factors.get(engine)
-        if known is None or known[0] != value:
-            known = _factors[engine] = value, ParamRelative(value)  # type: ignore[arg-type]
-        value = known[1]
-    else:
-        tensors, engine = engine_for(parameters, components, settings=partial(settings_in_words, options, value))
-    engine.clip_(tensors, engine.policy(value, tensors, options.rule), options)
+    for name, why in (("components", "has its own, output units"), ("eps", "adds nothing to a norm, as timm's")):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: 'agc' {why}; leave it out")
+    # With an eps small gradients would be clipped to less than their cap.
+    call = ClipCall(parameters, math.inf, checked(norm_type, False, {**options, "eps": 0.0}), _UNITS)
+    known = _factors.get(call.engine)
+    if known is None or known[0] != value:
+        known = _factors[call.engine] = value, ParamRelative(value)  # type: ignore[arg-type]
+    call.max_norm = known[1]
+    call.clip_()
+
+
+def apply(**options: Unpack[ClipOptions]) -> Patch:
+    """Makes timm clip by ``dispatch_clip_grad`` of this module, with these options at each call.
+
+    Returns:
+        A handle: ``remove()``, or the end of a ``with`` block, puts timm's function back.
+
+    Raises:
+        TypeError, ValueError: a wrong option.
+        RuntimeError: this version of timm has another ``dispatch_clip_grad`` than is replaced here, or it is
+            replaced already.
+    """
+    checked(2.0, False, options)
+    return Patch("timm.utils", "dispatch_clip_grad", dispatch_clip_grad, options)
 
 
 _UNITS = ComponentSpec().unitwise("*")
-_factors: WeakKeyDictionary[Engine, tuple[object, ParamRelative]] = WeakKeyDictionary()
+_factors: WeakKeyDictionary[object, tuple[object, ParamRelative]] = WeakKeyDictionary()

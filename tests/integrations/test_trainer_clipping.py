@@ -1,14 +1,17 @@
-"""What ways into a trainer share: the model's own names whatever wraps it, and the numbers for a log."""
+"""What both ways into transformers' Trainer share: the model's own names whatever wraps it, and the cap."""
 
 import pytest
 import torch
 from test_accelerate import batches, steps_agree, with_fsdp1, wrapped
 from torch import nn
 
-from cwclip_kernels import ClipResult, fused_component_clip_
-from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping
+from cwclip_kernels import fused_component_clip_
 from cwclip_kernels.integrations.accelerate import clip_grad_norm_
 from ranks import on_ranks
+
+pytest.importorskip("transformers")
+
+from cwclip_kernels.integrations.transformers.clipping import TrainerClipping
 
 
 def small():
@@ -21,25 +24,6 @@ def test_a_cap_that_changes_is_followed():
         model(torch.ones(1, 3)).sum().backward()
         clipping.clip_(clipping.clipper_for(model, cap))
         assert clipping.last.caps.item() == (cap if cap and cap > 0 else torch.inf)
-
-
-def test_numbers_of_several_steps():
-    numbers = ClipNumbers()
-    assert numbers.tell() == {}
-    names, caps = ("a", "b", "c", "d"), torch.tensor(2.0, dtype=torch.float64)
-    for norms, coefs in (
-        ([4.0, 1.0, 0.0, torch.inf], [0.5, 1.0, 1.0, 0.0]),
-        ([1.0, 5.0, 1.0, torch.nan], [1.0, 0.4, 1.0, torch.nan]),
-    ):
-        numbers.add(ClipResult(names, torch.tensor(norms), torch.tensor(coefs), caps))
-    assert numbers.tell() == pytest.approx(
-        {
-            "clip_rate": (2 / 3 + 2 / 4) / 2,
-            "clip_ratio_max": 2.5,
-            "component_norm_max": 5.0,
-            "component_norm_nonfinite": 2.0,
-        }
-    )
 
 
 def test_no_component_at_all():

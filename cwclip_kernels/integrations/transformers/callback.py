@@ -1,4 +1,4 @@
-"""A callback that clips by component in a Trainer of transformers that can't be given another class."""
+"""``ComponentClipCallback``, for a Trainer that can't be subclassed."""
 
 from __future__ import annotations
 
@@ -10,45 +10,42 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import Unpack
 
-from ..components.spec import Grouping
-from ..result import ClipResult
-from ..thresholds.caps import MaxNorm
-from ._already import refuse_double_clipping, warn_already_clipped
-from ._optimizers import innermost
-from ._trainer_clipping import TrainerClipping
-from .accelerate import check_gradients_are_here
+from ...core.options import ClipOptions
+from ...result import ClipResult
+from ...thresholds.caps import MaxNorm
+from .._common import innermost, refuse_double_clipping, warn_already_clipped
+from ..accelerate import check_gradients_are_here
+from .clipping import TrainerClipping
 
 
 class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy doesn't look into transformers
-    """Clips each component's gradient to its own norm, for a Trainer that can't be given another class.
+    """Clips each component's gradient to its own norm, for a Trainer that can't be subclassed.
 
     Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even so it measures the gradients before this
-    callback is asked, by clipping them to inf, which makes all of them NaN where one has an inf: only
+    callback is called, by clipping them to inf, which makes all of them NaN if one has an inf: only
     ``ComponentClipTrainerMixin`` keeps them apart.
 
     ``trainer.state.log_history`` gets the same numbers as with the mixin, and so do callbacks that come later; the
-    Trainer's own reporters (TensorBoard, ...) come earlier. What caps that learn have learnt is in each checkpoint,
-    and taken from there when training resumes from ``args.resume_from_checkpoint`` or a checkpoint in
-    ``args.output_dir``.
+    Trainer's own reporters (TensorBoard, ...) come earlier. What caps have learnt is saved with each checkpoint, and
+    loaded when training resumes from ``args.resume_from_checkpoint`` or a checkpoint in ``args.output_dir``.
 
     Args:
         max_norm: as for ``ComponentClipper``: a number, a mapping, a tensor, or one of ``thresholds``.
         norm_type: as for ``ComponentClipper``.
-        error_if_nonfinite: likewise.
-        components: likewise; names are those of the model, whatever wraps it.
-        eps: likewise.
-        nonfinite: likewise.
-        backend: likewise.
-        log_norms: ``fnmatch`` pattern of components whose own norms are logged, too.
+        error_if_nonfinite: as for ``ComponentClipper``.
+        log_norms: ``fnmatch`` pattern of components whose own norms are logged as well.
         on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
+        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``ComponentClipper``. Names are those of
+            the model, whatever wraps it.
 
     Attributes:
-        last_clip: the ``ClipResult`` of the last step; None before the first.
+        last: the ``ClipResult`` of the last step; None before the first. ``last_clip`` is its older name.
 
     Raises:
-        TypeError, ValueError: an argument that isn't what it should be.
-        RuntimeError: when the Trainer is made, or training begins, if DeepSpeed, Megatron-LM or XLA have the
+        TypeError, ValueError: a wrong argument.
+        RuntimeError: when the Trainer is made, or training begins, if DeepSpeed, Megatron-LM or XLA clip the
             gradients; at a step, if a clipper is attached to the optimizer.
 
     Example:
@@ -63,7 +60,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         >>> clip = ComponentClipCallback(0.05)
         >>> _ = Trainer(Model(2, 1), args, train_dataset=[{"x": [3.0, 4.0]}], callbacks=[clip]).train()
         {'train_runtime': ...}
-        >>> clip.last_clip.as_dict()
+        >>> clip.last.as_dict()
         {'weight': (5.0, 0.0099...), 'bias': (1.0, 0.0499...)}
         >>> folder.cleanup()
     """
@@ -74,44 +71,38 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         *,
-        components: Grouping = None,
-        eps: float = 1e-6,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
         log_norms: str | None = None,
         on_clip: Callable[[ClipResult], object] | None = None,
+        **options: Unpack[ClipOptions],
     ) -> None:
         self._clipping = TrainerClipping(
-            max_norm,
-            norm_type,
-            error_if_nonfinite,
-            components=components,
-            eps=eps,
-            nonfinite=nonfinite,
-            backend=backend,
-            log_norms=log_norms,
-            on_clip=on_clip,
+            max_norm, norm_type, error_if_nonfinite, log_norms=log_norms, on_clip=on_clip, **options
         )
-        self._batch_size: int | None = None  # of the run that has begun and not ended
+        self._batch_size: int | None = None  # of a run that has begun and not ended
 
     @property
-    def last_clip(self) -> ClipResult | None:
-        """What the last step's clipping found and did; None before the first."""
+    def last(self) -> ClipResult | None:
+        """The ``ClipResult`` of the last step; None before the first."""
         return self._clipping.last
+
+    last_clip = last
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks whether gradients can be clipped here, before anything is prepared."""
+        """Checks that gradients can be clipped here, before anything is prepared."""
         check_gradients_are_here(AcceleratorState())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The same for a callback that was added later; and goes on from a checkpoint."""
+        """Checks the same for a callback that was added later, and goes on from a checkpoint."""
         check_gradients_are_here(kwargs["optimizer"].accelerator_state)
         warn_already_clipped(
-            "max_grad_norm of TrainingArguments (1.0 by default)", args.max_grad_norm, "set max_grad_norm=0"
+            f"max_grad_norm of TrainingArguments (1.0 by default) is {args.max_grad_norm!r},",
+            args.max_grad_norm,
+            "so Trainer first clips these gradients, all by one norm, which changes what components are clipped to; "
+            "set max_grad_norm=0",
         )
         if args.auto_find_batch_size and self._begins_again(state):
             self._clipping.start_again()
@@ -120,14 +111,14 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         self._batch_size = state.train_batch_size
         self._clipping.check(kwargs["model"], None)
         if state.global_step:
-            told = args.resume_from_checkpoint
-            own = _checkpoint(args, state)
-            self._clipping.load(*([told, own] if isinstance(told, str) else [own]), run=_fingerprint(state))
+            named, own = args.resume_from_checkpoint, _checkpoint(args, state)
+            folders = [named, own] if isinstance(named, str) else [own]
+            self._clipping.load(*folders, run=_fingerprint(state))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Clips; before that it unscales, if nobody has."""
+        """Clips, after unscaling if that wasn't done."""
         optimizer = kwargs["optimizer"]
         scaler = getattr(optimizer, "scaler", None)
         clipper = self._clipping.clipper_for(kwargs["model"], None, scaled=scaler is not None)
@@ -141,7 +132,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes note that the next run is another one."""
+        """Ends the run, so that the next one is another."""
         self._batch_size = None
 
     def on_log(
@@ -159,15 +150,15 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
             state.log_history[-1].update(numbers)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts what caps have learnt beside the optimizer's state."""
+        """Saves what caps have learnt beside the optimizer's state."""
         if args.should_save and not args.save_only_model and os.path.isdir(_checkpoint(args, state)):
             self._clipping.save(_checkpoint(args, state), run=_fingerprint(state))
 
     def _begins_again(self, state: TrainerState) -> bool:
-        """Whether this is the run that has begun before, again, with batches that fit into memory."""
+        """Whether the run that has begun begins again, with a smaller batch size, after it ran out of memory."""
         if self._batch_size is None:
             return False
-        # One that goes on from a checkpoint has the batch size of that.
+        # A run that goes on from a checkpoint has the batch size of that.
         return bool(state.global_step) or state.train_batch_size < self._batch_size
 
 
@@ -176,5 +167,5 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
 
 
 def _fingerprint(state: TrainerState) -> str:
-    """What tells a run's checkpoint from another's of the same step: all that had been logged."""
+    """Tells a run's checkpoint from another run's of the same step, by all that had been logged."""
     return hashlib.sha256(json.dumps(state.log_history, sort_keys=True).encode()).hexdigest()
