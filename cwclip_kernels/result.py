@@ -38,8 +38,8 @@ class ClipResult:
 class ClipStatistics:
     """Statistics of the clips in a logging window. They stay on their device; nothing syncs until you look.
 
-    The clip rate is a ratio of sums: components clipped over components with a gradient, both counted over all steps
-    of the window. A step in which few components have a gradient therefore counts for little.
+    The clip rate is a ratio of sums: the components clipped, counted over all steps of the window, divided by the
+    components with a gradient, counted likewise. It isn't the mean of the steps' rates.
 
     Example:
         >>> import torch
@@ -66,18 +66,16 @@ class ClipStatistics:
         """Adds a step's result, without a host sync.
 
         Args:
-            result: of all components, or with norm 0 for those that another source clips.
-            source: which of several clips it was, such as the id of the optimizer that owns what it clipped.
+            result: with norm 0 for components that another source clips.
+            source: tells apart several that clip some of the components each, such as an optimizer's id.
         """
-        if not result.names:
-            return
         norms = result.norms
         finite, has_gradient = norms.nan_to_num(0.0, 0.0, 0.0), norms != 0
-        counts = torch.stack([result.clipped & has_gradient, has_gradient, finite != norms]).long()
-        ratios = torch.where(finite > 0, finite / result.caps.to(norms.dtype), 0)
+        counts = torch.stack([result.clipped & has_gradient, has_gradient, finite != norms])
+        ratios = (finite / result.caps.to(norms.dtype)).nan_to_num_(0.0, torch.inf)  # 0 / 0: no gradient, no cap
         largest = torch.stack([finite, ratios])
         if self._counts is None or self._largest is None:
-            self._counts, self._largest = counts, largest
+            self._counts, self._largest = counts.long(), largest
         else:
             self._counts, self._largest = self._counts + counts, torch.maximum(self._largest, largest)
         self._latest.pop(source, None)  # so that the order is that of the last steps
@@ -107,16 +105,12 @@ class ClipStatistics:
         ``clip_rate``; ``clip_ratio_max``: largest finite norm over its cap, above 1 where something was clipped;
         ``component_norm_max``: largest finite norm; ``component_norm_nonfinite``: how many norms were inf or NaN.
         """
-        if self._counts is None or self._largest is None:
+        if self._counts is None or self._largest is None or not self._counts.numel():
             return {}
         largest, nonfinite = self._largest.amax(1), self._counts[2].sum()
-        rate, norm, ratio, count = torch.stack([self.clip_rate.to(largest.dtype), *largest, nonfinite]).tolist()
-        return {
-            "clip_rate": rate,
-            "clip_ratio_max": ratio,
-            "component_norm_max": norm,
-            "component_norm_nonfinite": count,
-        }
+        numbers = torch.stack([self.clip_rate.to(largest.dtype), *largest, nonfinite]).tolist()
+        names = "clip_rate", "component_norm_max", "clip_ratio_max", "component_norm_nonfinite"
+        return dict(zip(names, numbers, strict=True))
 
     def _counted(self) -> Tensor:
         if self._counts is None:

@@ -58,6 +58,13 @@ def test_dtypes_may_change_from_step_to_step():
     assert statistics.clip_rate.item() == pytest.approx(1 / 3)
 
 
+def test_no_component_at_all():
+    statistics = ClipStatistics()
+    statistics.add(ClipResult((), torch.zeros(0), torch.ones(0), CAP))
+    assert statistics.as_dict() == {}
+    assert (statistics.norms.shape, statistics.clip_rate.item()) == ((0,), 0.0)
+
+
 def test_optimizers_that_own_some_of_the_components_each():
     """Norms are those of each one's last step, in this window or before."""
     statistics = ClipStatistics()

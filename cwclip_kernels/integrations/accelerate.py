@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from ..attachment import parameters_of
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..core.options import ClipOptions
 from ..thresholds.caps import MaxNorm
-from ._common import (
-    ClipCall,
-    checked,
-    group_of,
-    learning_unless_skipped,
-    owning,
-    refuse_double_clipping,
-    without_whole_frozen,
-)
+from ._common import ClipCall, group_of, learning_unless_skipped, refuse_double_clipping, without_whole_frozen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def clip_grad_norm_(
@@ -33,7 +26,6 @@ def clip_grad_norm_(
     norm_type: float = 2,
     *,
     error_if_nonfinite: bool = False,
-    process_group: ProcessGroup | DeviceMesh | None = None,
     **options: Unpack[ClipOptions],
 ) -> Tensor:
     """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
@@ -49,19 +41,19 @@ def clip_grad_norm_(
         max_norm: the cap of each component, not of all together.
         norm_type: order of the norms, and of the total.
         error_if_nonfinite: as for ``fused_component_clip_``.
-        process_group: as for ``fused_component_clip_``; found without it for a model prepared with FSDP 1.
-        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``fused_component_clip_``.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. The process group of FSDP 1 is found without it.
 
     Returns:
-        [] norm of all components before clipping, the same on all ranks: float32 (float64 if any gradient is), on the
-        gradients' device; no host sync, unless a threshold has to know whether a loss scaler will skip the step.
-        Parameters that a callable in ``components`` leaves alone don't count.
+        [] norm of all components before clipping, the same on all ranks; without those that a callable in
+        ``components`` leaves alone. float32 (float64 if any gradient is), on the gradients' device; no host sync,
+        unless caps that learn have to know whether a loss scaler will skip the step.
 
     Raises:
         TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
-            several, or some that are sharded beside some that aren't. No gradient is clipped.
+            several, or some that are sharded beside some that aren't.
         RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; DeepSpeed, Megatron-LM
-            or XLA clip them; or a clipper is attached to the optimizer. No gradient is clipped.
+            or XLA clip them; or a clipper is attached to the optimizer. No gradient is changed.
 
     Example:
         >>> import torch
@@ -79,7 +71,6 @@ def clip_grad_norm_(
     References:
         https://huggingface.co/docs/accelerate, ``Accelerator.clip_grad_norm_``.
     """
-    scalars = checked(norm_type, error_if_nonfinite, options)
     check_gradients_are_here(accelerator)
     if not accelerator.sync_gradients:
         raise RuntimeError(
@@ -87,26 +78,26 @@ def clip_grad_norm_(
             "whole; call it under `if accelerator.sync_gradients:`"
         )
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
-    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
+    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and options.get("process_group") is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
         parameters, _ = without_whole_frozen(parameters)
-        process_group = group_of(named_tensors(parameters), accelerator._models)
-    call = ClipCall(parameters, max_norm, scalars, options.get("components"), process_group)
-    call.check()
+        options["process_group"] = group_of(named_tensors(parameters), accelerator._models)
+    call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options)
+    call.policy()  # raises before anything is unscaled
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
     refuse_double_clipping(optimizers, scaler, call.tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()
-    with learning_unless_skipped(max_norm, scaler, owning(optimizers, call.tensors)):
-        norms = call.clip_()
-    return call.total_norm(norms)
+    with learning_unless_skipped(max_norm, scaler, _owners(call.tensors, optimizers)):
+        return call.total_norm(call.clip_())
+
+
+def _owners(tensors: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    ids = set(map(id, tensors))
+    yield from (o for o in optimizers if not ids.isdisjoint(map(id, parameters_of(o))))
 
 
 def check_gradients_are_here(accelerator: Any) -> None:
-    """Raises RuntimeError, with the setting to use instead, if gradients are clipped out of this package's reach.
-
-    Args:
-        accelerator: an ``Accelerator``, or its ``state``.
-    """
+    """Raises RuntimeError if an ``Accelerator``, or its ``state``, is of a kind that clips by itself alone."""
     kind = accelerator.distributed_type.value
     if kind not in _ELSEWHERE:
         return

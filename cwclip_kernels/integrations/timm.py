@@ -38,9 +38,9 @@ def dispatch_clip_grad(
         mode: "norm"; "value", which is torch's ``clip_grad_value_``; or "agc", adaptive gradient clipping by output
             unit, timm's rule in one pass over the gradients.
         norm_type: order of the norms.
-        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``fused_component_clip_``.
-            ``components="all"`` is timm's own rule. "agc" has components of its own and no ``eps``; "value" uses
-            none of these options.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. ``components="all"`` is timm's own rule. "agc" has components of its own and no
+            ``eps``; "value" uses none of these options.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fused_component_clip_``; nothing is changed.
@@ -60,35 +60,33 @@ def dispatch_clip_grad(
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, not {mode!r}")
-    if mode != "agc":
-        scalars = checked(norm_type, False, options)
-        if mode == "value":
-            torch.nn.utils.clip_grad_value_(parameters, value)  # type: ignore[arg-type]
-        else:
-            ClipCall(parameters, value, scalars, options.get("components")).clip_()
-        return
-    for name, why in (("components", "has its own, output units"), ("eps", "adds nothing to a norm, as timm's")):
-        if options.get(name) is not None:
-            raise ValueError(f"{name}: 'agc' {why}; leave it out")
-    # With an eps small gradients would be clipped to less than their cap.
-    call = ClipCall(parameters, math.inf, checked(norm_type, False, {**options, "eps": 0.0}), _UNITS)
-    known = _factors.get(call.engine)
-    if known is None or known[0] != value:
-        known = _factors[call.engine] = value, ParamRelative(value)  # type: ignore[arg-type]
-    call.max_norm = known[1]
-    call.clip_()
+    if mode == "value":
+        checked(norm_type, False, options)
+        torch.nn.utils.clip_grad_value_(parameters, value)  # type: ignore[arg-type]
+    elif mode == "norm":
+        ClipCall(parameters, value, norm_type, False, options).clip_()
+    else:
+        for name, why in (("components", "has its own, output units"), ("eps", "adds nothing to a norm, as timm's")):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}: 'agc' {why}; leave it out")
+        # With an eps small gradients would be clipped to less than their cap.
+        call = ClipCall(parameters, math.inf, norm_type, False, {**options, "components": _UNITS, "eps": 0.0})
+        known = _factors.get(call.engine)
+        if known is None or known[0] != value:
+            known = _factors[call.engine] = value, ParamRelative(value)  # type: ignore[arg-type]
+        call.max_norm = known[1]
+        call.clip_()
 
 
 def apply(**options: Unpack[ClipOptions]) -> Patch:
-    """Makes timm clip by ``dispatch_clip_grad`` of this module, with these options at each call.
+    """Makes timm call ``dispatch_clip_grad`` of this module, with these options.
 
     Returns:
         A handle: ``remove()``, or the end of a ``with`` block, puts timm's function back.
 
     Raises:
         TypeError, ValueError: a wrong option.
-        RuntimeError: this version of timm has another ``dispatch_clip_grad`` than is replaced here, or it is
-            replaced already.
+        RuntimeError: this version's function has another signature than timm 1.0.31's, or is replaced already.
     """
     checked(2.0, False, options)
     return Patch("timm.utils", "dispatch_clip_grad", dispatch_clip_grad, options)

@@ -45,13 +45,13 @@ def clip_grad_norm_(
         foreach: has no effect; ``backend`` chooses how gradients are read.
         pp_mesh: the stages of the pipeline.
         ep_enabled: has no effect; parameters on different meshes may come together.
-        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``fused_component_clip_``.
-            ``components="all"`` is torchtitan's own rule.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. ``components="all"`` is torchtitan's own rule.
 
     Returns:
-        [] norm of all components before clipping, over all stages; a plain Tensor, the same on all ranks. float32
-        (float64 if any gradient is), on the gradients' device; no host sync. Parameters that a callable in
-        ``components`` leaves alone don't count.
+        [] norm of all components before clipping, over all stages; a plain Tensor, the same on all ranks; without
+        those that a callable in ``components`` leaves alone. float32 (float64 if any gradient is), on the gradients'
+        device; no host sync.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fused_component_clip_``; nothing is changed.
@@ -74,21 +74,19 @@ def clip_grad_norm_(
         raise TypeError(f"foreach: expected a bool or None, not {type_name(foreach)}")
     if not isinstance(ep_enabled, bool):
         raise TypeError(f"ep_enabled: expected a bool, not {type_name(ep_enabled)}")
-    scalars = checked(norm_type, error_if_nonfinite, options)
-    call = ClipCall(parameters, max_norm, scalars, options.get("components"), pp_mesh=pp_mesh)
+    call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options, pp_mesh)
     return call.total_norm(call.clip_())
 
 
 def apply(**options: Unpack[ClipOptions]) -> Patch:
-    """Makes torchtitan clip by ``clip_grad_norm_`` of this module, with these options at each call.
+    """Makes torchtitan call ``clip_grad_norm_`` of this module, with these options.
 
     Returns:
         A handle: ``remove()``, or the end of a ``with`` block, puts torchtitan's function back.
 
     Raises:
         TypeError, ValueError: a wrong option.
-        RuntimeError: this version of torchtitan has another ``clip_grad_norm_`` than is replaced here, or it is
-            replaced already.
+        RuntimeError: this version's function has another signature than torchtitan 0.3.0's, or is replaced already.
     """
     checked(2.0, False, options)
     return Patch("torchtitan.distributed.utils", "clip_grad_norm_", clip_grad_norm_, options)

@@ -121,7 +121,9 @@ def test_a_trainer_reads_names_as_everyone_else():
     clipping.check(nn.DataParallel(compiled(small())), None)
     model = nn.ModuleDict({"module": nn.Linear(2, 1)})
     model["module"].weight.grad = torch.ones(1, 2)
-    assert TrainerClipping(0.1).clipper_for(model, None).names == ("module.weight", "module.bias")
+    clipping = TrainerClipping(0.1)
+    clipping.clip_(model)
+    assert clipping.last.names == ("module.weight", "module.bias")
 
 
 class Holder(nn.Module):

@@ -1,57 +1,29 @@
-"""``apply()``: timm and torchtitan call ours, in every module that has their function, until it is undone.
-
-Neither is installed where the tests run. In their place are modules with the functions of timm 1.0.31 and torchtitan
-0.3.0, whose signatures test_timm.py and test_torchtitan.py compare with an installed one's.
-"""
+"""``apply()``: timm and torchtitan call ours, in every module that has their function, until it is undone."""
 
 import sys
 import types
 
 import pytest
-import torch
 
 from cwclip_kernels import fused_component_clip_
 from cwclip_kernels.integrations import timm, torchtitan
 from helpers import copy_of, grads_of, parameters, same_bits
+from libraries import LIBRARIES, stand_in
 
 SHAPES = [(3, 4), (7,), (2, 5)]
 
 
-def dispatch_clip_grad(parameters, value: float, mode: str = "norm", norm_type: float = 2.0):
-    return "timm's own"
+APPLY = {"timm": timm.apply, "torchtitan": torchtitan.apply}
 
 
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: "torch.Tensor | list",
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    foreach: bool | None = None,
-    pp_mesh: "object | None" = None,
-    ep_enabled: bool = False,
-) -> torch.Tensor:
-    return "torchtitan's own"
-
-
-LIBRARIES = {
-    "timm": (timm.apply, dispatch_clip_grad, ("timm.utils", "timm.utils.cuda", "timm.utils.clip_grad")),
-    "torchtitan": (torchtitan.apply, clip_grad_norm_, ("torchtitan.distributed.utils",)),
-}
-
-
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=APPLY)
 def library(request, monkeypatch):
     """How to apply it, the original, and the modules that have it: the library's and one that has imported it."""
-    apply, original, names = LIBRARIES[request.param]
-    parents = {name.rsplit(".", 1)[0] for name in names} | {request.param}
-    for name in sorted({*parents, *names, "a_script"}):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[request.param].__version__ = "9.8.7"
-    holders = [sys.modules[name] for name in (*names, "a_script")]
-    for module in holders:
-        setattr(module, original.__name__, original)
-    return apply, original, holders
+    original, _ = LIBRARIES[request.param]
+    script = types.ModuleType("a_script")
+    monkeypatch.setitem(sys.modules, "a_script", script)
+    setattr(script, original.__name__, original)
+    return APPLY[request.param], original, [*stand_in(request.param, monkeypatch), script]
 
 
 def functions(original, holders):
@@ -138,16 +110,13 @@ def test_wrong_options_are_refused_at_once(library):
 
 
 def test_timms_other_modes_refuse_options_that_are_not_theirs(monkeypatch):
-    for name in ("timm", "timm.utils"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    utils = sys.modules["timm.utils"]
-    utils.dispatch_clip_grad = dispatch_clip_grad
+    utils, *_ = stand_in("timm", monkeypatch)
     with timm.apply(eps=1e-8), pytest.raises(ValueError, match="eps: 'agc' adds nothing to a norm"):
         utils.dispatch_clip_grad(parameters(SHAPES), 0.01, mode="agc")
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", APPLY)
 def test_without_the_library(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=name):
-        LIBRARIES[name][0]()
+        APPLY[name]()

@@ -47,7 +47,8 @@ def test_a_run_is_the_plain_loop(tmp_path, accumulate):
     trainer = trained(tmp_path, callback, gradient_accumulation_steps=accumulate)
     torch.testing.assert_close(weights_of(trainer.model), weights_of(expected))
     assert logged(trainer, "grad_norm") == pytest.approx(totals, rel=1e-5)
-    assert {"bert.encoder.layer.0", "classifier"} < set(callback.last_clip.names)
+    assert {"bert.encoder.layer.0", "classifier"} < set(callback.last.names)
+    assert callback.last_clip is callback.last  # its older name
 
 
 def test_the_log_has_the_numbers_and_later_callbacks_too(tmp_path):
@@ -164,6 +165,8 @@ def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
 def test_wrong_arguments_are_named_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="nonfinite: expected one of"):
         ComponentClipCallback(0.05, nonfinite="ignore")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pp_mesh'; the options are components, eps"):
+        ComponentClipCallback(0.05, pp_mesh=None)
     with pytest.raises(ValueError, match="max_norm"):
         trained(tmp_path, ComponentClipCallback({"encoder.*": 0.1}))
     with pytest.raises(TypeError, match="max_norm"):

@@ -39,7 +39,7 @@ ORDER = [
     integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan
     integrations/transformers/clipping integrations/transformers/callback integrations/transformers/mixin
     integrations/transformers/__init__
-    integrations/lightning/clipping integrations/lightning/callback integrations/lightning/hook
+    integrations/lightning/clipping integrations/lightning/callback
     integrations/lightning/__init__
     __init__ __main__
 """.splitlines()
@@ -142,7 +142,7 @@ EXAMPLES = [
         for name in ("components.spec", "in_backward.hooks", "in_backward.clipping", "thresholds")
     ),
     *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "timm", "torchtitan")),
-    *(f"cwclip_kernels.integrations.lightning.{name}" for name in ("callback", "hook")),
+    *(f"cwclip_kernels.integrations.lightning.{name}" for name in ("callback",)),
     *(f"cwclip_kernels.integrations.transformers.{name}" for name in ("callback", "mixin")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "constant")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),

@@ -1,8 +1,9 @@
-"""``ComponentClip``, the callback for Lightning's ``Trainer``."""
+"""``ComponentClip`` for Lightning's ``Trainer``, and ``configure_gradient_clipping`` for the hook of that name."""
 
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -13,13 +14,11 @@ from ...clipper import ComponentClipper
 from ...core.options import ClipOptions
 from ...result import ClipResult, ClipStatistics
 from ...thresholds.caps import MaxNorm
-from .._common import checked, learner
+from .._common import clipper_arguments, learner
 from .clipping import FitClipping, warn_of_gradient_clip_val
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 else:
     try:
         # `pip install lightning` brings both names, and importing the one not in use takes seconds.
@@ -41,28 +40,24 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
 
     It runs in ``on_before_optimizer_step``: after accumulation and unscaling, once for each step, under automatic and
     manual optimization. With several optimizers each step clips what its optimizer owns. It supports one device,
-    ``ddp``, ``fsdp`` (where Lightning refuses to clip by norm) and ``ModelParallelStrategy``. Fused optimizers, which
-    unscale by themselves and which Lightning refuses to clip, are unscaled first. Callbacks that come later in the
-    list see clipped gradients.
+    ``ddp``, ``fsdp`` and ``ModelParallelStrategy``; it also clips where Lightning refuses to: by norm under ``fsdp``,
+    and with fused optimizers, whose gradients it unscales first. Later callbacks see clipped gradients.
 
-    A threshold's state is part of Lightning's checkpoints. A step that a loss scaler skips teaches it nothing. The
+    A threshold's state is part of Lightning's checkpoints; a step that a loss scaler skips teaches it nothing. The
     callback can be copied and pickled at any time; a copy looks up the module's parameters when its own fit starts.
 
     Args:
         max_norm: as for ``fused_component_clip_``: the cap of each component, not of all together.
         norm_type: as for ``fused_component_clip_``.
         error_if_nonfinite: as for ``fused_component_clip_``; not with a scaled loss.
-        process_group: as for ``fused_component_clip_``; FSDP's is found without it.
         log: True logs ``grad_2.0_norm_total`` (Lightning's name, for ``norm_type`` 2), the norm of all components
-            together before clipping, and ``clip_rate``, the number of components clipped divided by the number with a
-            gradient, both summed over the steps since the last log. "components" also logs ``grad_2.0_norm/NAME`` and
-            ``clip_rate/NAME`` for each. It uses ``LightningModule.log`` when the Trainer's loggers are due, and there
-            is no host sync before.
-        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``fused_component_clip_``. Names are
-            those of the ``LightningModule``.
+            together before clipping, and ``clip_rate``, the components clipped divided by those with a gradient, both
+            summed over the steps since the last log; "components" also ``grad_2.0_norm/NAME`` and ``clip_rate/NAME``
+            of each. It calls ``LightningModule.log`` when the Trainer's loggers are due, without a host sync.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. Names are those of the ``LightningModule``; FSDP's process group is found.
 
     Attributes:
-        clipper: the ``ComponentClipper`` in use; None before the first fit, and in a copy before its own.
         last: the ``ClipResult`` of the last step; None before the first.
 
     Raises:
@@ -99,21 +94,14 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         *,
-        process_group: ProcessGroup | DeviceMesh | None = None,
         log: bool | str = False,
         **options: Unpack[ClipOptions],
     ) -> None:
-        checked(norm_type, error_if_nonfinite, options)
+        self._arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
         if not (isinstance(log, bool) or log == "components"):
             raise ValueError(f"log: expected a bool or 'components', not {log!r}")
         self.max_norm = max_norm
         self.last: ClipResult | None = None
-        self._options: dict[str, Any] = {
-            "norm_type": norm_type,
-            "error_if_nonfinite": error_if_nonfinite,
-            "process_group": process_group,
-            **options,
-        }
         self._log = log
         self._statistics = ClipStatistics()
         self._clipping: FitClipping | None = None
@@ -122,7 +110,7 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
 
     @property
     def clipper(self) -> ComponentClipper | None:
-        """The ``ComponentClipper`` in use, if any."""
+        """The ``ComponentClipper`` in use; None before the first fit, and in a copy before its own."""
         return None if self._clipping is None else self._clipping.clipper
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,17 +122,19 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         self._set_up(trainer, pl_module)
 
     def _set_up(self, trainer: Trainer, module: LightningModule) -> FitClipping:
-        self._clipping = FitClipping(trainer, module, self.max_norm, self._options)
+        self._clipping = FitClipping(trainer, module, self.max_norm, self._arguments)
         self._statistics, self._is_log_due = ClipStatistics(), False
         return self._clipping
 
     def __getstate__(self) -> dict[str, Any]:
         # What a fit sets up belongs to its module, whose copy has other parameters, and may be on other ranks.
-        return {**self.__dict__, "_clipping": None, "_statistics": ClipStatistics()}
+        return {**self.__dict__, "_clipping": None, "_statistics": ClipStatistics(), "_is_log_due": False}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clips what the optimizer owns."""
-        clipping = self._clipping or self._set_up(trainer, pl_module)  # if added in the middle of a fit
+        clipping = self._clipping
+        if clipping is None or not clipping.is_for(self.max_norm, self._arguments):  # added or changed during a fit
+            clipping = self._set_up(trainer, pl_module)
         result = clipping.clip_(trainer, pl_module, optimizer, "ComponentClip")
         if result is not None:
             self.last = result
@@ -162,7 +152,7 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
             return
         assert self._clipping is not None
         clipper, statistics = self._clipping.clipper, self._statistics
-        norm = f"grad_{float(self._options['norm_type'])}_norm"
+        norm = f"grad_{float(self._arguments['norm_type'])}_norm"
         values = {f"{norm}_total": clipper.total_norm(statistics.norms), "clip_rate": statistics.clip_rate}
         if self._log == "components":
             values |= {f"{norm}/{name}": value for name, value in zip(clipper.names, statistics.norms, strict=True)}
@@ -193,3 +183,71 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         policy = learner(self.max_norm)
         if policy is not None and "max_norm" in state_dict:
             policy.load_state_dict(state_dict["max_norm"])
+
+
+_of_modules: weakref.WeakKeyDictionary[LightningModule, tuple[weakref.ref[Trainer], FitClipping]]
+_of_modules = weakref.WeakKeyDictionary()
+
+
+def configure_gradient_clipping(
+    module: LightningModule,
+    optimizer: Optimizer,
+    max_norm: MaxNorm,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    **options: Unpack[ClipOptions],
+) -> ClipResult | None:
+    """Clips the gradients that an optimizer owns, each component's to its own norm, in place.
+
+    For the body of ``LightningModule.configure_gradient_clipping``; or, under manual optimization, where Lightning
+    doesn't call that, of ``on_before_optimizer_step(self, optimizer)``. Names are read again whenever arguments
+    change: for caps that change use a tensor or a threshold. Your module has to save a threshold's state; Lightning
+    does it for the callback, which ``configure_callbacks`` may return: ``[ComponentClip(threshold)]``.
+
+    Args:
+        module: the ``LightningModule``, in a fit.
+        optimizer: whose gradients are clipped.
+        max_norm: as for ``ComponentClip``, or the ``gradient_clip_val`` that Lightning passes.
+        norm_type: as for ``ComponentClip``.
+        error_if_nonfinite: as for ``ComponentClip``.
+        options: as for ``ComponentClip``.
+
+    Returns:
+        The ``ClipResult`` of all components of the module, with norm 0 for those that aren't the optimizer's. None if
+        nothing was clipped because no step follows, as under a loss scale if ``training_step`` returned None.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``ComponentClip``, or if the Trainer has one, too, or gradients still
+            carry the loss's scale.
+
+    Example:
+        >>> from lightning.pytorch import LightningModule
+        >>> from cwclip_kernels.integrations.lightning import configure_gradient_clipping
+        >>> class Model(LightningModule):
+        ...     def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        ...         result = configure_gradient_clipping(self, optimizer, 0.05)
+        ...         self.log("clip_rate", result.clipped.float().mean())
+    """
+    arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
+    trainer = module.trainer
+    if any(isinstance(callback, ComponentClip) for callback in trainer.callbacks):
+        raise RuntimeError(
+            "module: the Trainer has a ComponentClip, which would clip again what configure_gradient_clipping has "
+            "clipped; leave one of them out"
+        )
+    known_trainer, clipping = _of_modules.get(module, (lambda: None, None))
+    if clipping is None or known_trainer() is not trainer or not clipping.is_for(max_norm, arguments):
+        _warn_of_another_cap(trainer, module, max_norm)
+        clipping = FitClipping(trainer, module, max_norm, arguments)
+        _of_modules[module] = weakref.ref(trainer), clipping
+    return clipping.clip_(trainer, module, optimizer, "configure_gradient_clipping")
+
+
+def _warn_of_another_cap(trainer: Trainer, module: LightningModule, max_norm: MaxNorm) -> None:
+    if isinstance(max_norm, int | float) and max_norm == trainer.gradient_clip_val:
+        return
+    if module._current_fx_name == "configure_gradient_clipping":  # which replaces Lightning's own clipping
+        effect = "has no effect where configure_gradient_clipping clips by component: pass it on as max_norm"
+    else:
+        effect = "clips as well, after each component has been clipped: leave one of them out"
+    warn_of_gradient_clip_val(trainer, effect)

@@ -13,47 +13,29 @@ from ...clipper import ComponentClipper
 from ...components.parameters import named_tensors
 from ...result import ClipResult
 from ...thresholds.caps import MaxNorm
-from .._common import (
-    as_given,
-    clipper_of,
-    innermost,
-    is_same_cap,
-    learning_unless_skipped,
-    refuse_double_clipping,
-    warn_already_clipped,
-)
+from .._common import ModelClipping, innermost, learning_unless_skipped, refuse_double_clipping, warn_already_clipped
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-class FitClipping:
+class FitClipping(ModelClipping):
     """A clipper of a whole module for one fit, with a part for each optimizer."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule, max_norm: MaxNorm, options: dict[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, max_norm: MaxNorm, arguments: dict[str, Any]
+    ) -> None:
         for kind in type(trainer.strategy).__mro__:
             if kind.__name__ in _ELSEWHERE:
                 raise RuntimeError(f"Trainer(strategy=...): {_ELSEWHERE[kind.__name__]}")
-        self._max_norm, self._options = as_given(max_norm), options
-        is_scaled = _scaler_of(trainer) is not None
-        self.clipper, self._left_out = clipper_of(module, max_norm, trainer.strategy.model, is_scaled, **options)
-        self._clipped = self.clipper.parameters
+        super().__init__(module, max_norm, arguments, trainer.strategy.model, _scaler_of(trainer) is not None)
         self._known = {id(p) for p in named_tensors(module).tensors}
         self._parts: dict[int, tuple[tuple[int, ...], ComponentClipper]] = {}
-
-    def is_for(self, max_norm: MaxNorm, options: dict[str, Any]) -> bool:
-        """Whether it serves a call with these arguments in the same fit."""
-        return self._options == options and is_same_cap(self._max_norm, as_given(max_norm))
 
     def clip_(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, ours: str) -> ClipResult | None:
         """Clips what the optimizer owns; None if Lightning won't step it with these gradients."""
         scaler = _scaler_of(trainer)
-        refuse_double_clipping([optimizer], scaler, self._clipped, ours)
-        if any(p.requires_grad for p in self._left_out):
-            raise ValueError(
-                "module: a parameter that FullyShardedDataParallel has left whole was frozen when the fit began and "
-                "isn't any more, so it would go unclipped; wrap its module, too, or unfreeze it before the fit"
-            )
+        refuse_double_clipping([optimizer], scaler, self.clipped, ours)
         optimizer = innermost(optimizer)
         if scaler is not None and not _is_unscaled(scaler, trainer, module, optimizer):
             return None

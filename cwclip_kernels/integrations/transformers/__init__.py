@@ -1,8 +1,4 @@
-"""Clipping by component in the Trainer of Hugging Face transformers: a mixin for its class, or a callback.
-
-The mixin does all that the callback does with one pass less over the gradients, and only with it a parameter's inf
-leaves the other gradients as they are.
-"""
+"""Clipping by component in the Trainer of Hugging Face transformers. If you can't subclass it, use the callback."""
 
 from .callback import ComponentClipCallback
 from .mixin import ComponentClipTrainerMixin

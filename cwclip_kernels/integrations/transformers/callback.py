@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from typing_extensions import Unpack
 
 from ...core.options import ClipOptions
 from ...result import ClipResult
 from ...thresholds.caps import MaxNorm
-from .._common import innermost, refuse_double_clipping, warn_already_clipped
+from .._common import innermost, warn_already_clipped
 from ..accelerate import check_gradients_are_here
 from .clipping import TrainerClipping
 
@@ -23,13 +23,13 @@ from .clipping import TrainerClipping
 class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy doesn't look into transformers
     """Clips each component's gradient to its own norm, for a Trainer that can't be subclassed.
 
-    Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even so it measures the gradients before this
-    callback is called, by clipping them to inf, which makes all of them NaN if one has an inf: only
-    ``ComponentClipTrainerMixin`` keeps them apart.
+    Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even then it first measures the gradients, by
+    clipping them to inf, which makes all of them NaN if one has an inf; only ``ComponentClipTrainerMixin`` avoids
+    that.
 
-    ``trainer.state.log_history`` gets the same numbers as with the mixin, and so do callbacks that come later; the
-    Trainer's own reporters (TensorBoard, ...) come earlier. What caps have learnt is saved with each checkpoint, and
-    loaded when training resumes from ``args.resume_from_checkpoint`` or a checkpoint in ``args.output_dir``.
+    ``trainer.state.log_history`` and callbacks that come later get the same numbers as with the mixin; the Trainer's
+    own reporters (TensorBoard, ...) come earlier. What caps have learnt is saved with each checkpoint, and loaded
+    when training resumes from ``args.resume_from_checkpoint`` or a checkpoint in ``args.output_dir``.
 
     Args:
         max_norm: as for ``ComponentClipper``: a number, a mapping, a tensor, or one of ``thresholds``.
@@ -37,8 +37,8 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         error_if_nonfinite: as for ``ComponentClipper``.
         log_norms: ``fnmatch`` pattern of components whose own norms are logged as well.
         on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
-        options: ``components``, ``eps``, ``nonfinite``, ``backend``, as for ``ComponentClipper``. Names are those of
-            the model, whatever wraps it.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of ``ComponentClipper``.
+            Names are those of the model, whatever wraps it; FSDP's process group is found.
 
     Attributes:
         last: the ``ClipResult`` of the last step; None before the first. ``last_clip`` is its older name.
@@ -87,15 +87,11 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
 
     last_clip = last
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks that gradients can be clipped here, before anything is prepared."""
         check_gradients_are_here(AcceleratorState())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks the same for a callback that was added later, and goes on from a checkpoint."""
         check_gradients_are_here(kwargs["optimizer"].accelerator_state)
         warn_already_clipped(
@@ -104,10 +100,8 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
             "so Trainer first clips these gradients, all by one norm, which changes what components are clipped to; "
             "set max_grad_norm=0",
         )
-        if args.auto_find_batch_size and self._begins_again(state):
-            self._clipping.start_again()
-        else:
-            self._clipping.start(anew=state.is_hyper_param_search)
+        is_again = args.auto_find_batch_size and self._begins_again(state)
+        self._clipping.start(again=is_again, anew=state.is_hyper_param_search)
         self._batch_size = state.train_batch_size
         self._clipping.check(kwargs["model"], None)
         if state.global_step:
@@ -116,32 +110,24 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
             self._clipping.load(*folders, run=_fingerprint(state))
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         """Clips, after unscaling if that wasn't done."""
         optimizer = kwargs["optimizer"]
-        scaler = getattr(optimizer, "scaler", None)
-        clipper = self._clipping.clipper_for(kwargs["model"], None, scaled=scaler is not None)
-        refuse_double_clipping([optimizer], scaler, self._clipping.clipped, "ComponentClipCallback")
-        if scaler is not None:
-            inner = innermost(optimizer)
-            if scaler._per_optimizer_states[id(inner)]["stage"].name == "READY":
-                scaler.unscale_(inner)
-        self._clipping.clip_(clipper, scaler, [optimizer])
+        scaler, inner = getattr(optimizer, "scaler", None), innermost(optimizer)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+        def unscale() -> None:
+            if scaler is not None and scaler._per_optimizer_states[id(inner)]["stage"].name == "READY":
+                scaler.unscale_(inner)
+
+        self._clipping.clip_(kwargs["model"], None, [optimizer], scaler, unscale, "ComponentClipCallback")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Ends the run, so that the next one is another."""
         self._batch_size = None
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Adds the numbers of the steps since the last log."""
         if logs is not None and "loss" in logs and "learning_rate" in logs:
@@ -149,17 +135,15 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
             logs.update(numbers)
             state.log_history[-1].update(numbers)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Saves what caps have learnt beside the optimizer's state."""
         if args.should_save and not args.save_only_model and os.path.isdir(_checkpoint(args, state)):
             self._clipping.save(_checkpoint(args, state), run=_fingerprint(state))
 
     def _begins_again(self, state: TrainerState) -> bool:
         """Whether the run that has begun begins again, with a smaller batch size, after it ran out of memory."""
-        if self._batch_size is None:
-            return False
-        # A run that goes on from a checkpoint has the batch size of that.
-        return bool(state.global_step) or state.train_batch_size < self._batch_size
+        is_resumed = state.global_step > 0  # with the batch size of its checkpoint
+        return self._batch_size is not None and (is_resumed or state.train_batch_size < self._batch_size)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ...arguments import type_name, warn_caller
-from ...clipper import ComponentClipper
 from ...components.naming import Aliases
 from ...components.parameters import named_tensors
 from ...components.patterns import matches, no_match
@@ -22,7 +21,7 @@ from ...core.options import ClipOptions
 from ...result import ClipResult, ClipStatistics
 from ...thresholds import Threshold
 from ...thresholds.caps import Caps, MaxNorm
-from .._common import as_given, checked, clipper_of, is_same_cap, learner, learning_unless_skipped
+from .._common import ModelClipping, clipper_arguments, learner, learning_unless_skipped, refuse_double_clipping
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
@@ -33,7 +32,6 @@ class TrainerClipping:
     Attributes:
         last: the ``ClipResult`` of the last step; None before the first.
         steps: clipped since ``start``.
-        clipped: the parameters that the clipper clips.
     """
 
     def __init__(
@@ -48,84 +46,69 @@ class TrainerClipping:
     ) -> None:
         if log_norms is not None and not isinstance(log_norms, str):
             raise TypeError(f"log_norms: expected a pattern of component names or None, not {type_name(log_norms)}")
-        checked(norm_type, error_if_nonfinite, options)
+        self._arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
         self._max_norm = max_norm
-        self._options: dict[str, Any] = {"norm_type": norm_type, "error_if_nonfinite": error_if_nonfinite, **options}
         self._log_norms, self._on_clip = log_norms, on_clip
-        self._untrained: dict[str, Any] | None = None  # states of the caps: before any run,
+        self._untrained: dict[str, Any] | None = None  # states of a threshold: before any run,
         self._at_start: dict[str, Any] | None = None  # and before this one
         self.start()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks up the parameters of the model that it is called with; this one may be wrapped in something
         # that can't be copied.
-        return {**self.__dict__, "_clipper": None, "clipped": (), "_left_out": []}
+        return {**self.__dict__, "_made": None}
 
-    def start(self, *, anew: bool = False) -> None:
-        """Begins a training run; ``anew``: caps that learn forget what earlier runs taught them."""
-        if isinstance(self._max_norm, Threshold):
-            if anew and self._untrained is None:
-                self._untrained = self._max_norm.state_dict()
-            elif anew and self._untrained is not None:
-                self._max_norm.load_state_dict(self._untrained)
-            self._at_start = self._max_norm.state_dict()
-        self._reset()
+    def start(self, *, again: bool = False, anew: bool = False) -> None:
+        """Begins a training run.
 
-    def start_again(self) -> None:
-        """Begins the same run again, after a step failed: caps that learn are as they were when it began."""
-        if isinstance(self._max_norm, Threshold) and self._at_start is not None:
-            self._max_norm.load_state_dict(self._at_start)
-        self._reset()
-
-    def _reset(self) -> None:
+        Args:
+            again: the same run after a step failed: caps are again as they were when it began.
+            anew: caps forget what earlier runs taught them.
+        """
+        policy = self._max_norm
+        if isinstance(policy, Threshold):
+            state = self._at_start if again else self._untrained if anew else None
+            if state is not None:
+                policy.load_state_dict(state)
+            self._at_start = policy.state_dict()
+            if anew and not again:
+                self._untrained = self._at_start
         self.last: ClipResult | None = None
         self.steps = 0
-        self._clipper: tuple[nn.Module, MaxNorm, ComponentClipper] | None = None  # with what it was made for
-        self.clipped: tuple[Tensor, ...] = ()
-        self._left_out: list[Tensor] = []
+        self._made: tuple[nn.Module, ModelClipping] | None = None
         self._statistics = ClipStatistics()
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for arguments that would be wrong at the first step."""
-        components = resolve(named_tensors(model), self._options.get("components"))
+        components = resolve(named_tensors(model), self._arguments.get("components"))
         cap = self._cap(trainers_cap)
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
             Caps(cap, components.names, aliases=components.aliases)
         self._logged(components.names, components.aliases)
 
-    def clipper_for(self, model: nn.Module, trainers_cap: float | None, *, scaled: bool = False) -> ComponentClipper:
-        """The clipper of this model; changes no gradient.
+    def clip_(
+        self,
+        model: nn.Module,
+        trainers_cap: float | None = None,
+        optimizers: Sequence[Optimizer] = (),
+        scaler: object = None,
+        unscale: Callable[[], object] = lambda: None,
+        ours: str = "",
+    ) -> Tensor:
+        """Clips before a step, and returns the norm of all components before: []. No host sync unless caps learn.
 
         Args:
-            model: prepared, with whatever wraps it.
+            model: as it is trained, with whatever wraps it.
             trainers_cap: the trainer's own setting; None or 0: nothing is clipped.
-            scaled: whether the loss is.
-        """
-        cap = self._cap(trainers_cap)
-        if self._clipper is not None and not any(p.requires_grad for p in self._left_out):
-            known_model, known_cap, clipper = self._clipper
-            if model is known_model and is_same_cap(known_cap, as_given(cap)):
-                return clipper
-        clipper, self._left_out = clipper_of(model, cap, model, scaled, **self._options)
-        self.clipped = clipper.parameters
-        if self.clipped and all(p.grad is None for p in self.clipped):
-            raise RuntimeError(
-                "no parameter has a gradient when the optimizer is to step: an optimizer that steps inside "
-                "backward (LOMO, the layerwise ones) leaves nothing to clip; use another args.optim"
-            )
-        self._clipper = model, as_given(cap), clipper
-        return clipper
-
-    def clip_(self, clipper: ComponentClipper, scaler: object = None, optimizers: Iterable[Optimizer] = ()) -> Tensor:
-        """Clips, and returns the norm of all components before: [].
-
-        No host sync, except for caps that learn under a loss scale, which have to know whether the step is taken.
-
-        Args:
-            clipper: what ``clipper_for`` returned.
-            scaler: the ``GradScaler`` that has unscaled the gradients, or None.
             optimizers: that are about to be stepped.
+            scaler: the ``GradScaler``, or None.
+            unscale: unscales the gradients if that wasn't done.
+            ours: what clips, for messages.
         """
+        clipping = self._clipping_of(model, self._cap(trainers_cap), scaler is not None)
+        refuse_double_clipping(optimizers, scaler, clipping.clipped, ours)
+        unscale()
+        clipper = clipping.clipper
         with learning_unless_skipped(clipper.max_norm, scaler, optimizers):
             self.last = clipper.clip_()
         self.steps += 1
@@ -133,6 +116,18 @@ class TrainerClipping:
         if self._on_clip is not None:
             self._on_clip(self.last)
         return clipper.total_norm(self.last.norms)
+
+    def _clipping_of(self, model: nn.Module, cap: MaxNorm, is_scaled: bool) -> ModelClipping:
+        if self._made is not None and self._made[0] is model and self._made[1].is_for(cap, self._arguments):
+            return self._made[1]
+        clipping = ModelClipping(model, cap, self._arguments, model, is_scaled)
+        if clipping.clipped and all(p.grad is None for p in clipping.clipped):
+            raise RuntimeError(
+                "no parameter has a gradient when the optimizer is to step: an optimizer that steps inside "
+                "backward (LOMO, the layerwise ones) leaves nothing to clip; use another args.optim"
+            )
+        self._made = model, clipping
+        return clipping
 
     def numbers(self) -> dict[str, float]:
         """For the log: statistics of the steps since the last call; waits for the device."""

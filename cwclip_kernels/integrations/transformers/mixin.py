@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ...result import ClipResult
-from .._common import refuse_double_clipping
 from ..accelerate import check_gradients_are_here
 from .callback import ComponentClipCallback
 from .clipping import TrainerClipping
 
 # Private methods of Trainer that are replaced, with their parameters.
-_PRIVATE: dict[str, list[str] | None] = {
-    "_clip_grad_norm": ["self", "model"],
-    "_get_grad_norm": ["self", "model", "grad_norm"],
-    "_save_optimizer_and_scheduler": ["self", "output_dir"],
-    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-    "_inner_training_loop": None,  # any parameters, which are passed on
+_PRIVATE = {
+    "_clip_grad_norm": "(self, model)",
+    "_get_grad_norm": "(self, model, grad_norm)",
+    "_save_optimizer_and_scheduler": "(self, output_dir)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_inner_training_loop": "",  # any parameters, which are passed on
 }
 
 if TYPE_CHECKING:
@@ -38,11 +37,10 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
     ``TrainingArguments`` (0 clips nothing), unless ``component_clipping`` has a ``max_norm``. It clips once per
     optimizer step, after accumulation and unscaling, under DistributedDataParallel, FSDP 1 and 2.
 
-    Beside ``grad_norm`` (of all components, before clipping) Trainer's log gets ``clip_rate``, ``clip_ratio_max``,
-    ``component_norm_max`` and ``component_norm_nonfinite`` of the steps since the last log. ``clip_rate`` is the
-    number of components clipped divided by the number with a gradient, both summed over these steps. What caps have
-    learnt is in each checkpoint that has the optimizer's state, so that ``resume_from_checkpoint`` goes on to the
-    same bits.
+    Beside ``grad_norm`` (of all components, before clipping) Trainer's log gets numbers of the steps since the last
+    log: ``clip_rate`` (components clipped divided by components with a gradient, both summed over these steps),
+    ``clip_ratio_max`` (largest norm over its cap), ``component_norm_max`` and ``component_norm_nonfinite``. What caps
+    have learnt is in each checkpoint that has the optimizer's state; a resumed run goes on to the same bits.
 
     Args:
         args: as for ``Trainer``, like ``kwargs``.
@@ -116,29 +114,27 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # With auto_find_batch_size it begins again with smaller batches after it ran out of memory.
-        self._clipping.start_again()
+        self._clipping.start(again=True)
         return super()._inner_training_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.log``, with the numbers of the steps since the last log."""
         if "loss" in logs and "learning_rate" in logs:
             if not self._clipping.steps:
+                order = type(self).__mro__
+                classes = ", ".join(c.__name__ for c in order[: order.index(Trainer) + 1])
                 raise RuntimeError(
-                    "steps have been taken, and nothing was clipped: this training loop doesn't call "
-                    f"_clip_grad_norm, as that of transformers {transformers.__version__} or of one of the classes "
-                    f"{_lineage(type(self))}; use ComponentClipCallback, with max_grad_norm=0"
+                    f"steps were taken, and nothing was clipped: transformers {transformers.__version__}, or one of "
+                    f"these classes, doesn't call _clip_grad_norm: {classes}; use ComponentClipCallback, with "
+                    "max_grad_norm=0"
                 )
             logs.update(self._clipping.numbers())
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        accelerator = self.accelerator
-        optimizers = accelerator._optimizers
-        scaler = getattr(accelerator, "scaler", None)
-        clipper = self._clipping.clipper_for(model, self.args.max_grad_norm, scaled=scaler is not None)
-        refuse_double_clipping(optimizers, scaler, self._clipping.clipped, "ComponentClipTrainerMixin")
-        accelerator.unscale_gradients()
-        return self._clipping.clip_(clipper, scaler, optimizers)
+        accelerator, cap = self.accelerator, self.args.max_grad_norm
+        scaler, unscale = getattr(accelerator, "scaler", None), accelerator.unscale_gradients
+        return self._clipping.clip_(model, cap, accelerator._optimizers, scaler, unscale, "ComponentClipTrainerMixin")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
         # With max_grad_norm=0 Trainer clips to inf here, to learn the norm; a single inf is NaN everywhere then.
@@ -162,16 +158,10 @@ def _check_trainer(cls: type[ComponentClipTrainerMixin]) -> None:
         raise TypeError(f"{cls.__name__}: put ComponentClipTrainerMixin before Trainer among its bases")
     for name, expected in _PRIVATE.items():
         method = getattr(super(ComponentClipTrainerMixin, cls), name, None)
-        found = None if method is None else list(inspect.signature(method).parameters)
-        if found is None or expected not in (None, found):
-            was = "there" if expected is None else f"({', '.join(expected)})"
-            has = "no such method" if found is None else f"({', '.join(found)})"
+        found = "no such method" if method is None else f"({', '.join(inspect.signature(method).parameters)})"
+        if method is None or expected not in ("", found):
             raise RuntimeError(
                 f"{cls.__name__}: ComponentClipTrainerMixin isn't made for transformers {transformers.__version__}: "
-                f"Trainer.{name} was {was}, here it is {has}; use ComponentClipCallback, with max_grad_norm=0"
+                f"Trainer.{name} was {expected or 'there'}, here it is {found}; use ComponentClipCallback, with "
+                "max_grad_norm=0"
             )
-
-
-def _lineage(cls: type) -> str:
-    order = cls.__mro__
-    return ", ".join(c.__name__ for c in order[: order.index(Trainer) + 1] if c is not ComponentClipTrainerMixin)
