@@ -184,17 +184,14 @@ def refuse_double_clipping(
 def without_whole_frozen(parameters: Parameters) -> tuple[Parameters, list[Tensor]]:
     """Leaves out frozen parameters that are whole beside sharded ones, as where FSDP wraps only some modules.
 
-    ``parameters`` mustn't be an iterator, which would be used up. Returns the others, or all as given if nothing is
-    left out; and those left out. Should one of them be trained later, it can't be clipped together with the others.
+    Returns the others, or ``parameters`` (no iterator) if nothing is left out; and those left out, which can't be
+    clipped together with the others should they be trained later.
     """
     named = named_tensors(parameters)
-    if not any(map(is_flattened, named.tensors)):
+    left_out = [p for p in named.tensors if not (p.requires_grad or is_flattened(p))]
+    if not left_out or not any(map(is_flattened, named.tensors)):
         return parameters, []
-    pairs = list(zip(named.names, named.tensors, strict=True))
-    kept = [(name, p) for name, p in pairs if p.requires_grad or is_flattened(p)]
-    if len(kept) == len(pairs):
-        return parameters, []
-    left_out = [p for _, p in pairs if not (p.requires_grad or is_flattened(p))]
+    kept = [(n, p) for n, p in zip(named.names, named.tensors, strict=True) if p.requires_grad or is_flattened(p)]
     return kept if named.named else [p for _, p in kept], left_out
 
 

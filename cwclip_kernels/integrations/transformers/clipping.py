@@ -59,12 +59,7 @@ class TrainerClipping:
         return {**self.__dict__, "_made": None}
 
     def start(self, *, again: bool = False, anew: bool = False) -> None:
-        """Begins a training run.
-
-        Args:
-            again: the same run after a step failed: caps are again as they were when it began.
-            anew: caps forget what earlier runs taught them.
-        """
+        """Begins a run; ``again``: the same one, after a step failed; ``anew``: caps forget earlier runs."""
         policy = self._max_norm
         if isinstance(policy, Threshold):
             state = self._at_start if again else self._untrained if anew else None
@@ -89,22 +84,13 @@ class TrainerClipping:
     def clip_(
         self,
         model: nn.Module,
-        trainers_cap: float | None = None,
+        trainers_cap: float | None = None,  # None or 0: nothing is clipped
         optimizers: Sequence[Optimizer] = (),
         scaler: object = None,
         unscale: Callable[[], object] = lambda: None,
-        ours: str = "",
+        ours: str = "",  # for messages
     ) -> Tensor:
-        """Clips before a step, and returns the norm of all components before: []. No host sync unless caps learn.
-
-        Args:
-            model: as it is trained, with whatever wraps it.
-            trainers_cap: the trainer's own setting; None or 0: nothing is clipped.
-            optimizers: that are about to be stepped.
-            scaler: the ``GradScaler``, or None.
-            unscale: unscales the gradients if that wasn't done.
-            ours: what clips, for messages.
-        """
+        """Clips before a step, and returns the norm of all components before: []. No host sync unless caps learn."""
         clipping = self._clipping_of(model, self._cap(trainers_cap), scaler is not None)
         refuse_double_clipping(optimizers, scaler, clipping.clipped, ours)
         unscale()
