@@ -115,9 +115,7 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks up the module's parameters."""
-        warn_of_gradient_clip_val(
-            trainer, "clips as well, after ComponentClip has clipped each component: leave one of them out"
-        )
+        warn_of_gradient_clip_val(trainer, pl_module)
         self._batches, self.last = 0, None
         self._set_up(trainer, pl_module)
 
@@ -237,17 +235,7 @@ def configure_gradient_clipping(
         )
     known_trainer, clipping = _of_modules.get(module, (lambda: None, None))
     if clipping is None or known_trainer() is not trainer or not clipping.is_for(max_norm, arguments):
-        _warn_of_another_cap(trainer, module, max_norm)
+        warn_of_gradient_clip_val(trainer, module, max_norm)
         clipping = FitClipping(trainer, module, max_norm, arguments)
         _of_modules[module] = weakref.ref(trainer), clipping
     return clipping.clip_(trainer, module, optimizer, "configure_gradient_clipping")
-
-
-def _warn_of_another_cap(trainer: Trainer, module: LightningModule, max_norm: MaxNorm) -> None:
-    if isinstance(max_norm, int | float) and max_norm == trainer.gradient_clip_val:
-        return
-    if module._current_fx_name == "configure_gradient_clipping":  # which replaces Lightning's own clipping
-        effect = "has no effect where configure_gradient_clipping clips by component: pass it on as max_norm"
-    else:
-        effect = "clips as well, after each component has been clipped: leave one of them out"
-    warn_of_gradient_clip_val(trainer, effect)

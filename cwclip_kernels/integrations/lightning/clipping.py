@@ -102,9 +102,14 @@ def _is_unscaled(scaler: Any, trainer: Trainer, module: LightningModule, optimiz
     return True
 
 
-def warn_of_gradient_clip_val(trainer: Trainer, effect: str) -> None:
-    """Warns once if Lightning is set to clip by itself."""
-    algorithm = trainer.gradient_clip_algorithm
+def warn_of_gradient_clip_val(trainer: Trainer, module: LightningModule, max_norm: MaxNorm | None = None) -> None:
+    """Warns once if Lightning is set to clip by itself, unless to the number that is the cap here."""
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if isinstance(max_norm, int | float) and max_norm == value:
+        return
+    if module._current_fx_name == "configure_gradient_clipping":  # which replaces Lightning's own clipping
+        effect = "has no effect where configure_gradient_clipping clips by component: pass it on as max_norm"
+    else:
+        effect = "clips as well, after each component has been clipped: leave one of them out"
     shown = "" if algorithm is None else f", gradient_clip_algorithm={algorithm.value!r}"
-    value = trainer.gradient_clip_val
     warn_already_clipped(f"Trainer(gradient_clip_val={value}{shown})", value, effect)
