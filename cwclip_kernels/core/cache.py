@@ -1,4 +1,10 @@
-"""The function form's cache: engines for parameters that have been seen before."""
+"""The function form's cache: sessions for parameters that have been seen before.
+
+Resolving names costs milliseconds and a plan more. The keys are made of ids, which another tensor may have when the
+first is gone. But a session depends on names and on what parameters look like, not on which they are: so that is
+compared at every call, and no weak references to tensors are needed. (A tensor with one can't be swapped, as moving a
+model may do.)
+"""
 
 from __future__ import annotations
 
@@ -18,123 +24,97 @@ from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
 from ..distributed.groups import as_group, check_parts
 from ..distributed.local import local_value
-from .engine import Engine
+from .session import ClipSession
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """An engine for parameters seen before. It keeps none of them alive.
+    """A session for parameters seen before. It keeps none of them alive."""
 
-    Attributes:
-        engine: components and plan.
-        form: what the parameters looked like.
-        positions: of each parameter's first occurrence in the caller's list; None if each occurs once.
-        module: where the tensors came from, if from a module; with it the entry goes.
-        storage: where the first tensor's data lies, if not from a module.
-    """
+    session: ClipSession
+    form: object  # what the parameters looked like
+    positions: list[int]  # of the first occurrence of each parameter in the caller's list
+    module: weakref.ref[nn.Module] | None  # whose parameters they are; removes the entry when it dies
+    storage: StorageWeakRef | None  # of the first parameter, if no module was given
 
-    engine: Engine
-    form: object
-    positions: tuple[int, ...] | None
-    module: weakref.ref[nn.Module] | None
-    storage: StorageWeakRef | None
-
-    def is_over(self) -> bool:
-        """Whether the parameters' memory is gone, so that the entry is hardly of use any more."""
+    def is_dead(self) -> bool:
+        """Whether the parameters' memory is gone, so that the entry is hardly of use."""
         return self.storage is not None and bool(self.storage.expired())  # type: ignore[no-untyped-call]
 
     def is_for(self, tensors: Sequence[Tensor], form: object) -> bool:
         """Whether it serves these parameters, which have the ids of those that it was made for."""
-        if self.form != form or any(tensors[i].requires_grad for i, _ in self.engine.components.problems):
+        if self.form != form or any(tensors[i].requires_grad for i, _ in self.session.components.problems):
             return False
-        if self.engine.spread is None or self.storage is None:
+        if self.session.spread is None or self.storage is None:
             return True
-        # Ranks make their engines together, and ids are reused on one rank and not on another: by chance.
+        # Ranks make their sessions together, but an id may be reused on one rank and not on another.
         now = _storage_of(tensors)
-        return now is not None and not self.is_over() and now.cdata == self.storage.cdata
+        return now is not None and not self.is_dead() and now.cdata == self.storage.cdata
 
 
-_KEPT = 1024  # enough for who calls once for each parameter
+_KEPT = 1024  # enough for a program that calls once for each parameter
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
-_next_look = 8  # for entries that are over, in so many insertions
+_until_purge = 8  # insertions until dead entries are removed
 
 
-def engine_for(
+def session_for(
     parameters: Parameters,
     grouping: Grouping,
     settings: Callable[[], str],
     process_group: object = None,
     pp_mesh: object = None,
-) -> tuple[Sequence[Tensor], Engine]:
-    """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters.
+) -> tuple[Sequence[Tensor], ClipSession]:
+    """The tensors of ``parameters``, each once, and their session.
 
-    The keys are made of ids, which another tensor may have when the first is gone. But an engine depends on names and
-    on what the parameters look like, not on which they are: so that is compared at every call, and no weak reference
-    has to tell that a tensor is gone. (A tensor that has one can't be swapped, which moving a model may take.)
-
-    ``settings`` says what ranks have to choose alike; it is asked where an engine is made, not at every call.
+    ``settings`` describes what all ranks must have alike; called where a session is made, not at every call.
     """
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
+    form = None
     if key is not None:
         # Not by the ids of meshes: mesh["pp"] is another object each time, and an id may be that of a later one.
         key = key, as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
-    with _lock:
-        entry = _entries.get(key)
+        form = form_of(given)
+        with _lock:
+            entry = _entries.get(key)
+            if entry is not None:
+                _entries.move_to_end(key)
         if entry is not None:
-            _entries.move_to_end(key)
-    form = None if key is None else form_of(given)
-    if entry is not None:
-        tensors = given if entry.positions is None else [given[i] for i in entry.positions]
-        if entry.is_for(tensors, form):
-            return tensors, entry.engine
+            is_all = len(entry.positions) == len(given)
+            tensors = given if is_all else [given[i] for i in entry.positions]
+            if entry.is_for(tensors, form):
+                return tensors, entry.session
     check_parts(source, process_group)
     named = named_tensors(source)
-    engine = Engine.of(named, grouping, process_group, pp_mesh, settings())
+    session = ClipSession.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:
-        _remember(key, _Entry(engine, form, _positions(given), *_watched(source, key, named.tensors)))
-    return named.tensors, engine
-
-
-def _watched(
-    source: object, key: Hashable, tensors: Sequence[Tensor]
-) -> tuple[weakref.ref[nn.Module] | None, StorageWeakRef | None]:
-    """What tells that parameters are gone, without a reference to one of them."""
-
-    def forget(_: weakref.ref[Any]) -> None:
-        _entries.pop(key, None)
-
-    if isinstance(source, nn.Module):
-        return weakref.ref(source, forget), None
-    return None, _storage_of(tensors)
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(given)))}
+        module = storage = None
+        if isinstance(source, nn.Module):
+            module = weakref.ref(source, lambda _: _entries.pop(key, None))
+        else:
+            storage = _storage_of(named.tensors)
+        _remember(key, _Entry(session, form, sorted(first.values()), module, storage))
+    return named.tensors, session
 
 
 def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
-    if not tensors:
-        return None
-    first: Any = local_value(tensors[0])
+    first: Any = local_value(tensors[0]) if tensors else None
     if type(first) not in (Tensor, nn.Parameter) or first.layout != torch.strided or first.is_nested:
         return None
     return StorageWeakRef(first.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _positions(given: Sequence[Tensor]) -> tuple[int, ...] | None:
-    first: dict[int, int] = {}
-    for position, tensor in enumerate(given):
-        first.setdefault(id(tensor), position)
-    return None if len(first) == len(given) else tuple(first.values())
-
-
 def _remember(key: Hashable, entry: _Entry) -> None:
-    global _next_look
+    global _until_purge
     with _lock:
         _entries[key] = entry
-        _next_look -= 1
-        if _next_look <= 0:  # rarely, so that it costs each entry little however many there are
-            for over in [known for known, other in _entries.items() if other.is_over()]:
-                del _entries[over]
-            _next_look = max(8, len(_entries) // 2)
+        _until_purge -= 1
+        if _until_purge <= 0:  # rarely, so that it costs each entry little however many there are
+            for dead in [known for known, other in _entries.items() if other.is_dead()]:
+                del _entries[dead]
+            _until_purge = max(8, len(_entries) // 2)
         while len(_entries) > _KEPT:
             _entries.popitem(last=False)
 
@@ -142,12 +122,11 @@ def _remember(key: Hashable, entry: _Entry) -> None:
 def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashable, list[Tensor]]:
     """A key that no other living set of parameters has, and its tensors, repetitions included.
 
-    The key is None for what must be resolved at every call: a grouping function, which may answer differently, and
-    what isn't a set of parameters; reading its names will say why.
+    None where names must be resolved at every call: for a grouping function, which may answer differently, and for
+    what isn't a set of parameters, which then raises.
     """
-    if not (
-        grouping is None or isinstance(grouping, str) or (isinstance(grouping, ComponentSpec) and grouping.is_static)
-    ):
+    is_static = isinstance(grouping, ComponentSpec) and grouping.is_static
+    if not (grouping is None or isinstance(grouping, str) or is_static):
         return None, []
     if isinstance(source, nn.Module):
         names: list[str] = []
@@ -166,7 +145,7 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
 
 
 def _walk(module: nn.Module, names: list[str], tensors: list[Tensor], seen: set[int]) -> None:
-    # named_parameters() puts every full name together anew: three times the cost of the walk.
+    # named_parameters() composes every full name: three times the cost of this walk.
     seen.add(id(module))
     for name, parameter in module._parameters.items():
         if parameter is not None:

@@ -1,33 +1,35 @@
-"""The arguments ``inv_scale`` and ``found_inf``: checked once, brought to whichever device asks."""
+"""``inv_scale`` and ``found_inf``: the loss scale of a call's gradients."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import type_name
-from ..thresholds.caps import FLOATS, as_float
-from .formula import LossScale, wide_dtype
+from ..thresholds.constant import FLOATS, as_float
+from .formula import wide_dtype
 
 
-class ScaledLoss:
-    """How the loss was scaled, in the caller's words.
+@dataclass(frozen=True)
+class LossScale:
+    """Unscales the gradients of a scaled loss in the pass that clips, and reports inf and NaN.
 
-    Args:
-        inv_scale: what undoes it: a number, or a floating-point Tensor of one element, used where it lies; None for
-            gradients that aren't scaled.
-        found_inf: floating-point Tensor of one element, set to 1 if any gradient is inf or NaN; or None.
-
-    Raises:
-        TypeError: none of these.
-        ValueError: a number that isn't finite and > 0, a tensor of another shape or without data. What a tensor on
-            the CPU holds is looked at in ``on``.
+    g <- inverse * g before anything else; found_inf <- 1 if any g is inf or NaN
     """
 
-    def __init__(self, inv_scale: float | Tensor | None, found_inf: Tensor | None) -> None:
+    inverse: Any = None  # as given; ``on`` a device a Tensor [] in ``wide_dtype``; None for 1
+    found_inf: Tensor | None = None  # as given; ``on`` a device a Tensor [] of float32
+
+    @classmethod
+    def of(cls, inv_scale: float | Tensor | None, found_inf: Tensor | None) -> LossScale:
+        """From the arguments of a call, checked."""
+        if inv_scale is None and found_inf is None:
+            return UNSCALED
         if isinstance(inv_scale, Tensor):
             _check_one_element(inv_scale, "inv_scale")
         elif inv_scale is not None:
@@ -36,19 +38,15 @@ class ScaledLoss:
             if not isinstance(found_inf, Tensor):
                 raise TypeError(f"found_inf: expected a Tensor of one element or None, not {type_name(found_inf)}")
             _check_one_element(found_inf, "found_inf")
-        self._inv_scale = inv_scale
-        self._found_inf = found_inf
-
-    @property
-    def looks_for_inf(self) -> bool:
-        """Whether the caller wants to know of inf and NaN."""
-        return self._found_inf is not None
+        return cls(inv_scale, found_inf)
 
     def on(self, device: torch.device) -> LossScale:
-        """As kernels take it; no host sync, unless ``device`` is the host and a tensor isn't there."""
-        inverse, found = self._inv_scale, self._found_inf
+        """As kernels take it; a value on the CPU is checked. Syncs only to bring a tensor to the CPU."""
+        if self is UNSCALED:
+            return self
+        inverse, found = self.inverse, self.found_inf
         if isinstance(inverse, Tensor):
-            if inverse.device.type == "cpu":  # elsewhere the look would be a host sync
+            if inverse.device.type == "cpu":  # elsewhere reading the value would be a host sync
                 _checked_number(inverse.item())
             inverse = inverse.detach().reshape(()).to(device, wide_dtype(device), non_blocking=device.type != "cpu")
         elif inverse is not None:
@@ -59,11 +57,27 @@ class ScaledLoss:
         return LossScale(inverse, found)
 
     def deliver(self, used: LossScale) -> None:
-        """Sets the caller's ``found_inf`` where what the kernels wrote to is another tensor."""
-        theirs, ours = self._found_inf, used.found_inf
+        """Sets the caller's ``found_inf``, if ``used``, which ``on`` has made, has another tensor."""
+        theirs, ours = self.found_inf, used.found_inf
         if theirs is not None and ours is not None and theirs.data_ptr() != ours.data_ptr():
             found = (ours != 0).to(theirs.device, non_blocking=theirs.device.type != "cpu")
             theirs.detach().masked_fill_(found.reshape(theirs.shape), 1.0)
+
+    def unscaled(self, norms: Tensor) -> Tensor:
+        """Norms of the unscaled gradients from those of the scaled ones."""
+        return norms if self.inverse is None else norms * self.inverse
+
+    def factors(self, coefs: Tensor) -> Tensor:
+        """The factors [K] that unscale and clip gradients, from coefficients."""
+        return coefs if self.inverse is None else coefs.to(self.inverse.dtype) * self.inverse
+
+    def report(self, sums: Tensor) -> None:
+        """Sets ``found_inf`` if any power sum is inf or NaN; no sync."""
+        if self.found_inf is not None:
+            self.found_inf.masked_fill_(~sums.isfinite().all(), 1.0)
+
+
+UNSCALED = LossScale()
 
 
 def _checked_number(inv_scale: object) -> float:
@@ -83,6 +97,3 @@ def _check_one_element(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected one element, not shape {list(tensor.shape)}")
     if tensor.is_meta:
         raise ValueError(f"{name}: is on the meta device, where it has no value")
-
-
-NOT_SCALED = ScaledLoss(None, None)

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..arguments import type_name, warn_caller
-from ..attachment import check_not_in_backward, clipping_too
 from ..clipper import ComponentClipper
 from ..components.parameters import NamedTensors, Parameters, named_tensors
-from ..core.cache import engine_for
-from ..core.engine import Options, check_options, settings_in_words
-from ..core.options import ClipOptions
+from ..core.cache import session_for
+from ..core.optimizers import attached_clippers
+from ..core.options import ClipOptions, Options, check_options
 from ..distributed.groups import Group
 from ..distributed.shards import is_flattened
 from ..grad_scaler import ComponentClipGradScaler
 from ..thresholds import Threshold
-from ..thresholds.caps import CapPolicy, MaxNorm
+from ..thresholds.base import StepCaps
+from ..thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +48,7 @@ def clipper_arguments(norm_type: float, error_if_nonfinite: bool, options: ClipO
 
 
 class ClipCall:
-    """One call that clips, its arguments checked. Nothing else in this folder uses the engine itself."""
+    """One call that clips, its arguments checked. Nothing else in this folder uses sessions."""
 
     def __init__(
         self,
@@ -60,23 +60,23 @@ class ClipCall:
         pp_mesh: object = None,
     ) -> None:
         self._options = checked(norm_type, error_if_nonfinite, options)
-        settings = partial(settings_in_words, self._options, max_norm, pp_mesh)
-        self.tensors, self.engine = engine_for(
+        settings = partial(self._options.in_words, max_norm, pp_mesh)
+        self.tensors, self.session = session_for(
             parameters, options.get("components"), settings, options.get("process_group"), pp_mesh
         )
         self.max_norm = max_norm
 
-    def policy(self) -> CapPolicy:
-        """What ``max_norm`` means for these components; TypeError or ValueError if it is wrong."""
-        return self.engine.policy(self.max_norm, self.tensors, self._options.rule)
+    def caps(self) -> StepCaps:
+        """The caps that ``max_norm`` stands for; TypeError or ValueError if it is wrong."""
+        return self.session.caps_for(self.max_norm, self.tensors, self._options.rule)
 
     def clip_(self) -> Tensor:
         """Clips, and returns the norms before: [K]."""
-        return self.engine.clip_(self.tensors, self.policy(), self._options)[0]
+        return self.session.clip_(self.tensors, self.caps(), self._options)[0]
 
     def total_norm(self, norms: Tensor) -> Tensor:
         """The norm of all components together: []."""
-        return self.engine.total(norms, self._options.rule.norm_type)
+        return self.session.total(norms, self._options.rule.norm_type)
 
 
 class ModelClipping:
@@ -91,7 +91,7 @@ class ModelClipping:
         group = group_of(named_tensors(source), [wrapped]) if group is None else group
         self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
         self.clipped = self.clipper.parameters
-        check_not_in_backward(self.clipper, self.clipped)
+        self.clipper.check_not_in_backward(self.clipped)
         if is_scaled and self.clipper.raises_nonfinite:
             raise ValueError(
                 "nonfinite: 'error' (error_if_nonfinite=True) can't be used with a scaled loss, whose norms are inf "
@@ -173,7 +173,7 @@ def refuse_double_clipping(
             f"again; use torch.amp.GradScaler, or leave out {ours}"
         )
     for optimizer in optimizers:
-        shared = clipping_too(optimizer, parameters)
+        shared = attached_clippers(optimizer, parameters)
         if shared:
             raise RuntimeError(
                 f"optimizer: a clipper is attached to {type_name(optimizer)}, and would clip the gradient of "

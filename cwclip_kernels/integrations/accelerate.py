@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from ..attachment import parameters_of
 from ..components.parameters import Parameters, as_items, named_tensors
+from ..core.optimizers import parameters_of
 from ..core.options import ClipOptions
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._common import ClipCall, group_of, learning_unless_skipped, refuse_double_clipping, without_whole_frozen
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def clip_grad_norm_(
         parameters, _ = without_whole_frozen(parameters)
         options["process_group"] = group_of(named_tensors(parameters), accelerator._models)
     call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options)
-    call.policy()  # raises before anything is unscaled
+    call.caps()  # raises before anything is unscaled
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
     refuse_double_clipping(optimizers, scaler, call.tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()

@@ -15,7 +15,7 @@ from ..components.parameters import Parameters
 from ..components.spec import ComponentSpec
 from ..core.options import ClipOptions
 from ..thresholds import ParamRelative
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._common import ClipCall, checked
 from ._patch import Patch
 
@@ -71,9 +71,9 @@ def dispatch_clip_grad(
                 raise ValueError(f"{name}: 'agc' {why}; leave it out")
         # With an eps small gradients would be clipped to less than their cap.
         call = ClipCall(parameters, math.inf, norm_type, False, {**options, "components": _UNITS, "eps": 0.0})
-        known = _factors.get(call.engine)
+        known = _factors.get(call.session)
         if known is None or known[0] != value:
-            known = _factors[call.engine] = value, ParamRelative(value)  # type: ignore[arg-type]
+            known = _factors[call.session] = value, ParamRelative(value)  # type: ignore[arg-type]
         call.max_norm = known[1]
         call.clip_()
 

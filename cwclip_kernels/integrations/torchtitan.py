@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ..arguments import type_name
 from ..components.parameters import Parameters
 from ..core.options import ClipOptions
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._common import ClipCall, checked
 from ._patch import Patch
 

@@ -18,16 +18,17 @@ PACKAGE = Path(cwclip_kernels.__file__).parent
 ORDER = [
     name
     for line in """
-    _version arguments result
+    _C _version arguments result
     core/modes core/formula
     components/naming components/grouping components/patterns components/membership components/parameters
-    components/spec core/options
+    components/spec
     thresholds/base thresholds/caps thresholds/constant thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/scale
-    backends/memory backends/native core/checks core/bucket core/loss_scale
-    reference backends/foreach backends/cpu backends/cuda backends/triton_tables backends/triton backends/registry
-    core/plan core/run
+    backends/memory backends/served backends/native core/checks core/bucket core/loss_scale
+    reference backends/foreach backends/programs backends/cpu backends/cuda
+    backends/triton_tables backends/triton backends/registry
+    core/options core/plan core/run
     distributed/groups distributed/consistency distributed/reduction distributed/local distributed/reduction_plan
     distributed/set_up distributed/run
     core/bound core/engine core/cache core/traced
@@ -60,6 +61,7 @@ def imports_of(path: Path) -> set[str]:
                     p
                     for p in (
                         base / f"{name}.py",
+                        base / f"{name}.pyi",
                         base / name / "__init__.py",
                         base.with_suffix(".py"),
                         base / "__init__.py",

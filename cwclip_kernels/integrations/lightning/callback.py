@@ -13,7 +13,7 @@ from ...arguments import warn_caller
 from ...clipper import ComponentClipper
 from ...core.options import ClipOptions
 from ...result import ClipResult, ClipStatistics
-from ...thresholds.caps import MaxNorm
+from ...thresholds.constant import MaxNorm
 from .._common import clipper_arguments, learner
 from .clipping import FitClipping, warn_of_gradient_clip_val
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from ...arguments import type_name
-from ...attachment import parameters_of
 from ...clipper import ComponentClipper
 from ...components.parameters import named_tensors
+from ...core.optimizers import parameters_of
 from ...result import ClipResult
-from ...thresholds.caps import MaxNorm
+from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, innermost, learning_unless_skipped, refuse_double_clipping, warn_already_clipped
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from ...core.options import ClipOptions
 from ...result import ClipResult
-from ...thresholds.caps import MaxNorm
+from ...thresholds.constant import MaxNorm
 from .._common import innermost, warn_already_clipped
 from ..accelerate import check_gradients_are_here
 from .clipping import TrainerClipping

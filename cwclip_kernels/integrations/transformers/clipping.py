@@ -17,10 +17,11 @@ from ...components.naming import Aliases
 from ...components.parameters import named_tensors
 from ...components.patterns import matches, no_match
 from ...components.resolve import resolve
+from ...core.caps import fixed_caps
 from ...core.options import ClipOptions
 from ...result import ClipResult, ClipStatistics
 from ...thresholds import Threshold
-from ...thresholds.caps import Caps, MaxNorm
+from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, clipper_arguments, learner, learning_unless_skipped, refuse_double_clipping
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
@@ -78,7 +79,7 @@ class TrainerClipping:
         components = resolve(named_tensors(model), self._arguments.get("components"))
         cap = self._cap(trainers_cap)
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
-            Caps(cap, components.names, aliases=components.aliases)
+            fixed_caps(cap, components)
         self._logged(components.names, components.aliases)
 
     def clip_(

@@ -1,0 +1,154 @@
+"""Caps for one set of parameters: fixed ones, or those of a threshold that is bound to their components."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..arguments import type_name
+from ..backends import native
+from ..components.membership import Components
+from ..distributed import local
+from ..distributed import run as over_ranks
+from ..distributed.reduction_plan import Spread
+from ..thresholds import Fixed, Setting, Threshold
+from ..thresholds.base import StepCaps
+from ..thresholds.constant import checked_cap
+from . import run
+from .checks import has_no_data
+from .formula import ClipRule, wide_dtype
+from .plan import Plans, home_of
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+def is_trained(tensor: Tensor) -> bool:
+    """Whether a gradient is to be expected; frozen parameters are neither measured nor counted."""
+    return tensor.requires_grad or tensor.grad is not None
+
+
+def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of the parameters are trained; () if all are."""
+    if all(map(_REQUIRES_GRAD, tensors)):  # six times as fast as asking for each gradient as well
+        return ()
+    trained = tuple(map(is_trained, tensors))
+    return () if all(trained) else trained
+
+
+def fixed_caps(
+    max_norm: float | Tensor | Mapping[str, float], components: Components, everywhere: tuple[str, ...] | None = None
+) -> StepCaps:
+    """Caps that are the same at every step, or read from a tensor; checked, and patterns matched.
+
+    ``everywhere`` are the names of the components of all ranks, where other ranks have others.
+    """
+    if not isinstance(max_norm, Tensor | Mapping):
+        checked_cap(max_norm, "max_norm")
+    fixed = Fixed(max_norm)
+    names, others = components.names, (components.spellings, components.aliases, everywhere)
+    fixed.bind(Setting(names, (), math.nan, math.nan, torch.device("cpu"), torch.Tensor, (), *others))
+    return StepCaps(fixed.adds_eps, fixed.needs_norms, fixed.caps, fixed.update_)
+
+
+class BoundThreshold:
+    """A threshold bound to components. Between calls it keeps neither the threshold nor the parameters alive.
+
+    The threshold may serve other parameters in between, with the same component names.
+    """
+
+    def __init__(self, threshold: Threshold, components: Components, spread: Spread | None, rule: ClipRule) -> None:
+        if threshold.needs_all_components and spread is not None and spread.has_stages:
+            raise ValueError(
+                f"max_norm: {type_name(threshold)} looks at all components together, of which each rank of "
+                "pp_mesh has others; use a threshold that looks at each by itself"
+            )
+        self._threshold = weakref.ref(threshold)
+        self._components = components
+        self._spread = spread
+        self._rule = rule
+        self._plans = Plans(components if spread is None else spread.local, "the parameter")
+        self._measure: Callable[[], Tensor] | None = None  # while caps are computed
+        self._form: object = None
+        self._setting: Setting | None = None
+
+    def is_for(self, threshold: Threshold, rule: ClipRule) -> bool:
+        """Whether a call with this threshold and rule can use it."""
+        own = self._rule
+        return self._threshold() is threshold and (own.norm_type, own.eps) == (rule.norm_type, rule.eps)
+
+    def for_call(self, threshold: Threshold, tensors: Sequence[Tensor]) -> StepCaps:
+        """Binds the threshold again if parameters were frozen, unfrozen or given shapes since the last call."""
+        form = trained_of(tensors), native.form_of(list(tensors))
+        if self._setting is None or form != self._form:
+            self._form, self._setting = form, self._make_setting(tensors)
+        if not threshold.is_bound_to(self._setting):
+            threshold.bind(self._setting)
+        return self.measuring(threshold, partial(self._norms_of, tensors))
+
+    def measuring(self, threshold: Threshold, measure: Callable[[], Tensor] | None) -> StepCaps:
+        """The threshold's caps, with the parameters' norms from ``measure``; None if it can't ask for these."""
+        caps = partial(self._caps, threshold, measure)
+        return StepCaps(threshold.adds_eps, threshold.needs_norms, caps, threshold.update_)
+
+    def _caps(
+        self, threshold: Threshold, measure: Callable[[], Tensor] | None, device: torch.device, norms: Tensor | None
+    ) -> Tensor:
+        self._measure = measure
+        try:
+            caps = threshold.caps(device, norms)
+        finally:
+            self._measure = None
+        count, wide = len(self._components.names), wide_dtype(device)
+        found = type_name(caps)
+        if isinstance(caps, Tensor):
+            if (caps.dtype, caps.device) == (wide, device) and caps.shape in ((), (count,)) and caps.is_contiguous():
+                return caps
+            found = f"{caps.dtype} of shape {list(caps.shape)} on {caps.device}"
+        raise TypeError(
+            f"max_norm: caps() of {type_name(threshold)} has to return a contiguous {wide} tensor of shape [] or "
+            f"[{count}] on {device}, not {found}"
+        )
+
+    def _parameter_norms(self) -> Tensor:
+        """``Setting.parameter_norms``."""
+        if self._measure is None:
+            raise RuntimeError(
+                "parameter_norms: call it in caps(), while a clipper is at work; a threshold for clip_in_backward "
+                "says reads_parameters = True if it does"
+            )
+        return self._measure()
+
+    @torch.no_grad()
+    def _norms_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        if self._spread is None:
+            return norms_of_trained(self._plans, tensors, self._rule.norm_type)
+        job = over_ranks.Job(self._spread, self._plans, None, home_of(tensors))
+        return over_ranks.norms_of_values(job, tensors, self._rule.norm_type)
+
+    def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:
+        components, spread, rule = self._components, self._spread, self._rule
+        counts = local.member_numels(components, tensors) if spread is None else spread.member_numels
+        trained = trained_of(tensors)
+        numels = [0] * len(components.names)
+        for (position, component, _), count in zip(components.members, counts, strict=True):
+            if not trained or trained[position]:
+                # A parameter without shape counts as one element until it has one.
+                numels[component] += max(count, 1) if is_lazy(tensors[position]) else count
+        # While parameters have no data, no state is made, which would have none either.
+        device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
+        others = components.spellings, components.aliases, None if spread is None else spread.all_names
+        own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
+        return Setting(components.names, *own, *others)
+
+
+def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norms of the parameters themselves, [K]; 0 for frozen ones, which aren't read."""
+    values = [t.detach() if is_trained(t) else None for t in tensors]
+    return run.norms_of(*plans.measured(values, tensors, norm_type, None), norm_type)
