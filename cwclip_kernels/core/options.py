@@ -1,17 +1,41 @@
-"""The scalar arguments of a call, checked."""
+"""The options of a call: their type, and the scalar ones checked."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
 from ..arguments import check_type, checked_number, type_name
 from ..backends import registry
+from ..components.spec import Grouping
 from ..thresholds import Threshold
 from ..thresholds.constant import MaxNorm
 from .formula import POLICIES, ClipRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class ClipOptions(TypedDict, total=False):
+    """Keyword options that all ways to clip share.
+
+    Attributes:
+        components: as for :func:`cwclip_kernels.fused_component_clip_`, like all of these.
+        eps: 1e-6 unless given.
+        nonfinite: "propagate" unless given.
+        process_group: none unless given; trainers' ways find FSDP's.
+        backend: the best available unless given.
+    """
+
+    components: Grouping
+    eps: float
+    nonfinite: str
+    process_group: ProcessGroup | DeviceMesh | None
+    backend: str | None
 
 
 @dataclass(frozen=True)

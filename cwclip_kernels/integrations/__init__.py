@@ -1,4 +1,4 @@
-"""Component clipping where a trainer clips: one module for each, with the trainer's own call.
+"""Component clipping in trainers, one module for each, with a replacement for the trainer's own call.
 
     torchtitan     ``clip_grad_norm_`` in place of ``torchtitan.distributed.utils.clip_grad_norm_``
     accelerate     ``clip_grad_norm_`` in place of ``Accelerator.clip_grad_norm_``
@@ -6,6 +6,6 @@
     lightning      ``ComponentClip``, a callback; ``configure_gradient_clipping`` for the hook of that name
     transformers   ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` for ``Trainer``
 
-The calls return what the trainer's own do: for its log, the norm of all components together. None imports its
-trainer, but for Lightning and transformers, whose callbacks are of their classes.
+Replacements return what the originals do: the norm of all components together. Only ``lightning`` and
+``transformers`` import their trainers.
 """

@@ -1,26 +1,22 @@
-"""Accelerate's call, by component."""
+"""A replacement for ``Accelerator.clip_grad_norm_`` that clips by component."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from ..components.parameters import Parameters, as_items, named_tensors
-from ..components.spec import Grouping
-from ..core.cache import session_for
-from ..core.options import check_options
+from ..core.optimizers import parameters_of
+from ..core.options import ClipOptions
 from ..thresholds.constant import MaxNorm
-from ._already import refuse_double_clipping
-from ._fsdp1 import group_of, without_whole_frozen
-from ._learning import learning_unless_skipped
-from ._optimizers import owning
+from ._common import ClipCall, group_of, learning_unless_skipped, refuse_double_clipping, without_whole_frozen
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def clip_grad_norm_(
@@ -30,39 +26,34 @@ def clip_grad_norm_(
     norm_type: float = 2,
     *,
     error_if_nonfinite: bool = False,
-    components: Grouping = None,
-    nonfinite: str = "propagate",
-    process_group: ProcessGroup | DeviceMesh | None = None,
-    backend: str | None = None,
+    **options: Unpack[ClipOptions],
 ) -> Tensor:
     """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
 
-    In place of ``accelerator.clip_grad_norm_(parameters, max_norm)``, where that is: after ``accelerator.backward``,
+    Call it where ``accelerator.clip_grad_norm_(parameters, max_norm)`` would be: after ``accelerator.backward``,
     under ``if accelerator.sync_gradients:``, before the optimizer's step. Gradients of a scaled loss are unscaled
-    first, as there. It serves one process, ``DistributedDataParallel``, FSDP 1 and 2 and tensor parallelism.
+    first, as there. It supports one process, ``DistributedDataParallel``, FSDP 1 and 2 and tensor parallelism.
 
     Args:
         accelerator: what prepared model and optimizer.
-        parameters: as for ``fused_component_clip_``. Pass the prepared model itself, or its ``named_parameters()``,
-            where ``components`` needs names.
+        parameters: as for ``fused_component_clip_``. Where ``components`` needs names pass the prepared model itself,
+            or its ``named_parameters()``.
         max_norm: the cap of each component, not of all together.
         norm_type: order of the norms, and of the total.
         error_if_nonfinite: as for ``fused_component_clip_``.
-        components: likewise.
-        nonfinite: likewise.
-        process_group: likewise. That of a model prepared with FSDP 1 is found without it.
-        backend: likewise.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. The process group of FSDP 1 is found without it.
 
     Returns:
-        [] norm of all components before clipping, the same on all ranks: float32 (float64 if any gradient is), on the
-        gradients' device; no host sync, unless a threshold has to know whether a loss scaler will skip the step. What
-        a callable of ``components`` leaves alone doesn't count.
+        [] norm of all components before clipping, the same on all ranks; without those that a callable in
+        ``components`` leaves alone. float32 (float64 if any gradient is), on the gradients' device; no host sync,
+        unless caps that learn have to know whether a loss scaler will skip the step.
 
     Raises:
         TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
-            several, or some that are sharded beside some that aren't. No gradient is clipped.
-        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; they belong to
-            DeepSpeed, Megatron-LM or XLA; or a clipper is attached to the optimizer. No gradient is clipped.
+            several, or some that are sharded beside some that aren't.
+        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; DeepSpeed, Megatron-LM
+            or XLA clip them; or a clipper is attached to the optimizer. No gradient is changed.
 
     Example:
         >>> import torch
@@ -80,7 +71,6 @@ def clip_grad_norm_(
     References:
         https://huggingface.co/docs/accelerate, ``Accelerator.clip_grad_norm_``.
     """
-    options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
     check_gradients_are_here(accelerator)
     if not accelerator.sync_gradients:
         raise RuntimeError(
@@ -88,26 +78,26 @@ def clip_grad_norm_(
             "whole; call it under `if accelerator.sync_gradients:`"
         )
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
-    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and process_group is None:
+    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and options.get("process_group") is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
         parameters, _ = without_whole_frozen(parameters)
-        process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
-    tensors, session = session_for(parameters, components, partial(options.in_words, max_norm), process_group)
-    policy = session.caps_for(max_norm, tensors, options.rule)
+        options["process_group"] = group_of(named_tensors(parameters), accelerator._models)
+    call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options)
+    call.caps()  # raises before anything is unscaled
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
-    refuse_double_clipping(optimizers, scaler, tensors, "clip_grad_norm_")
+    refuse_double_clipping(optimizers, scaler, call.tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()
-    with learning_unless_skipped(max_norm, scaler, owning(optimizers, tensors)):
-        norms = session.clip_(tensors, policy, options)[0]
-    return session.total(norms, options.rule.norm_type)
+    with learning_unless_skipped(max_norm, scaler, _owners(call.tensors, optimizers)):
+        return call.total_norm(call.clip_())
+
+
+def _owners(tensors: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    ids = set(map(id, tensors))
+    yield from (o for o in optimizers if not ids.isdisjoint(map(id, parameters_of(o))))
 
 
 def check_gradients_are_here(accelerator: Any) -> None:
-    """Raises RuntimeError, with what to do instead, where gradients are clipped before anyone else can get at them.
-
-    Args:
-        accelerator: an ``Accelerator``, or its ``state``.
-    """
+    """Raises RuntimeError if an ``Accelerator``, or its ``state``, is of a kind that clips by itself alone."""
     kind = accelerator.distributed_type.value
     if kind not in _ELSEWHERE:
         return
@@ -117,10 +107,10 @@ def check_gradients_are_here(accelerator: Any) -> None:
 
 
 _ELSEWHERE = {
-    "DEEPSPEED": "DeepSpeed keeps its gradients to itself and clips them in its own step, all by one norm. Clip by "
-    "component under FSDP 2, or leave it to DeepSpeed's gradient_clipping (DeepSpeedPlugin(gradient_clipping=...), "
-    "or max_grad_norm of transformers' TrainingArguments)",
+    "DEEPSPEED": "DeepSpeed clips its gradients in its own step, all by one norm, and gives nobody else access. Clip "
+    "by component under FSDP 2, or leave it to DeepSpeed's gradient_clipping "
+    "(DeepSpeedPlugin(gradient_clipping=...), or max_grad_norm of transformers' TrainingArguments)",
     "MEGATRON_LM": "Megatron-LM clips in its own step, all by one norm: set its gradient_clipping "
     "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
-    "XLA": "XLA's gradients are added up over devices in Accelerate's own clip_grad_norm_ alone; use that",
+    "XLA": "XLA's gradients are summed over devices only in Accelerate's own clip_grad_norm_; use that",
 }

@@ -1,28 +1,23 @@
-"""timm's call, by component.
+"""A replacement for ``timm.utils.dispatch_clip_grad`` whose mode "norm" clips by component.
 
-In ``train.py``, this import in place of ``utils.dispatch_clip_grad``; or, with timm left as it is, before training:
-
-    from cwclip_kernels.integrations.timm import dispatch_clip_grad
-    from timm import utils
-    utils.dispatch_clip_grad = utils.cuda.dispatch_clip_grad = dispatch_clip_grad
-
-``utils.cuda`` has timm's loss scalers, which unscale first.
+``apply()`` before training makes timm use it, in ``train.py`` and in its loss scalers, which unscale first.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from weakref import WeakKeyDictionary
 
 import torch
+from typing_extensions import Unpack
 
 from ..components.parameters import Parameters
-from ..components.spec import ComponentSpec, Grouping
-from ..core.cache import session_for
-from ..core.options import check_options
-from ..core.session import ClipSession
+from ..components.spec import ComponentSpec
+from ..core.options import ClipOptions
 from ..thresholds import ParamRelative
 from ..thresholds.constant import MaxNorm
+from ._common import ClipCall, checked
+from ._patch import Patch
 
 MODES = ("norm", "value", "agc")
 
@@ -32,15 +27,9 @@ def dispatch_clip_grad(
     value: MaxNorm,
     mode: str = "norm",
     norm_type: float = 2.0,
-    *,
-    components: Grouping = None,
-    nonfinite: str = "propagate",
-    backend: str | None = None,
+    **options: Unpack[ClipOptions],
 ) -> None:
     """Clips gradients in place, as timm's ``--clip-grad`` and ``--clip-mode`` say: "norm" by component.
-
-    The arguments up to ``norm_type`` are those of ``timm.utils.dispatch_clip_grad``; give it others with
-    ``functools.partial``.
 
     Args:
         parameters: as for ``fused_component_clip_``. timm passes them without names.
@@ -49,9 +38,9 @@ def dispatch_clip_grad(
         mode: "norm"; "value", which is torch's ``clip_grad_value_``; or "agc", adaptive gradient clipping by output
             unit, timm's rule in one pass over the gradients.
         norm_type: order of the norms.
-        components: what is clipped together under "norm"; each parameter by itself if None. "all" is timm's own rule.
-        nonfinite: as for ``fused_component_clip_``; not under "value".
-        backend: likewise.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. ``components="all"`` is timm's own rule. "agc" has components of its own and no
+            ``eps``; "value" uses none of these options.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fused_component_clip_``; nothing is changed.
@@ -72,22 +61,36 @@ def dispatch_clip_grad(
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, not {mode!r}")
     if mode == "value":
+        checked(norm_type, False, options)
         torch.nn.utils.clip_grad_value_(parameters, value)  # type: ignore[arg-type]
-        return
-    # timm's AGC adds nothing to a norm: small gradients would be clipped to less than their cap.
-    options = check_options(norm_type, False, 0.0 if mode == "agc" else 1e-6, nonfinite, backend)
-    if mode == "agc":
-        if components is not None:
-            raise ValueError("components: 'agc' has its own, output units; leave it out")
-        tensors, session = session_for(parameters, _UNITS, settings=options.in_words)
-        known = _factors.get(session)
-        if known is None or known[0] != value:
-            known = _factors[session] = value, ParamRelative(value)  # type: ignore[arg-type]
-        value = known[1]
+    elif mode == "norm":
+        ClipCall(parameters, value, norm_type, False, options).clip_()
     else:
-        tensors, session = session_for(parameters, components, settings=partial(options.in_words, value))
-    session.clip_(tensors, session.caps_for(value, tensors, options.rule), options)
+        for name, why in (("components", "has its own, output units"), ("eps", "adds nothing to a norm, as timm's")):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}: 'agc' {why}; leave it out")
+        # With an eps small gradients would be clipped to less than their cap.
+        call = ClipCall(parameters, math.inf, norm_type, False, {**options, "components": _UNITS, "eps": 0.0})
+        known = _factors.get(call.session)
+        if known is None or known[0] != value:
+            known = _factors[call.session] = value, ParamRelative(value)  # type: ignore[arg-type]
+        call.max_norm = known[1]
+        call.clip_()
+
+
+def apply(**options: Unpack[ClipOptions]) -> Patch:
+    """Makes timm call ``dispatch_clip_grad`` of this module, with these options.
+
+    Returns:
+        A handle: ``remove()``, or the end of a ``with`` block, puts timm's function back.
+
+    Raises:
+        TypeError, ValueError: a wrong option.
+        RuntimeError: this version's function has another signature than timm 1.0.31's, or is replaced already.
+    """
+    checked(2.0, False, options)
+    return Patch("timm.utils", "dispatch_clip_grad", dispatch_clip_grad, options)
 
 
 _UNITS = ComponentSpec().unitwise("*")
-_factors: WeakKeyDictionary[ClipSession, tuple[object, ParamRelative]] = WeakKeyDictionary()
+_factors: WeakKeyDictionary[object, tuple[object, ParamRelative]] = WeakKeyDictionary()

@@ -1,26 +1,21 @@
-"""torchtitan's call, by component.
+"""A replacement for ``torchtitan.distributed.utils.clip_grad_norm_`` that clips by component.
 
-In the trainer, this import in place of ``dist_utils.clip_grad_norm_``; or, with torchtitan left as it is, before the
-training starts:
-
-    from cwclip_kernels.integrations.torchtitan import clip_grad_norm_
-    from torchtitan.distributed import utils as dist_utils
-    dist_utils.clip_grad_norm_ = clip_grad_norm_
+``apply()`` before training makes torchtitan use it.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..arguments import check_type
 from ..components.parameters import Parameters
-from ..components.spec import Grouping
-from ..core.cache import session_for
-from ..core.options import check_options
+from ..core.options import ClipOptions
 from ..thresholds.constant import MaxNorm
+from ._common import ClipCall, checked
+from ._patch import Patch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,34 +29,29 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     pp_mesh: DeviceMesh | None = None,
     ep_enabled: bool = False,
-    *,
-    components: Grouping = None,
-    nonfinite: str = "propagate",
-    backend: str | None = None,
+    **options: Unpack[ClipOptions],
 ) -> Tensor:
     """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
 
-    The arguments up to ``ep_enabled`` are those of ``torchtitan.distributed.utils.clip_grad_norm_``; give it others
-    with ``functools.partial``. Under any of torchtitan's parallelisms norms are those of the logical gradients.
+    Under any of torchtitan's parallelisms norms are those of the logical gradients.
 
     Args:
         parameters: as for ``fused_component_clip_``. torchtitan passes them without names, so for "module", "layer"
             and "type" as ``components`` edit its call to pass (name, parameter) pairs.
-        max_norm: the cap of each component, not of all together: torchtitan's ``training.max_norm``, which wants a
-            smaller number then, such as 0.05.
+        max_norm: the cap of each component, not of all together: torchtitan's ``training.max_norm``, which should
+            then be smaller, such as 0.05.
         norm_type: order of the norms, and of the total.
         error_if_nonfinite: RuntimeError if a component's norm is inf or NaN, on all ranks alike, no gradient changed.
-        foreach: changes nothing, whatever it is: ``backend`` chooses how gradients are read.
+        foreach: has no effect; ``backend`` chooses how gradients are read.
         pp_mesh: the stages of the pipeline.
-        ep_enabled: changes nothing, whatever it is: parameters on different meshes may come together.
-        components: what is clipped together; each parameter by itself if None. "all" is torchtitan's own rule.
-        nonfinite: as for ``fused_component_clip_``.
-        backend: likewise.
+        ep_enabled: has no effect; parameters on different meshes may come together.
+        options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
+            ``fused_component_clip_``. ``components="all"`` is torchtitan's own rule.
 
     Returns:
-        [] norm of all components before clipping, over all stages; a plain Tensor, the same on all ranks. float32
-        (float64 if any gradient is), on the gradients' device; no host sync. What a callable of ``components``
-        leaves alone doesn't count.
+        [] norm of all components before clipping, over all stages; a plain Tensor, the same on all ranks; without
+        those that a callable in ``components`` leaves alone. float32 (float64 if any gradient is), on the gradients'
+        device; no host sync.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fused_component_clip_``; nothing is changed.
@@ -82,9 +72,19 @@ def clip_grad_norm_(
     """
     check_type(foreach, "foreach", bool | None, "a bool or None")
     check_type(ep_enabled, "ep_enabled", bool, "a bool")
-    options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
-    tensors, session = session_for(
-        parameters, components, partial(options.in_words, max_norm, pp_mesh), pp_mesh=pp_mesh
-    )
-    norms = session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options)[0]
-    return session.total(norms, options.rule.norm_type)
+    call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options, pp_mesh)
+    return call.total_norm(call.clip_())
+
+
+def apply(**options: Unpack[ClipOptions]) -> Patch:
+    """Makes torchtitan call ``clip_grad_norm_`` of this module, with these options.
+
+    Returns:
+        A handle: ``remove()``, or the end of a ``with`` block, puts torchtitan's function back.
+
+    Raises:
+        TypeError, ValueError: a wrong option.
+        RuntimeError: this version's function has another signature than torchtitan 0.3.0's, or is replaced already.
+    """
+    checked(2.0, False, options)
+    return Patch("torchtitan.distributed.utils", "clip_grad_norm_", clip_grad_norm_, options)

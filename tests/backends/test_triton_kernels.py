@@ -8,7 +8,8 @@ import torch
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.backends import triton_tables
 from cwclip_kernels.backends.native import packed
-from cwclip_kernels.core.formula import UNSCALED, ClipRule
+from cwclip_kernels.core.formula import ClipRule
+from cwclip_kernels.core.loss_scale import UNSCALED
 from helpers import DEVICE, DTYPES, NORM_TOLERANCE, assert_norms, random_grad, same_bits
 from triton_buckets import ORDERS, bucket_of, cap, check_clip, expected_scaled, expected_sums, one_each
 

@@ -11,7 +11,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
 from cwclip_kernels.components.parameters import named_tensors
 from cwclip_kernels.components.resolve import resolve
-from cwclip_kernels.integrations._trainer_clipping import TrainerClipping
 from cwclip_kernels.thresholds import EMA
 from helpers import random_grad
 
@@ -115,11 +114,16 @@ def test_patterns_and_learnt_thresholds_go_from_one_wrapping_to_another(process_
 
 
 def test_a_trainer_reads_names_as_everyone_else():
+    pytest.importorskip("transformers")
+    from cwclip_kernels.integrations.transformers.clipping import TrainerClipping
+
     clipping = TrainerClipping({"0.weight": 0.1}, log_norms="1.*")
     clipping.check(nn.DataParallel(compiled(small())), None)
     model = nn.ModuleDict({"module": nn.Linear(2, 1)})
     model["module"].weight.grad = torch.ones(1, 2)
-    assert TrainerClipping(0.1).clipper_for(model, None).names == ("module.weight", "module.bias")
+    clipping = TrainerClipping(0.1)
+    clipping.clip_(model)
+    assert clipping.last.names == ("module.weight", "module.bias")
 
 
 class Holder(nn.Module):
@@ -243,6 +247,9 @@ def test_a_pattern_for_a_tied_name_is_told_the_other(max_norm, components, messa
 
 
 def test_logged_norms_of_a_tied_name():
+    pytest.importorskip("transformers")
+    from cwclip_kernels.integrations.transformers.clipping import TrainerClipping
+
     with pytest.raises(ValueError, match=f"log_norms: 'lm_head.weight' matches none of the 4 components.*{TIED}"):
         TrainerClipping(0.1, log_norms="lm_head.weight").check(Tied(), None)
     TrainerClipping(0.1, components=ComponentSpec().split("embed.weight", 1), log_norms="embed.weight[0]").check(

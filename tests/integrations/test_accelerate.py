@@ -78,6 +78,21 @@ def test_one_norm_of_all_is_what_accelerate_does():
     torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
 
 
+def test_eps():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(Model())
+    accelerator.backward(model(batches()[0]).square().sum())
+    before = [p.grad.clone() for p in model.parameters()]
+    clip_grad_norm_(accelerator, model, 0.1, eps=0.1)
+    ours = [p.grad for p in model.parameters()]
+    for p, grad in zip(model.parameters(), before, strict=True):
+        p.grad = grad
+    fused_component_clip_(model, 0.1, eps=0.1)
+    assert all(map(same_bits, ours, (p.grad for p in model.parameters())))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pp_mesh'"):
+        clip_grad_norm_(accelerator, model, 0.1, pp_mesh=None)
+
+
 def test_accumulated_gradients_are_clipped_once_and_whole():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, plain = Model(), Model()
@@ -322,7 +337,7 @@ def test_frozen_parameters_may_be_whole_beside_shards_of_fsdp1():
 def test_fsdp1_that_cannot_be_told_is_refused():
     one, other = wrapped(), wrapped()
     both = [*one.parameters(), *other.parameters()]
-    with pytest.raises(ValueError, match="no model prepared by this accelerator .* pass process_group"):
+    with pytest.raises(ValueError, match="belong to 0 prepared models; .* pass process_group"):
         clip_grad_norm_(with_fsdp1(other), one.parameters(), 0.1)
     with pytest.raises(ValueError, match="2 prepared models"):
         clip_grad_norm_(with_fsdp1(one, other), both, 0.1)

@@ -20,8 +20,8 @@ pytest.importorskip("transformers")
 from test_hf_trainer import with_scaler
 from transformers import Trainer, TrainerCallback
 
-from cwclip_kernels.integrations._trainer_clipping import FILE
 from cwclip_kernels.integrations.transformers import ComponentClipCallback
+from cwclip_kernels.integrations.transformers.clipping import FILE
 from hf import ClippingTrainer, arguments, encoder, examples, logged, on_one_thread, plain_loop
 
 _on_one_thread = pytest.fixture(autouse=True)(on_one_thread)
@@ -221,7 +221,7 @@ def test_what_learns_nothing_asks_nothing(tmp_path, monkeypatch, way, caps):
     asked = []
     trainer = trainer_of(way, tmp_path, caps)
     monkeypatch.setattr(
-        "cwclip_kernels.integrations._learning._is_skipped", lambda *arguments: asked.append(0) or False
+        "cwclip_kernels.integrations._common._is_skipped", lambda *arguments: asked.append(0) or False
     )
     with_scaler(trainer, monkeypatch).train()
     assert not asked

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cwclip_kernels import fused_component_clip_, thresholds
-from cwclip_kernels.integrations import _already as already
+from cwclip_kernels.integrations import _common
 from helpers import same_bits
 
 pytest.importorskip("transformers")
@@ -24,7 +24,7 @@ _on_one_thread = pytest.fixture(autouse=True)(on_one_thread)
 
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch):
-    monkeypatch.setattr(already, "_said", set())
+    monkeypatch.setattr(_common, "_warned", set())
 
 
 def trained(folder, callback, model=None, resume=None, **changed):
@@ -47,7 +47,8 @@ def test_a_run_is_the_plain_loop(tmp_path, accumulate):
     trainer = trained(tmp_path, callback, gradient_accumulation_steps=accumulate)
     torch.testing.assert_close(weights_of(trainer.model), weights_of(expected))
     assert logged(trainer, "grad_norm") == pytest.approx(totals, rel=1e-5)
-    assert {"bert.encoder.layer.0", "classifier"} < set(callback.last_clip.names)
+    assert {"bert.encoder.layer.0", "classifier"} < set(callback.last.names)
+    assert callback.last_clip is callback.last  # its older name
 
 
 def test_the_log_has_the_numbers_and_later_callbacks_too(tmp_path):
@@ -78,16 +79,16 @@ def test_a_trainer_that_clips_by_itself_is_named_once(tmp_path):
     trained(tmp_path, ComponentClipCallback(0.05), max_grad_norm=1.0, max_steps=1)  # warnings are errors
 
 
-@pytest.mark.parametrize("value", [None, 0, 0.0, False, torch.inf])
+@pytest.mark.parametrize("value", [None, 0, 0.0, -1.0, False, torch.inf])
 def test_what_clips_nothing_is_not_warned_of(value):
-    assert not already.warn_already_clipped("gradient_clip_val of Trainer", value, "leave it out")
+    _common.warn_already_clipped("gradient_clip_val of Trainer", value, "clips too; leave it out")
 
 
 @pytest.mark.parametrize("value", [0.5, 1, "auto", True])
-def test_what_clips_is(value):
-    with pytest.warns(UserWarning, match=f"gradient_clip_val of Trainer is {value!r}, .*; leave it out"):
-        assert already.warn_already_clipped("gradient_clip_val of Trainer", value, "leave it out")
-    assert already.warn_already_clipped("gradient_clip_val of Trainer", value, "leave it out")
+def test_what_clips_is_warned_of_once(value):
+    with pytest.warns(UserWarning, match="gradient_clip_val of Trainer clips too; leave it out"):
+        _common.warn_already_clipped("gradient_clip_val of Trainer", value, "clips too; leave it out")
+    _common.warn_already_clipped("gradient_clip_val of Trainer", value, "clips too; leave it out")
 
 
 def scaled(monkeypatch, trainer):
@@ -156,7 +157,7 @@ def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
     args, callback, message = arguments(tmp_path), ComponentClipCallback(0.05), r"gradient_clipping .*; it is 1.0 now"
     with pytest.raises(RuntimeError, match=message):  # added after the Trainer was made
         callback.on_train_begin(args, None, None, optimizer=SimpleNamespace(accelerator_state=state))
-    monkeypatch.setattr("cwclip_kernels.integrations._trainer_callback.AcceleratorState", lambda: state)
+    monkeypatch.setattr("cwclip_kernels.integrations.transformers.callback.AcceleratorState", lambda: state)
     with pytest.raises(RuntimeError, match=message):
         Trainer(encoder(), args, train_dataset=examples(), callbacks=[callback])
 
@@ -164,6 +165,8 @@ def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
 def test_wrong_arguments_are_named_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="nonfinite: expected one of"):
         ComponentClipCallback(0.05, nonfinite="ignore")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pp_mesh'; the options are components, eps"):
+        ComponentClipCallback(0.05, pp_mesh=None)
     with pytest.raises(ValueError, match="max_norm"):
         trained(tmp_path, ComponentClipCallback({"encoder.*": 0.1}))
     with pytest.raises(TypeError, match="max_norm"):

@@ -214,7 +214,7 @@ def test_a_step_that_overflows_is_skipped_and_teaches_nothing(tmp_path, monkeypa
 def test_errors_for_what_a_scaled_loss_has_now_and_then_are_refused(tmp_path, monkeypatch):
     given = {"nonfinite": "error"}
     trainer = ClippingTrainer(encoder(), arguments(tmp_path), train_dataset=examples(), component_clipping=given)
-    with pytest.raises(ValueError, match="nonfinite: 'error' can't be used with fp16"):
+    with pytest.raises(ValueError, match="nonfinite: 'error' .* can't be used with a scaled loss"):
         with_scaler(trainer, monkeypatch).train()
 
 
@@ -229,10 +229,11 @@ def test_the_log_tells_of_all_steps_since_the_last(tmp_path):
     trainer = trained(tmp_path, logging_steps=3, component_clipping=given)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6]
     first = [r.as_dict() for r in results[:3]]
-    rates = [sum(c != 1 for _, c in step.values()) / sum(n != 0 for n, _ in step.values()) for step in first]
+    clipped = sum(c != 1 for step in first for _, c in step.values())
+    rate = clipped / sum(n != 0 for step in first for n, _ in step.values())
     largest = max(n for step in first for n, _ in step.values())
-    assert 0 < sum(rates) / 3 < 1
-    for key, expected in zip(NUMBERS, (sum(rates) / 3, largest / 0.05, largest, 0.0), strict=True):
+    assert 0 < rate < 1
+    for key, expected in zip(NUMBERS, (rate, largest / 0.05, largest, 0.0), strict=True):
         assert logged(trainer, key)[0] == pytest.approx(expected, rel=1e-6), key
     weight = "bert.pooler.dense.weight"
     assert logged(trainer, f"component_norm/{weight}") == [results[i].as_dict()[weight][0] for i in (2, 5)]

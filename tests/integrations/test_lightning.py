@@ -295,6 +295,8 @@ def test_arguments_are_checked():
         ComponentClip(0.1, log="all")
     with pytest.raises(ValueError, match="nonfinite: expected one of"):
         ComponentClip(0.1, nonfinite="ignore")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pp_mesh'; the options are components, eps"):
+        ComponentClip(0.1, pp_mesh=None)
     with pytest.raises(TypeError, match="max_norm: expected a number"):
         trainer(ComponentClip("low")).fit(Lit(), batches())
     with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):

@@ -17,7 +17,9 @@ SHAPES = [(3, 4), (7,), (), (2, 5, 2), (4, 3, 2, 2)]
 
 
 def test_signature_is_the_one_of_timm():
-    shown = [p for p in inspect.signature(dispatch_clip_grad).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    shown = [
+        p for p in inspect.signature(dispatch_clip_grad).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     empty = inspect.Parameter.empty
     assert [(p.name, p.default) for p in shown] == [
         ("parameters", empty),
@@ -34,7 +36,7 @@ def test_signature_is_the_one_of_an_installed_timm():
     source = Path(found.submodule_search_locations[0]) / "utils" / "clip_grad.py"  # timm needs torchvision: not run
     (theirs,) = (n for n in ast.parse(source.read_text()).body if isinstance(n, ast.FunctionDef))
     names = [
-        p.name for p in inspect.signature(dispatch_clip_grad).parameters.values() if p.kind is not p.KEYWORD_ONLY
+        p.name for p in inspect.signature(dispatch_clip_grad).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
     assert [argument.arg for argument in theirs.args.args] == names
     assert [ast.literal_eval(default) for default in theirs.args.defaults] == ["norm", 2.0]
@@ -116,5 +118,18 @@ def test_nothing_is_taken_for_something_else():
         dispatch_clip_grad(parameters(SHAPES), 0.5, mode="global")
     with pytest.raises(ValueError, match="components: 'agc' has its own"):
         dispatch_clip_grad(parameters(SHAPES), 0.5, mode="agc", components="layer")
+    with pytest.raises(ValueError, match="eps: 'agc' adds nothing to a norm"):
+        dispatch_clip_grad(parameters(SHAPES), 0.5, mode="agc", eps=1e-6)
     with pytest.raises(ValueError, match="nonfinite"):
         dispatch_clip_grad(parameters(SHAPES), 0.5, nonfinite="ignore")
+    for mode in ("norm", "value", "agc"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'; the options are .*eps"):
+            dispatch_clip_grad(parameters(SHAPES), 0.5, mode, epsilon=1e-6)
+
+
+def test_eps():
+    ours = parameters(SHAPES)
+    theirs = copy_of(ours)
+    dispatch_clip_grad(ours, 0.5, eps=0.1)
+    fused_component_clip_(theirs, 0.5, eps=0.1)
+    assert all(map(same_bits, grads_of(ours), grads_of(theirs)))

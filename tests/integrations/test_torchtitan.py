@@ -24,7 +24,7 @@ SHAPES = [(3, 4), (7,), (), (2, 5, 2)]
 
 
 def test_signature_is_the_one_of_torchtitan():
-    shown = [p for p in inspect.signature(clip_grad_norm_).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    shown = [p for p in inspect.signature(clip_grad_norm_).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [(p.name, p.default) for p in shown] == [
         ("parameters", inspect.Parameter.empty),
         ("max_norm", inspect.Parameter.empty),
@@ -49,7 +49,7 @@ def test_signature_is_the_one_of_an_installed_torchtitan():
     names = [argument.arg for argument in theirs.args.args]
     defaults = [ast.literal_eval(default) for default in theirs.args.defaults]
     ours = inspect.signature(clip_grad_norm_).parameters.values()
-    positional = [p for p in ours if p.kind is not p.KEYWORD_ONLY]
+    positional = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert not theirs.args.kwonlyargs
     assert [p.name for p in positional] == names
     assert [p.default for p in positional if p.default is not p.empty] == defaults
@@ -94,6 +94,16 @@ def test_nothing_is_taken_for_something_else():
         clip_grad_norm_(parameters(SHAPES), 0.5, ep_enabled=None)
     with pytest.raises(TypeError, match="pp_mesh: expected a ProcessGroup or a DeviceMesh"):
         clip_grad_norm_(parameters(SHAPES), 0.5, pp_mesh="pp")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'component'; the options are components"):
+        clip_grad_norm_(parameters(SHAPES), 0.5, component="all")
+
+
+def test_eps():
+    ours = parameters(SHAPES)
+    theirs = copy_of(ours)
+    clip_grad_norm_(ours, 0.5, eps=0.1)
+    fused_component_clip_(theirs, 0.5, eps=0.1)
+    assert all(map(same_bits, grads_of(ours), grads_of(theirs)))
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

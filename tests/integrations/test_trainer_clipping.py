@@ -1,14 +1,17 @@
-"""What ways into a trainer share: the model's own names whatever wraps it, and the numbers for a log."""
+"""What both ways into transformers' Trainer share: the model's own names whatever wraps it, and the cap."""
 
 import pytest
 import torch
 from test_accelerate import batches, steps_agree, with_fsdp1, wrapped
 from torch import nn
 
-from cwclip_kernels import ClipResult, fused_component_clip_
-from cwclip_kernels.integrations._trainer_clipping import ClipNumbers, TrainerClipping
+from cwclip_kernels import fused_component_clip_
 from cwclip_kernels.integrations.accelerate import clip_grad_norm_
 from ranks import on_ranks
+
+pytest.importorskip("transformers")
+
+from cwclip_kernels.integrations.transformers.clipping import TrainerClipping
 
 
 def small():
@@ -19,44 +22,28 @@ def test_a_cap_that_changes_is_followed():
     model, clipping = small(), TrainerClipping()
     for cap in (0.1, 0.2, None, 0.0, -1.0):
         model(torch.ones(1, 3)).sum().backward()
-        clipping.clip_(clipping.clipper_for(model, cap))
+        clipping.clip_(model, cap)
         assert clipping.last.caps.item() == (cap if cap and cap > 0 else torch.inf)
-
-
-def test_numbers_of_several_steps():
-    numbers = ClipNumbers()
-    assert numbers.tell() == {}
-    names, caps = ("a", "b", "c", "d"), torch.tensor(2.0, dtype=torch.float64)
-    for norms, coefs in (
-        ([4.0, 1.0, 0.0, torch.inf], [0.5, 1.0, 1.0, 0.0]),
-        ([1.0, 5.0, 1.0, torch.nan], [1.0, 0.4, 1.0, torch.nan]),
-    ):
-        numbers.add(ClipResult(names, torch.tensor(norms), torch.tensor(coefs), caps))
-    assert numbers.tell() == pytest.approx(
-        {
-            "clip_rate": (2 / 3 + 2 / 4) / 2,
-            "clip_ratio_max": 2.5,
-            "component_norm_max": 5.0,
-            "component_norm_nonfinite": 2.0,
-        }
-    )
 
 
 def test_no_component_at_all():
     clipping = TrainerClipping(0.1, components=lambda name, parameter: None)
     model = small()
     model(torch.ones(1, 3)).sum().backward()
-    assert clipping.clip_(clipping.clipper_for(model, None)).item() == 0.0
+    assert clipping.clip_(model).item() == 0.0
     assert clipping.numbers() == {}
 
 
 @on_ranks(2)
 def test_fsdp1_is_clipped_over_its_own_group():
     model, clipping = wrapped(), TrainerClipping(0.1)
-    steps_agree(torch.Tensor.backward, model, lambda m: clipping.clip_(clipping.clipper_for(m, None)))
+    steps_agree(torch.Tensor.backward, model, lambda m: clipping.clip_(m))
     model(batches()[0]).square().sum().backward()
-    names = clipping.clipper_for(model, None).names
-    assert not any("_fsdp" in name for name in names)
+    clipping.clip_(model)
+    assert not any("_fsdp" in name for name in clipping.last.names)
+    model(batches()[0]).square().sum().backward()
+    same, other = TrainerClipping(torch.inf, process_group=model.process_group), TrainerClipping(torch.inf)
+    torch.testing.assert_close(same.clip_(model), other.clip_(model), rtol=0.0, atol=0.0)
 
 
 class Around(nn.Module):
@@ -80,10 +67,10 @@ def test_what_fsdp1_leaves_whole_may_be_frozen():
         model(batches()[0]).square().sum().backward()
         if not frozen:  # half of the way through a run
             with pytest.raises(ValueError, match=r"'base\.weight' is whole on each rank"):
-                clipping.clipper_for(model, None)
+                clipping.clip_(model)
             break
         expected = clip_grad_norm_(with_fsdp1(model.inner), model.inner, torch.inf)
-        total = clipping.clip_(clipping.clipper_for(model, None))
+        total = clipping.clip_(model)
         torch.testing.assert_close(total, expected)
         model.zero_grad()
 
@@ -92,5 +79,5 @@ def test_the_total_is_that_of_all():
     model, clipping = small(), TrainerClipping(0.1, norm_type=1.0)
     model(torch.ones(1, 3)).sum().backward()
     expected = sum(p.grad.abs().sum() for p in model.parameters())
-    torch.testing.assert_close(clipping.clip_(clipping.clipper_for(model, None)), expected)
+    torch.testing.assert_close(clipping.clip_(model), expected)
     assert fused_component_clip_(model, torch.inf, norm_type=1.0).max() <= 0.1 + 1e-6

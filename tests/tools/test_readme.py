@@ -1,7 +1,6 @@
 """Every piece of Python in the README runs."""
 
 import re
-import sys
 import types
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from cwclip_kernels import ComponentClipper
 from helpers import DEVICE
+from libraries import LIBRARIES, stand_in
 
 README = Path(__file__).parents[2] / "README.md"
 ALL = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
@@ -70,13 +70,9 @@ def test_block(number, tmp_path, monkeypatch, request):
         pytest.importorskip("matplotlib")
     if "fully_shard" in BLOCKS[number]:
         request.getfixturevalue("only_rank")
-    if "torchtitan" in BLOCKS[number]:  # what the block touches of it
-        utils = types.ModuleType("torchtitan.distributed.utils")
-        monkeypatch.setitem(sys.modules, "torchtitan", types.ModuleType("torchtitan"))
-        monkeypatch.setitem(sys.modules, "torchtitan.distributed", types.SimpleNamespace(utils=utils))
-    if "timm" in BLOCKS[number]:
-        utils = types.SimpleNamespace(cuda=types.SimpleNamespace())
-        monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(utils=utils))
+    for library in LIBRARIES:
+        if library in BLOCKS[number]:
+            stand_in(library, monkeypatch)
     monkeypatch.chdir(tmp_path)
     model = Model().to(DEVICE)
     x = torch.randn(3, D, device=DEVICE)

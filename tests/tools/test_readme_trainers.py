@@ -21,9 +21,9 @@ def hf():
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     import hf
-    from cwclip_kernels.integrations import _already
+    from cwclip_kernels.integrations import _common
 
-    _already._said.clear()
+    _common._warned.clear()
     for _ in hf.on_one_thread():
         yield hf
 

@@ -37,10 +37,11 @@ ORDER = [
     in_backward/__init__
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
-    integrations/_optimizers integrations/_learning integrations/_fsdp1 integrations/_already
-    integrations/accelerate integrations/timm integrations/torchtitan
-    integrations/_trainer_clipping integrations/_trainer_callback integrations/transformers
-    integrations/_lightning integrations/lightning
+    integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan
+    integrations/transformers/clipping integrations/transformers/callback integrations/transformers/mixin
+    integrations/transformers/__init__
+    integrations/lightning/clipping integrations/lightning/callback
+    integrations/lightning/__init__
     __init__ __main__
 """.splitlines()
     for name in line.split()
@@ -137,16 +138,14 @@ def test_report_of_the_machine():
 
 EXAMPLES = [
     "cwclip_kernels",
-    *(f"cwclip_kernels.{name}" for name in ("functional", "clipper", "grad_scaler")),
+    *(f"cwclip_kernels.{name}" for name in ("functional", "clipper", "grad_scaler", "result")),
     *(
         f"cwclip_kernels.{name}"
         for name in ("components.spec", "in_backward.hooks", "in_backward.clipping", "thresholds")
     ),
-    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "lightning", "timm", "torchtitan")),
-    *(
-        f"cwclip_kernels.integrations.{name}"
-        for name in ("_already", "_learning", "_trainer_callback", "transformers")
-    ),
+    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "timm", "torchtitan")),
+    *(f"cwclip_kernels.integrations.lightning.{name}" for name in ("callback",)),
+    *(f"cwclip_kernels.integrations.transformers.{name}" for name in ("callback", "mixin")),
     *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "constant")),
     *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
 ]
@@ -157,7 +156,7 @@ EXAMPLES = [
 def test_examples_in_docstrings(name):
     import torch
 
-    if name.endswith(("._trainer_callback", ".transformers")):
+    if ".transformers." in name:
         pytest.importorskip("transformers")
     torch.manual_seed(0)
     module = importlib.import_module(name)

@@ -1,0 +1,227 @@
+"""What integrations share: calls that clip, optimizers, skipped steps, who else clips, FSDP 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..arguments import type_name, warn_caller
+from ..clipper import ComponentClipper
+from ..components.parameters import NamedTensors, Parameters, named_tensors
+from ..core.cache import session_for
+from ..core.optimizers import attached_clippers
+from ..core.options import ClipOptions, Options, check_options
+from ..distributed.groups import RankGroup
+from ..distributed.shards import is_flattened
+from ..grad_scaler import ComponentClipGradScaler
+from ..thresholds import Threshold
+from ..thresholds.base import StepCaps
+from ..thresholds.constant import MaxNorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+_OPTIONS = frozenset(ClipOptions.__annotations__)
+
+
+def checked(norm_type: float, error_if_nonfinite: bool, options: ClipOptions) -> Options:
+    """The scalar options, checked; TypeError or ValueError names the one that is wrong or unknown."""
+    if not options.keys() <= _OPTIONS:
+        unknown, known = min(options.keys() - _OPTIONS), ", ".join(ClipOptions.__annotations__)
+        raise TypeError(f"unexpected keyword argument {unknown!r}; the options are {known}")
+    eps, nonfinite = options.get("eps", 1e-6), options.get("nonfinite", "propagate")
+    return check_options(norm_type, error_if_nonfinite, eps, nonfinite, options.get("backend"))
+
+
+def clipper_arguments(norm_type: float, error_if_nonfinite: bool, options: ClipOptions) -> dict[str, Any]:
+    """The same, checked, as keyword arguments of ``ComponentClipper``."""
+    checked(norm_type, error_if_nonfinite, options)
+    return {"norm_type": norm_type, "error_if_nonfinite": error_if_nonfinite, **options}
+
+
+class ClipCall:
+    """One call that clips, its arguments checked. Nothing else in this folder uses sessions."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        max_norm: MaxNorm,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        options: ClipOptions,
+        pp_mesh: object = None,
+    ) -> None:
+        self._options = checked(norm_type, error_if_nonfinite, options)
+        settings = partial(self._options.in_words, max_norm, pp_mesh)
+        self.tensors, self.session = session_for(
+            parameters, options.get("components"), settings, options.get("process_group"), pp_mesh
+        )
+        self.max_norm = max_norm
+
+    def caps(self) -> StepCaps:
+        """The caps that ``max_norm`` stands for; TypeError or ValueError if it is wrong."""
+        return self.session.caps_for(self.max_norm, self.tensors, self._options.rule)
+
+    def clip_(self) -> Tensor:
+        """Clips, and returns the norms before: [K]."""
+        return self.session.clip_(self.tensors, self.caps(), self._options)[0]
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """The norm of all components together: []."""
+        return self.session.total(norms, self._options.rule.norm_type)
+
+
+class ModelClipping:
+    """A clipper of a trainer's model, for as long as the arguments stay the same."""
+
+    def __init__(
+        self, model: nn.Module, max_norm: MaxNorm, arguments: dict[str, Any], wrapped: nn.Module, is_scaled: bool
+    ) -> None:
+        self._made_for = _as_given(max_norm), arguments
+        source, self._left_out = without_whole_frozen(model)
+        group = arguments.get("process_group")
+        group = group_of(named_tensors(source), [wrapped]) if group is None else group
+        self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
+        self.clipped = self.clipper.parameters
+        self.clipper.check_not_in_backward(self.clipped)
+        if is_scaled and self.clipper.raises_nonfinite:
+            raise ValueError(
+                "nonfinite: 'error' (error_if_nonfinite=True) can't be used with a scaled loss, whose norms are inf "
+                "now and then, when the step is skipped; use 'propagate', 'zero' or 'skip'"
+            )
+
+    def is_for(self, max_norm: MaxNorm, arguments: dict[str, Any]) -> bool:
+        """Whether it serves these arguments; not if a frozen parameter that it leaves out is trained by now."""
+        known, known_arguments = self._made_for
+        if known_arguments != arguments or any(p.requires_grad for p in self._left_out):
+            return False
+        if max_norm is known or isinstance(known, Tensor | Threshold):
+            return max_norm is known
+        max_norm = _as_given(max_norm)
+        return type(max_norm) is type(known) and max_norm == known
+
+
+def _as_given(max_norm: MaxNorm) -> MaxNorm:
+    return dict(max_norm) if isinstance(max_norm, Mapping) else max_norm  # which may change
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside a trainer's wrappers, which is the one that a ``GradScaler`` knows."""
+    while any(kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer") for kind in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
+
+
+def learner(max_norm: MaxNorm | None) -> Threshold | None:
+    """The threshold whose caps change with the steps, so that checkpoints need its state; None for other caps."""
+    if isinstance(max_norm, Threshold) and type(max_norm).update_ is not Threshold.update_:
+        return max_norm
+    return None
+
+
+@contextmanager
+def learning_unless_skipped(max_norm: MaxNorm, scaler: object, optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Clip within it: caps learn nothing if the scaler will skip one of these steps because of inf.
+
+    Where caps learn it waits for the device, as the scaler's ``step`` does right after.
+    """
+    policy = learner(max_norm)
+    if policy is None or scaler is None or not any(_is_skipped(scaler, o) for o in optimizers):
+        yield
+        return
+    before = policy.state_dict()
+    try:
+        yield
+    finally:
+        policy.load_state_dict(before)
+
+
+def _is_skipped(scaler: Any, optimizer: Optimizer) -> bool:
+    state = getattr(scaler, "_per_optimizer_states", {}).get(id(innermost(optimizer)))
+    if state is None or state["stage"].name != "UNSCALED":
+        return False
+    return any(found.item() for found in state["found_inf_per_device"].values())
+
+
+_warned: set[str] = set()
+
+
+def warn_already_clipped(setting: str, value: object, effect: str) -> None:
+    """Warns, once for each message, of a trainer's setting that clips as well; None, 0 and inf clip nothing."""
+    message = f"{setting} {effect}"
+    is_off = value is None or (isinstance(value, Real) and not 0 < float(value) < math.inf)
+    if not is_off and message not in _warned:
+        _warned.add(message)
+        warn_caller(message)
+
+
+def refuse_double_clipping(
+    optimizers: Iterable[Optimizer], scaler: object, parameters: Sequence[Tensor], ours: str
+) -> None:
+    """Raises RuntimeError if a scaler or an attachment of this package clips the same gradients as ``ours``."""
+    if isinstance(scaler, ComponentClipGradScaler):
+        raise RuntimeError(
+            f"scaler: a ComponentClipGradScaler clips when it unscales, and {ours} would clip the same gradients "
+            f"again; use torch.amp.GradScaler, or leave out {ours}"
+        )
+    for optimizer in optimizers:
+        shared = attached_clippers(optimizer, parameters)
+        if shared:
+            raise RuntimeError(
+                f"optimizer: a clipper is attached to {type_name(optimizer)}, and would clip the gradient of "
+                f"{shared[0][1]!r} again after {ours}; call remove() on what attach() returned, or leave out {ours}"
+            )
+
+
+def without_whole_frozen(parameters: Parameters) -> tuple[Parameters, list[Tensor]]:
+    """Leaves out frozen parameters that are whole beside sharded ones, as where FSDP wraps only some modules.
+
+    Returns the others, or ``parameters`` (no iterator) if nothing is left out; and those left out, which can't be
+    clipped together with the others should they be trained later.
+    """
+    named = named_tensors(parameters)
+    left_out = [p for p in named.tensors if not (p.requires_grad or is_flattened(p))]
+    if not left_out or not any(map(is_flattened, named.tensors)):
+        return parameters, []
+    kept = [(n, p) for n, p in zip(named.names, named.tensors, strict=True) if p.requires_grad or is_flattened(p)]
+    return kept if named.named else [p for _, p in kept], left_out
+
+
+def group_of(parameters: NamedTensors, models: Sequence[nn.Module]) -> ProcessGroup | None:
+    """The ranks over which ``FullyShardedDataParallel`` shards these parameters of one model; None if it doesn't."""
+    sharded = {id(t) for t in parameters.tensors if is_flattened(t)}
+    if not sharded:
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
+
+    for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
+        if id(tensor) not in sharded:
+            raise ValueError(
+                f"parameters: {name!r} is whole on each rank, and others are sharded by FullyShardedDataParallel; "
+                "wrap its module, too, or clip whole parameters in a call of their own"
+            )
+    trees = [FullyShardedDataParallel.fsdp_modules(model, root_only=True) for model in models]
+    trees = [[root for root in roots if not sharded.isdisjoint(map(id, root.parameters()))] for roots in trees]
+    owners = [roots for roots in trees if roots]
+    if len(owners) != 1:
+        raise ValueError(
+            f"parameters: they belong to {len(owners)} prepared models; clip each model's in a call of its own, or "
+            "pass process_group"
+        )
+    if any(root.sharding_strategy is ShardingStrategy.NO_SHARD for root in owners[0]):
+        return None  # refused later, with what to use instead
+    groups = {RankGroup.of(root.process_group).ranks: root.process_group for root in owners[0]}
+    if len(groups) > 1:
+        raise ValueError(
+            f"parameters: they are sharded over {len(groups)} different sets of ranks; clip each in a call of "
+            "its own, with its process_group"
+        )
+    return next(iter(groups.values()))
