@@ -100,7 +100,7 @@ class BoundThreshold:
         if self._spread is None:
             return norms_of_trained(self._planner, tensors, self._rule.norm_type)
         call = DistributedCall(self._spread, self._planner, tensors, home_of(tensors), None)
-        return call.parameter_norms(self._rule.norm_type)
+        return call.norms(self._rule.norm_type, of_parameters=True)
 
     def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:
         counts = (

@@ -28,8 +28,8 @@ ORDER = [
     backends/memory backends/native core/checks core/bucket core/loss_scale
     reference backends/foreach backends/cpu backends/cuda backends/triton_tables backends/triton backends/registry
     core/plan core/run
-    distributed/groups distributed/reduction distributed/local distributed/consistency distributed/reduction_plan
-    distributed/set_up distributed/run
+    distributed/groups distributed/reduction distributed/local distributed/reduction_plan distributed/set_up
+    distributed/run
     core/bound core/engine core/cache core/traced
     in_backward/hooks
     attachment clipper
