@@ -129,7 +129,7 @@ class BoundThreshold:
         if self._reductions is None:
             return norms_of_trained(self._plans, tensors, self._rule.norm_type)
         call = DistributedCall(self._reductions, self._plans, tensors, home_of(tensors), None)
-        return call.parameter_norms(self._rule.norm_type)
+        return call.norms(self._rule.norm_type, of_parameters=True)
 
     def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:
         components, reductions, rule = self._components, self._reductions, self._rule

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,16 +16,11 @@ from ..arguments import type_name
 
 @dataclass(frozen=True)
 class RankGroup:
-    """A set of ranks that includes this one.
+    """A set of ranks that includes this one."""
 
-    Attributes:
-        handles: their ``ProcessGroup``; where there is none of them all, several, which together reach all ranks if
-            each passes on the result of the one before.
-        ranks: global ranks, in the order of the group.
-    """
-
+    # Their ProcessGroup; or, where no group has them all, several that are used one after another.
     handles: tuple[Any, ...]
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # global ranks, in the order of the group
 
     @classmethod
     def of(cls, handle: Any) -> RankGroup:
@@ -33,10 +29,10 @@ class RankGroup:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Sort key for collectives, the same on all ranks: small groups first, and by dimensions of a mesh.
+        """Sort key for collectives: small groups first, then one dimension of a mesh after another.
 
-        In this order no two groups wait for each other, and what each group passes on to the next reaches all ranks
-        of the mesh.
+        It is the same on all ranks, so that no two groups wait for each other, and what one group gathers reaches
+        all ranks of the mesh through the next ones.
         """
         return len(self.ranks), tuple(rank - self.ranks[0] for rank in self.ranks), self.ranks
 
@@ -54,8 +50,7 @@ class RankGroup:
     def reduce(self, payload: Tensor, op: Any) -> Callable[[], Tensor]:
         """Starts an all-reduce, in place where the group supports the payload's device.
 
-        Returns:
-            Waits for the result and returns it; on a GPU only the stream waits.
+        The function that it returns waits for the result; on a GPU only the stream waits.
         """
         supported = _device_types(self.handles[0])
         sent = payload if not supported or payload.device.type in supported else payload.to(supported[0])
@@ -170,16 +165,12 @@ def _may_make_groups() -> bool:
     return not (uses_torchcomms is not None and uses_torchcomms())
 
 
-_made_for: tuple[object, dict[tuple[int, ...], Any]] = (None, {})
+_made_groups: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()  # by default group
 
 
 def _made(ranks: tuple[int, ...]) -> Any:
     """A new group of these ranks, or the one that was made for them before."""
-    global _made_for
-    world = dist.group.WORLD
-    if _made_for[0] is not world:  # torch.distributed was initialized anew
-        _made_for = world, {}
-    groups = _made_for[1]
+    groups = _made_groups.setdefault(dist.group.WORLD, {})
     if ranks not in groups:
         groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return groups[ranks]

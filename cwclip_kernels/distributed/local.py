@@ -44,15 +44,10 @@ def is_wide(tensors: Sequence[Tensor]) -> bool:
 
 
 class LocalGradients(NamedTuple):
-    """Gradients of one step.
+    """What this rank holds of the gradients of one step."""
 
-    Attributes:
-        local: what this rank holds of each tensor's gradient, None if it has no gradient.
-        wrapped: the DTensors around them.
-    """
-
-    local: list[Tensor | None]
-    wrapped: Sequence[Tensor]
+    local: list[Tensor | None]  # of each tensor's gradient; None if it has no gradient
+    wrapped: Sequence[Tensor]  # the DTensors around them
 
     def check_not_leaves(self) -> None:
         """Raises ValueError if a DTensor that is to be written to is a parameter, or a leaf that requires grad."""
@@ -78,7 +73,11 @@ def gradients_of(tensors: Sequence[Tensor], shards: Shards) -> LocalGradients:
         if grad is None or shard is None:
             local.append(grad)
         elif shard.mesh is None:
-            _check_flat(grad, shard)
+            if grad.shape != shard.local_shape:
+                raise ValueError(
+                    f"the gradient of {shard.name!r} has shape {list(grad.shape)}, not that of this rank's shard "
+                    f"({list(shard.local_shape)}); clip after the backward pass, outside of no_sync()"
+                )
             local.append(grad)
         else:
             if shard.grad_spec is None or getattr(grad, "_spec", None) is not shard.grad_spec:
@@ -89,14 +88,6 @@ def gradients_of(tensors: Sequence[Tensor], shards: Shards) -> LocalGradients:
             local.append(part if type(part) is Tensor or not hasattr(part, "wait") else part.wait())
             wrapped.append(grad)
     return LocalGradients(local, wrapped)
-
-
-def _check_flat(grad: Tensor, shard: LocalShard) -> None:
-    if grad.shape != shard.local_shape:
-        raise ValueError(
-            f"the gradient of {shard.name!r} has shape {list(grad.shape)}, not that of this rank's shard "
-            f"({list(shard.local_shape)}); clip after the backward pass, outside of no_sync()"
-        )
 
 
 def _check_dtensor(grad: Any, shard: LocalShard) -> None:

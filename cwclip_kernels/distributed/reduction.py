@@ -108,6 +108,6 @@ class Reduction:
         rows = torch.cat((rows, *[result() for result in started]))[self._merged.on(rows.device)]
         return rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
 
-    def to_rows(self, values: Tensor) -> Tensor:
+    def to_local(self, values: Tensor) -> Tensor:
         """The value of each row's component, from those of all components."""
         return values if self._owners is None else values[self._owners.on(values.device)]

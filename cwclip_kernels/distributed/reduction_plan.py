@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,59 @@ from torch import Tensor
 from ..arguments import some_of
 from ..components.membership import Components, Member
 from ..core import formula
-from .consistency import Stages
-from .groups import RankGroup, group_over
+from .groups import RankGroup, group_over, in_order
 from .local import LocalGradients, Shards, gradients_of, is_wide, local_value, member_numels
 from .reduction import Indices, Reduction, decode, encode
+
+
+class Stages(NamedTuple):
+    """The components of ranks with different parameters, such as the stages of a pipeline."""
+
+    group: RankGroup
+    names: tuple[str, ...]  # of the components of all ranks
+    parameters: tuple[str, ...]  # names of the parameters of all ranks
+    shared: tuple[str, ...]  # components with parameters on several ranks, in the same order everywhere
+    counted_elsewhere: frozenset[str]  # those of them that count in the total norm of an earlier rank
+    is_wide: bool  # whether any parameter of any rank is float64
+    problem: str | None
+
+
+def compare_stages(group: RankGroup, components: Components, is_wide: bool) -> Stages:
+    """Finds out which components have parameters on several ranks; the others need no communication.
+
+    A component that is the same single parameter on several ranks is not one of them: either it is tied, and each
+    has all of its gradient, or they are different ones of one name (``pipelining`` numbers each stage from 0).
+    """
+    members: dict[str, dict[str, None]] = {}
+    for position, component, _ in components.members:
+        members.setdefault(components.names[component], {})[components.tensor_names[position]] = None
+    found = group.gather((members, components.tensor_names, is_wide))
+    holders: dict[str, list[tuple[int, dict[str, None]]]] = {}
+    for rank, (theirs, _, _) in zip(group.ranks, found, strict=True):
+        for name, parameters in theirs.items():
+            holders.setdefault(name, []).append((rank, parameters))
+    shared, problem = [], None
+    for name, parts in holders.items():
+        if len(parts) == 1 or all(part == parts[0][1] and len(part) == 1 for _, part in parts):
+            continue
+        shared.append(name)
+        first: dict[str, int] = {}
+        for rank, parameter in [(rank, parameter) for rank, part in parts for parameter in part]:
+            if first.setdefault(parameter, rank) != rank and problem is None:
+                problem = (
+                    f"pp_mesh: ranks {first[parameter]} and {rank} both have a parameter {parameter!r} in component "
+                    f"{name!r}, which would count twice; pass (name, parameter) pairs with the names of the whole "
+                    "model, a tied parameter on one rank only, or clip what all ranks have in a call of its own"
+                )
+    return Stages(
+        group,
+        tuple(holders),
+        tuple(dict.fromkeys(name for _, names, _ in found for name in names)),
+        tuple(shared),
+        frozenset(name for name in shared if dist.get_rank() in dict(holders[name][1:])),
+        any(wide for _, _, wide in found),
+        problem,
+    )
 
 
 class ReductionPlan:
@@ -58,7 +108,7 @@ class ReductionPlan:
         names = tuple(components.names[component] for component in owners)
         self.local = Components(names, components.tensor_names, tuple(members), components.problems)
         sent = [(by_ranks[ranks], [row for (_, r), row in rows.items() if r == ranks]) for ranks in by_ranks]
-        self._rows = Reduction([(each, own) for each, own in sent if own], owners, len(self._names))
+        self.rows = Reduction([(each, own) for each, own in sent if own], owners, len(self._names))
 
         everything, shared = range(len(self._names)), () if stages is None else stages.shared
         place = dict(zip(self._names, everything, strict=True))
@@ -76,10 +126,12 @@ class ReductionPlan:
                 for (position, _, _), own, summed in zip(components.members, self.member_numels, sums, strict=True)
             ]
 
-        self._asked = _widest([*by_ranks.values(), *neighbours])
+        # Who takes part in the non-finite check: all groups that aren't part of another one.
+        all_groups = in_order((*by_ranks.values(), *neighbours))
+        self._asked = [one for one in all_groups if not any(set(one.ranks) < set(g.ranks) for g in all_groups)]
         if stages is not None:
             self._asked.append(stages.group)
-        elif self._rows.single is not None and [self._rows.single.ranks] == [each.ranks for each in self._asked]:
+        elif self.rows.single is not None and [self.rows.single.ranks] == [each.ranks for each in self._asked]:
             self._asked = []  # all ranks have all norms
 
     def gradients(self, tensors: Sequence[Tensor]) -> LocalGradients:
@@ -98,22 +150,15 @@ class ReductionPlan:
     @property
     def is_local(self) -> bool:
         """Whether norms need no communication."""
-        return self._rows.is_local and self._spanning.is_local
+        return self.rows.is_local and self._spanning.is_local
 
     def sum_over_ranks(self, sums: Tensor, has_elements: Tensor | None, norm_type: float) -> Tensor:
-        """Power sums [K] of the components over all ranks, which call this together.
+        """Power sums [K] of the components over all ranks, which call this together, from those of ``local``.
 
-        Args:
-            sums: power sums of ``local``.
-            has_elements: bool, which of ``local`` have elements; needed for negative orders only.
-            norm_type: order of the norm.
+        ``has_elements`` says which of ``local`` have elements; it is needed for negative orders only.
         """
-        encoded = self._rows.over_ranks(encode(sums, has_elements, norm_type), norm_type)
+        encoded = self.rows.over_ranks(encode(sums, has_elements, norm_type), norm_type)
         return decode(self._spanning.over_ranks(encoded, norm_type), sums.dtype, norm_type)
-
-    def local_factors(self, factors: Tensor) -> Tensor:
-        """What the components of ``local`` are multiplied by, from [K]."""
-        return self._rows.to_rows(factors)
 
     def total(self, norms: Tensor, norm_type: float) -> Tensor:
         """The norm of all components of all ranks together, []; all stages call this together."""
@@ -146,22 +191,8 @@ class ReductionPlan:
 
     def explain(self) -> str:
         """The all-reduces of a call, for people to read."""
-        return (
-            "\n".join(
-                f"  one all-reduce of {len(rows.host)} sums over {_shown(group.ranks)}"
-                for group, rows in self._rows.groups + self._spanning.groups
-            )
-            or "  no communication between ranks"
-        )
-
-
-def _widest(groups: Sequence[RankGroup]) -> list[RankGroup]:
-    """The groups that aren't part of another one of these."""
-    by_ranks = {group.ranks: group for group in groups}
-    sets = [set(ranks) for ranks in by_ranks]
-    found = [group for ranks, group in by_ranks.items() if not any(set(ranks) < other for other in sets)]
-    return sorted(found, key=lambda group: group.order)
-
-
-def _shown(ranks: Sequence[int]) -> str:
-    return f"{len(ranks)} ranks ({some_of(ranks, 8)})"
+        lines = []
+        for group, rows in self.rows.groups + self._spanning.groups:
+            shown = f"{len(group.ranks)} ranks ({some_of(group.ranks, 8)})"
+            lines.append(f"  one all-reduce of {len(rows.host)} sums over {shown}")
+        return "\n".join(lines) or "  no communication between ranks"

@@ -7,7 +7,7 @@ part in them, with NaN, and raises afterwards: the other ranks don't wait for it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,21 +26,13 @@ from .reduction_plan import ReductionPlan
 
 @dataclass
 class DistributedCall:
-    """One call for these parameters, made by all ranks that share one of them.
-
-    Attributes:
-        reductions: what is added up over which ranks.
-        plans: of ``reductions.local``.
-        tensors: the parameters.
-        home: device of the sums and the results.
-        backend: the user's choice or None.
-    """
+    """One call for these parameters, made by all ranks that share one of them."""
 
     reductions: ReductionPlan
-    plans: Plans
-    tensors: Sequence[Tensor]
-    home: torch.device
-    backend: str | None
+    plans: Plans  # of reductions.local
+    tensors: Sequence[Tensor]  # the parameters
+    home: torch.device  # of the sums and the results
+    backend: str | None  # the user's choice
     _measured: tuple[ClipPlan, Sequence[Found], LocalGradients] | None = None
     _loss_scale: LossScale = UNSCALED
     _failure: Exception | None = None  # of this rank
@@ -55,7 +47,7 @@ class DistributedCall:
         reductions, order = self.reductions, rule.norm_type
         needs_maximum = scaled.found_inf is not None and not run.sums_tell_nonfinite(order)
         orders = [order, math.inf] if needs_maximum else [order]
-        sums = self._power_sums(reductions.gradients, orders, scaled, writes=True)
+        sums = self._power_sums(orders, scaled)
         norms = self._loss_scale.unscaled(formula.root(sums[0], order)).to(reductions.norm_dtype(self.tensors))
         bad, count = reductions.nonfinite(norms) if raise_nonfinite else ([], 0)
         if scaled.found_inf is not None:
@@ -69,52 +61,43 @@ class DistributedCall:
             raise RuntimeError(run.nonfinite_message(bad, count, order))
         assert self._measured is not None  # since nothing failed
         plan, found, grads = self._measured
-        run.scale_(plan, found, reductions.local_factors(self._loss_scale.factors(coefs)), rule)
+        run.scale_(plan, found, reductions.rows.to_local(self._loss_scale.factors(coefs)), rule)
         grads.touched()
         scaled.deliver(self._loss_scale)
         return norms, coefs, caps
 
-    def norms(self, norm_type: float) -> Tensor:
-        """The K norms of the tensors' gradients, which stay as they are."""
-        return self._norms(self.reductions.gradients, norm_type)
-
-    def parameter_norms(self, norm_type: float) -> Tensor:
-        """The K norms of the tensors themselves."""
-        return self._norms(self.reductions.values, norm_type)
-
-    def _norms(self, read: Callable[[Sequence[Tensor]], LocalGradients], norm_type: float) -> Tensor:
-        (sums,) = self._power_sums(read, [norm_type])
+    def norms(self, norm_type: float, *, of_parameters: bool = False) -> Tensor:
+        """The K norms of the tensors' gradients, or of the tensors themselves; nothing is changed."""
+        (sums,) = self._power_sums([norm_type], of_parameters=of_parameters)
         if self._failure is not None:
             raise self._failure
         return formula.root(sums, norm_type).to(self.reductions.norm_dtype(self.tensors))
 
     def _power_sums(
-        self,
-        read: Callable[[Sequence[Tensor]], LocalGradients],
-        orders: Sequence[float],
-        scaled: LossScale = UNSCALED,
-        *,
-        writes: bool = False,
+        self, orders: Sequence[float], scaled: LossScale | None = None, *, of_parameters: bool = False
     ) -> list[Tensor]:
-        """Power sums [K] over all ranks, for each order. A failure of this rank is kept, not raised."""
+        """Power sums [K] over all ranks, for each order; with ``scaled``, of gradients that are written to later.
+
+        A failure of this rank is kept, not raised.
+        """
         has_elements: Tensor | None = None
         try:
-            grads = read(self.tensors)
-            if writes:
+            grads = (self.reductions.values if of_parameters else self.reductions.gradients)(self.tensors)
+            if scaled is not None:
                 grads.check_not_leaves()
-            get = self.plans.get if writes else self.plans.measured
+                self._loss_scale = scaled.on(self.home)
+            get = self.plans.measured if scaled is None else self.plans.get
             plan, found = get(grads.local, self.tensors, orders[0], self.backend)
             # To the home device: that of the first gradient may be another one on each rank.
             own = [run.power_sums(plan, found, order).to(self.home) for order in orders]
             if orders[0] < 0:
                 here = run.has_elements(plan, found)
                 has_elements = torch.tensor(here, dtype=torch.bool, device="cpu").to(self.home)
-            self._loss_scale = scaled.on(self.home)
             self._measured = plan, found, grads
         except WithoutData:
             raise  # on all ranks alike, since parameters without data are so everywhere
         except Exception as failure:
-            self._failure = failure
+            self._failure, self._loss_scale = failure, UNSCALED
             shape, home = (len(self.reductions.local.names),), self.home
             own = [torch.full(shape, math.nan, dtype=wide_dtype(home), device=home) for _ in orders]
             has_elements = torch.ones(shape, dtype=torch.bool, device=home) if orders[0] < 0 else None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ..components.membership import Components
-from .consistency import compare, compare_stages, describe
 from .groups import RankGroup, as_group, groups_along, in_order
 from .local import Shards, is_wide
-from .reduction_plan import ReductionPlan
-from .shards import is_dtensor, is_flattened, shard_of
+from .reduction_plan import ReductionPlan, compare_stages
+from .shards import LocalShard, is_dtensor, is_flattened, shard_of
 
 
 def plan_reductions(
@@ -33,11 +34,16 @@ def plan_reductions(
     """
     group, stage_group = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
     shards = [shard_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
-    problems = list(_problems(components, tensors, shards, group))
-    problem = next((text for position, text in problems if tensors[position].requires_grad), None)
+    cut, has_flattened = components.cut, any(map(is_flattened, tensors))
+    problem, frozen = None, []
+    for i, (name, tensor, shard) in enumerate(zip(components.tensor_names, tensors, shards, strict=True)):
+        found = _problem(name, tensor, shard, i in cut, group, has_flattened)
+        if found is not None and tensor.requires_grad:
+            problem = problem or found
+        elif found is not None:
+            frozen.append((i, found))
     if group is None and stage_group is None and problem is None and not any(shards):
         return components, None
-    frozen = [each for each in problems if not tensors[each[0]].requires_grad]
     components = replace(components, problems=(*components.problems, *frozen))
 
     # The groups along the dimensions of a mesh hold its replicas, too. No group is made before ranks agree: making
@@ -53,51 +59,116 @@ def plan_reductions(
             bool(near) or shard is not None or tensor.requires_grad
             for near, shard, tensor in zip(nearby, shards, tensors, strict=True)
         ]
-        problem = compare(neighbours, describe(components, shards, chosen), settings, problem)
+        problem = _compare(neighbours, _described(components, shards, chosen), settings, problem)
     else:
         for one in neighbours:  # these agree on what they share, and may have other parameters beside it
-            found = compare([one], describe(components, shards, [one.ranks in near for near in nearby]))
+            found = _compare([one], _described(components, shards, [one.ranks in near for near in nearby]))
             problem = problem or found
         stages = compare_stages(stage_group, components, is_wide(tensors))
-        problem = compare([*neighbours, stage_group], {}, settings, problem or stages.problem)
+        problem = _compare([*neighbours, stage_group], {}, settings, problem or stages.problem)
     if problem is not None:
         raise ValueError(problem)
     return components, ReductionPlan(components, tensors, shards, group, neighbours, stages)
 
 
-def _problems(
-    components: Components, tensors: Sequence[Tensor], shards: Shards, group: RankGroup | None
-) -> Iterator[tuple[int, str]]:
-    """Position of each tensor that can't be clipped, perhaps on this rank alone, and the reason."""
+def _problem(
+    name: str, tensor: Tensor, shard: LocalShard | None, is_cut: bool, group: RankGroup | None, has_flattened: bool
+) -> str | None:
+    """Why a tensor can't be clipped, perhaps on this rank alone."""
+    if shard is not None and shard.problem is not None:
+        return shard.problem
     no_shard = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
-    has_flattened = any(map(is_flattened, tensors))
-    cut = components.cut
-    for position, (name, tensor, shard) in enumerate(zip(components.tensor_names, tensors, shards, strict=True)):
-        if shard is not None and shard.problem is not None:
-            yield position, shard.problem
-        elif is_flattened(tensor) and dist.get_world_size() > 1:
-            if group is None:
-                yield (
-                    position,
-                    f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank; pass "
-                    f"process_group=model.process_group ({no_shard})",
-                )
-            # A view of a flat parameter's shard has one dimension, and a flat shard is shorter than the whole.
-            elif tensor.ndim > 1 or (shard is not None and shard.local_shape >= shard.shape):
-                yield (
-                    position,
-                    f"parameters: {name!r} of FullyShardedDataParallel is whole here, while its gradient is "
-                    f"sharded; leave summon_full_params() first ({no_shard})",
-                )
-        elif group is not None and has_flattened and not is_flattened(tensor) and not is_dtensor(tensor):
-            yield (
-                position,
-                f"parameters: {name!r} isn't sharded by FullyShardedDataParallel, as others are, and would count "
-                "several times in a sum over process_group; clip what it ignores in a call without process_group",
+    if is_flattened(tensor) and dist.get_world_size() > 1:
+        if group is None:
+            return (
+                f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank; pass "
+                f"process_group=model.process_group ({no_shard})"
             )
-        if group is not None and shard is None and position in cut:
-            yield (
-                position,
-                f"components: {name!r} can't be cut: where this rank's part (process_group) lies in the whole is "
-                "unknown; DTensors can be cut, and FullyShardedDataParallel with use_orig_params=False",
+        # A shard of a flat parameter is shorter than the whole, and a view of it has one dimension.
+        if tensor.ndim > 1 or (shard is not None and shard.local_shape >= shard.shape):
+            return (
+                f"parameters: {name!r} of FullyShardedDataParallel is whole here, while its gradient is sharded; "
+                f"leave summon_full_params() first ({no_shard})"
             )
+    elif group is not None and has_flattened and not is_flattened(tensor) and not is_dtensor(tensor):
+        return (
+            f"parameters: {name!r} isn't sharded by FullyShardedDataParallel, as others are, and would count several "
+            "times in a sum over process_group; clip what it ignores in a call without process_group"
+        )
+    if group is not None and shard is None and is_cut:
+        return (
+            f"components: {name!r} can't be cut: where this rank's part (process_group) lies in the whole is "
+            "unknown; DTensors can be cut, and FullyShardedDataParallel with use_orig_params=False"
+        )
+    return None
+
+
+# Of each component its parameters, and how each is sharded and cut.
+Description: TypeAlias = Mapping[str, Sequence[str]]
+
+
+def _described(components: Components, shards: Shards, chosen: Sequence[bool]) -> Description:
+    """What ranks have to agree on: components with those of their parameters that are ``chosen``."""
+    layouts = ["" if s is None else " ".join(("", str(list(s.shape)), *map(str, s.placements))) for s in shards]
+    found: dict[str, list[str]] = {}
+    for position, component, part in components.members:
+        if chosen[position]:
+            text = components.tensor_names[position] + layouts[position] + (f" cut {part}" if part else "")
+            found.setdefault(components.names[component], []).append(text)
+    return found
+
+
+def _compare(
+    groups: Sequence[RankGroup], description: Description, settings: str = "", problem: str | None = None
+) -> str | None:
+    """Compares all ranks that are in a group with this one, or with one that is, and so on.
+
+    A rank with a ``problem`` takes part all the same, so that no other waits for it. The result is on all ranks the
+    problem of one of them, or what differs between them, or None.
+    """
+    own = list(description.items())  # in the order in which sums are sent
+    reports = _gather(groups, (sha256(repr(own).encode()).hexdigest(), settings, problem))
+    if problem is not None or not reports:
+        return problem
+    for rank, (_, _, theirs) in reports.items():
+        if theirs is not None:
+            return f"on rank {rank}: {theirs}"
+    first, (digest, expected, _) = next(iter(reports.items()))
+    for rank, (other_digest, others, _) in reports.items():
+        if others != expected:
+            return f"arguments differ between ranks: {expected} on rank {first}, but {others} on rank {rank}"
+        if other_digest != digest:  # all ranks find the same two; only these send their descriptions, which are long
+            sent = _gather(groups, own if dist.get_rank() in (first, rank) else None)
+            one, other = (dict(sent[i] or ()) for i in (first, rank))
+            return (
+                f"components: ranks {first} and {rank} don't have the same: "
+                f"{', '.join(_differences(one, other, f'rank {first}', f'rank {rank}'))}. Every rank has to pass the "
+                "same parameters with the same components (for ranks with different ones: pp_mesh)"
+            )
+    return None
+
+
+def _gather(groups: Sequence[RankGroup], value: Any) -> dict[int, Any]:
+    """All ranks' values, by rank. Goes through all groups on every rank, whatever was found."""
+    found = {dist.get_rank(): value} if groups else {}
+    for group in groups:
+        for theirs in group.gather(found):
+            found.update(theirs)
+    return dict(sorted(found.items()))
+
+
+def _differences(first: Description, second: Description, one: str, other: str) -> Iterator[str]:
+    for own, others, rank in ((first, second, one), (second, first, other)):
+        missing = [name for name in own if name not in others]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            yield f"only {rank} has {', '.join(map(repr, missing[:3]))}{more}"
+    if first.keys() != second.keys():
+        return
+    for name, members in first.items():
+        if members != second[name]:
+            shown = [", ".join((*each[:3], *["..."][: len(each) > 3])) for each in (members, second[name])]
+            yield f"{name!r} is ({shown[0]}) on {one}, but ({shown[1]}) on {other}"
+            return
+    place, names = next((i, pair) for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1])
+    yield f"they come in another order ({names[0]!r} and {names[1]!r} at place {place})"

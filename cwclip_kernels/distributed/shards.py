@@ -25,27 +25,16 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and length of consecutive
 
 @dataclass(eq=False)
 class LocalShard:
-    """What this rank holds of a DTensor or a ``FlatParameter``.
-
-    Attributes:
-        name: of the parameter.
-        shape: of the whole parameter.
-        runs: the indices held here, for each dimension that is sharded.
-        mesh: the DTensor's device mesh; None for a ``FlatParameter``.
-        placements: the DTensor's.
-        mesh_dims: dimensions of the mesh, of more than one rank, over which the parameter is sharded.
-        problem: why its gradient can't be clipped, if it can't.
-        grad_spec: that of the last gradient with the parameter's layout; FSDP2 uses one object at all steps.
-    """
+    """What this rank holds of a DTensor or a ``FlatParameter``."""
 
     name: str
-    shape: tuple[int, ...]
-    runs: dict[int, Runs]
-    mesh: Any = None
+    shape: tuple[int, ...]  # of the whole parameter
+    runs: dict[int, Runs]  # the indices held here, for each dimension that is sharded
+    mesh: Any = None  # the DTensor's device mesh; None for a FlatParameter
     placements: tuple[Any, ...] = ()
-    mesh_dims: tuple[int, ...] = ()
-    problem: str | None = None
-    grad_spec: Any = None
+    mesh_dims: tuple[int, ...] = ()  # dimensions of the mesh, of more than one rank, over which it is sharded
+    problem: str | None = None  # why its gradient can't be clipped
+    grad_spec: Any = None  # of the last gradient that was found to have the parameter's placements
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -92,11 +81,6 @@ def shard_of(tensor: Tensor, name: str) -> LocalShard | None:
     if is_dtensor(tensor):
         return _shard_of_dtensor(tensor, name)
     return _shard_of_flat(tensor, name) if is_flat(tensor) else None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# DTensor
-# ------------------------------------------------------------------------------------------------------------
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -147,22 +131,14 @@ def _chunk(runs: Runs, parts: int, index: int) -> Runs:
 # FullyShardedDataParallel's FlatParameter (use_orig_params=False)
 # ------------------------------------------------------------------------------------------------------------
 
-_FLAT = "_flat_param"
-
 
 @dataclass(frozen=True)
 class Original:
-    """A parameter as it was before it became part of a flat one.
+    """A parameter as it was before ``FullyShardedDataParallel`` made it part of a flat one."""
 
-    Attributes:
-        name: in the model, without what wrappers add.
-        tensor: of its shape and dtype, on the meta device.
-        start: index of its first element in the flat parameter.
-    """
-
-    name: str
-    tensor: Tensor
-    start: int
+    name: str  # in the model, without what wrappers add
+    tensor: Tensor  # of its shape and dtype, on the meta device
+    start: int  # index of its first element in the flat parameter
 
     def flat(self, part: Slice) -> Slice:
         """A slice of the original as a slice of the flat parameter.
@@ -191,7 +167,8 @@ def is_flattened(tensor: Tensor) -> bool:
 
 def originals_of(name: str, flat: Any, named: bool) -> Iterator[Original]:
     """The parameters in a flat one; if the flat one is ``named``, with the names that they have in the model."""
-    prefix = name.removesuffix(_FLAT) if named and name.endswith(_FLAT) else f"{name}."
+    flat_name = "_flat_param"
+    prefix = name.removesuffix(flat_name) if named and name.endswith(flat_name) else f"{name}."
     for start, shape, own_name in zip(_starts(flat), flat._shapes, flat._fqns, strict=True):
         tensor = nn.Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), flat.requires_grad)
         yield Original(prefix + without_wrappers(own_name), tensor, start)

@@ -29,7 +29,7 @@ ORDER = [
     reference backends/foreach backends/programs backends/cpu backends/cuda
     backends/triton_tables backends/triton backends/registry
     core/options core/plan core/run
-    distributed/groups distributed/reduction distributed/local distributed/consistency distributed/reduction_plan
+    distributed/groups distributed/reduction distributed/local distributed/reduction_plan
     distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/parameter_clipper core/optimizers
     handle attachment clipper
