@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cwclip_kernels import ComponentClipper, ComponentSpec, clip_in_backward, fused_component_clip_, thresholds
-from cwclip_kernels.in_backward.clipping import clipped_in_backward
+from cwclip_kernels.in_backward import clipped_in_backward
 from helpers import DEVICE, same_bits
 from tied_model import CAP, batch, loss_of, tied
 

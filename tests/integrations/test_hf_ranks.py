@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_distributed import full
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -19,11 +18,12 @@ from ranks import on_ranks
 
 pytest.importorskip("transformers")
 
-from test_accelerate import launched
 from transformers import Trainer
 
+from accelerate_models import launched
 from cwclip_kernels.integrations.transformers import ComponentClipCallback
 from hf import ClippingTrainer, arguments, encoder, examples, logged, plain_loop, total_norm, weights_of
+from sharded_tensors import full
 
 CAP = 0.05
 

@@ -11,10 +11,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_telemetry import KILLED, NAMES, check_run, recorded, result
 
 from cwclip_kernels import ComponentClipper
 from cwclip_kernels.telemetry import ClipRecorder, read_run, writers
+from recorded_runs import KILLED, NAMES, check_run, recorded, result
 
 FILES = ["jsonl", "csv"]
 
