@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench wheel lint clean
+.PHONY: help demo test test-fast bench wheel lint ruff clean
 
 help:
 	@echo "make demo   fine-tune a real encoder with component clipping, then tables and a picture (4 min)"
@@ -49,21 +49,32 @@ wheel: $(VENV)/built
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 	@ls dist
 
-lint: $(VENV)/built
+# ruff comes before torch and the build, so that what isn't formatted fails within a minute.
+lint: ruff $(VENV)/built
+	$(BIN)/mypy
+
+ruff: $(VENV)/ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info cwclip_kernels/*.so demo_out bench_out
 
 # Each file below is the time stamp of one step: a second run of a command finds them and starts at once.
 
-$(VENV)/torch:
-	@echo "Making $(VENV) with torch (once)"
-	@if $(PYTHON) -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null; \
-	then $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV) && $(PIP) "$(TORCH)"; fi
+HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
+
+$(VENV)/python:
+	@echo "Making $(VENV) (once)"
+	@if $(PYTHON) $(HAS_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@touch $@
+
+$(VENV)/ruff: $(VENV)/python pyproject.toml
+	@$(PIP) "$$(grep -o 'ruff==[0-9.*]*' pyproject.toml)"
+	@touch $@
+
+$(VENV)/torch: $(VENV)/python
+	@$(BIN)/python $(HAS_TORCH) || { echo "Installing $(TORCH) (once)"; $(PIP) "$(TORCH)"; }
 	@touch $@
 
 $(VENV)/tools: $(VENV)/torch

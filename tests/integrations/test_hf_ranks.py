@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +109,7 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path):
 
 def test_accelerate_launch(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1] / "_support"), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # pytest's: with _support, and the package
     launch = [
         sys.executable,
         "-m",
