@@ -1,7 +1,12 @@
 """Fixtures: fresh random inputs whose seed is printed, and the backends that this machine can run."""
 
+import gc
 import os
 from collections.abc import Iterator
+
+# Before torch starts threads: where processes share few cores, threads that spin while they wait hold up those that
+# they wait for, and a training step of a small model takes twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 import torch
@@ -32,6 +37,14 @@ def needs_triton() -> None:
     reason = triton.unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
         pytest.skip(f"the triton backend {reason}")
+
+
+@pytest.fixture
+def own_garbage() -> Iterator[None]:
+    """For tests that call gc.collect(): it looks at what the test made alone, not at all that there is (2 s)."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

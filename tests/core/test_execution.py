@@ -165,6 +165,7 @@ def test_the_function_tells_groupings_apart():
     assert fused_component_clip_([("y", model[0].weight)], {"y": 1.0}).shape == (1,)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_the_cache_keeps_no_model_alive_and_stays_small():
     model = model_with_grads()
     fused_component_clip_(model, 0.1)
