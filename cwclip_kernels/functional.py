@@ -6,16 +6,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .components.parameters import Parameters, named_tensors
 from .components.resolve import resolve
 from .components.spec import Grouping
 from .core import traced
-from .core.cache import engine_for
-from .core.engine import check_options, settings_in_words
-from .core.loss_scale import NOT_SCALED, ScaledLoss
-from .thresholds.caps import MaxNorm
+from .core.cache import session_for
+from .core.loss_scale import LossScale
+from .core.modes import is_traced
+from .core.options import check_options
+from .thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,65 +42,60 @@ def fused_component_clip_(
         norm_c = (sum over component c of |g|^p)^(1/p)
         coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g
 
-    The first four arguments are those of ``torch.nn.utils.clip_grad_norm_``, in its order. Where coef_c is 1
-    nothing is written. No host sync, except to raise for a non-finite norm when that is asked for, to add up
-    duplicate indices of a sparse gradient, and where one call's gradients lie on several devices.
+    The first four arguments are those of ``torch.nn.utils.clip_grad_norm_``. Where coef_c is 1 nothing is written. No
+    host sync, except for nonfinite="error", to add up duplicate indices of a sparse gradient, and where the gradients
+    lie on several devices.
 
     Args:
         parameters: a Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs, whose ``.grad`` is
-            clipped: float32, bfloat16, float16, float64 or complex, dense or sparse COO, on any mix of
-            devices. A tensor that comes twice, tied weights included, counts once, under its first name. Names are
-            the model's own, whatever wraps it or its modules: ``torch.compile``, ``DistributedDataParallel``,
-            ``FullyShardedDataParallel``, activation checkpointing. Of pairs, a leading ``module.`` is left out if all
-            names begin with it. Where two names would become equal, all stay as they are.
-        max_norm: the cap. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a
-            sync; a mapping of ``fnmatch`` patterns on component names to numbers: the first that matches
-            counts, a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``, which
-            follow the norms. ``inf`` measures only, 0 zeroes.
+            clipped: float32, bfloat16, float16, float64 or complex, dense or sparse COO, on any mix of devices. A
+            tied parameter counts once, under its first name. Names are the model's own, whatever wraps it or its
+            modules (``torch.compile``, ``DistributedDataParallel``, ``FullyShardedDataParallel``, activation
+            checkpointing). If the names of all pairs begin with ``module.``, it is left out.
+        max_norm: the caps. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a sync;
+            a mapping of ``fnmatch`` patterns on component names to numbers, of which the first that matches counts
+            and a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``. ``inf``
+            measures only, 0 zeroes.
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
-        components: what is clipped together. None or "parameter": each tensor alone. "module": all that one
-            module owns, with what ``torch.nn.utils.parametrize`` made of it. "layer": all under the name up to its
-            last number (``encoder.layer.3``). "type": the same place in every layer
-            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. Or a callable
-            (name, tensor) -> hashable key, None to leave the tensor alone; it is asked for every tensor at every
-            call (once by ``ComponentClipper``, the faster way then). Parameters that the root module itself owns
-            have "" for module and layer. Or a ``ComponentSpec``, which composes these and cuts single tensors into
-            several components.
-        eps: added to the norm before dividing, as ``clip_grad_norm_`` does. It isn't where ``max_norm`` is a
-            threshold that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own):
-            beside a small cap it would clip what is below the cap.
-        nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by
-            0 and NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is.
-            "error": RuntimeError that names the components, no gradient changed; syncs with the host. A
-            component whose cap is inf is only measured, whatever its norm.
-        inv_scale: for gradients of a scaled loss, what undoes the scale: a number, or a Tensor of one element, used
-            where it lies, without a sync. Norms and caps are those of g * inv_scale, and that is what is left in
-            ``.grad``, clipped, from the same pass. A parameter left alone keeps its scale.
-        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is; what
-            ``torch.amp.GradScaler`` decides by.
-        process_group: for plain tensors of which each rank holds a part (``FullyShardedDataParallel``, partitions of
-            ZeRO): the ranks that together hold all; sums over it make norms whole. DTensors need no word: norms and
-            slices are those of the logical gradient, whatever its mesh and placements. Not for
-            ``DistributedDataParallel``, where each rank has all.
+        components: what is clipped together. None or "parameter": each tensor alone. "module": what one module owns,
+            including its parametrizations. "layer": what shares the name up to its last number
+            (``encoder.layer.3``). "type": the same place in every layer
+            (``encoder.layer.*.output.dense.weight``). "all": everything, as ``clip_grad_norm_``. A ``ComponentSpec``
+            composes these and cuts single tensors. A callable (name, tensor) -> hashable key, or None to leave the
+            tensor alone, is called for every tensor at every call (once by ``ComponentClipper``).
+        eps: added to the norm before dividing, as ``clip_grad_norm_`` does; not where ``max_norm`` is a threshold
+            that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own).
+        nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by 0 and
+            NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is. "error":
+            RuntimeError that names the components, no gradient changed; syncs with the host. A component whose cap
+            is inf is only measured, whatever its norm.
+        inv_scale: inverse of the loss scale: a number, or a Tensor of one element, used without a sync. Norms and
+            caps are those of g * inv_scale, and that is what is left in ``.grad``, clipped, from the same pass. A
+            parameter that belongs to no component keeps its scale.
+        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is, as
+            ``torch.amp.GradScaler`` uses it.
+        process_group: for plain tensors of which each rank holds a part (``FullyShardedDataParallel``, ZeRO
+            partitions): the ranks that together hold all. DTensors work without it, with norms and slices of the
+            logical gradient. Not for ``DistributedDataParallel``, where each rank has all.
         pp_mesh: ranks that hold different parameters of one model, such as stages of a pipeline. Components that
             several of them have parts of are added up over it; all others cause no traffic.
         backend: None for the best available, or "cuda", "triton", "cpu", "foreach", "reference": used or refused.
 
-    With sharded parameters all ranks that share them call this together, and pass all of them, with or without a
-    gradient. The first call with them compares the ranks' components (with a callable in ``components`` every call,
-    so prefer ``ComponentClipper`` there); from then on each costs one all-reduce of a number a component for each set
-    of ranks that parameters are spread over. It doesn't matter which ranks have gradients for which shards.
+    All ranks that share sharded parameters make this call together and pass all of them, with or without gradients.
+    The first call compares the ranks' components (with a callable in ``components`` every call: prefer
+    ``ComponentClipper`` there); each later one costs one all-reduce of a number a component for each set of ranks
+    that parameters are sharded over.
 
     Returns:
         [K] norms before clipping, float32 (float64 if any gradient of this call is), on the device of the first
         gradient. K and the order depend on ``parameters`` alone: without gradient, a component's norm is 0.
 
     Raises:
-        TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed. On all ranks,
-            at the first call: they don't have the same components.
-        RuntimeError: a non-finite norm under "error", on all ranks alike; or a named backend that can't serve.
-            Nothing is changed.
+        TypeError, ValueError: an argument or gradient that isn't what it should be, or, on all ranks at the first
+            call, components that differ between ranks; nothing is changed.
+        RuntimeError: a non-finite norm under "error", on all ranks alike; or a named backend that can't serve;
+            nothing is changed.
 
     Example:
         >>> import torch
@@ -118,15 +113,14 @@ def fused_component_clip_(
         Norm Clipping", EMNLP 2022, arXiv 2210.10325. eps: ``torch.nn.utils.clip_grad_norm_``.
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
-    if is_dynamo_compiling():
+    scale = LossScale.of(inv_scale, found_inf)
+    if is_traced():
         traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
-        resolved = resolve(named, components)
-        return traced.clip_(named.tensors, resolved, max_norm, options, inv_scale, found_inf)[0]
-    scaled = NOT_SCALED if inv_scale is None and found_inf is None else ScaledLoss(inv_scale, found_inf)
-    settings = partial(settings_in_words, options, max_norm, pp_mesh)
-    tensors, engine = engine_for(parameters, components, settings, process_group, pp_mesh)
-    return engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options, scaled)[0]
+        return traced.clip_(named.tensors, resolve(named, components), max_norm, options, scale)[0]
+    settings = partial(options.in_words, max_norm, pp_mesh)
+    tensors, session = session_for(parameters, components, settings, process_group, pp_mesh)
+    return session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options, scale)[0]
 
 
 def component_norms(
@@ -138,21 +132,10 @@ def component_norms(
     pp_mesh: ProcessGroup | DeviceMesh | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Norm of each component's gradient; nothing is changed.
-
-    Args:
-        parameters: as for :func:`fused_component_clip_`.
-        norm_type: likewise.
-        components: likewise.
-        process_group: likewise.
-        pp_mesh: likewise.
-        backend: likewise.
+    """Norm of each component's gradient; nothing is changed. Arguments and errors: :func:`fused_component_clip_`.
 
     Returns:
         [K] norms, float32 (float64 if any gradient is), on the gradients' device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as :func:`fused_component_clip_`.
 
     Example:
         >>> import torch
@@ -164,10 +147,10 @@ def component_norms(
         >>> component_norms(model, norm_type=1.0, components="all")
         tensor([7.])
     """
-    options = check_options(norm_type, False, 0.0, "propagate", backend)
-    if is_dynamo_compiling():
+    options = check_options(norm_type, backend=backend)
+    if is_traced():
         traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
-    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options), process_group, pp_mesh)
-    return engine.norms(tensors, options.rule.norm_type, backend)
+    tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
+    return session.norms(tensors, options.rule.norm_type, backend)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NoReturn, SupportsIndex
 from weakref import WeakSet
@@ -17,12 +15,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .arguments import type_name, warn_caller
-from .attachment import check_not_in_backward, clipping_too, parameters_of
 from .clipper import ComponentClipper
+from .core.loss_scale import UNSCALED, LossScale
+from .core.modes import is_recorded
+from .core.optimizers import attached_clippers
+from .core.parameter_clipper import OptimizerPart, OptimizerParts, ParameterClipper, parameters_of
 from .result import ClipResult
-from .thresholds import Threshold
-from .thresholds.base import is_capturing
-from .thresholds.caps import CapPolicy, Caps
 
 # Steps with nothing to clip, before any other, until that is told: a GAN may take 100 with one of its optimizers.
 _STEPS_WITHOUT = 128
@@ -103,7 +101,8 @@ class ComponentClipGradScaler(GradScaler):
         self.last: ClipResult | None = None
         self._clipper = clipper
         self._on_clip = on_clip
-        self._parts: dict[int, _Part] = {}
+        self._parts = OptimizerParts(clipper)
+        self._unlearnt: dict[int, tuple[ParameterClipper, ClipResult]] = {}  # by optimizer, until its step is taken
         self._unscaling = False
         self._clipped: WeakSet[Optimizer] = WeakSet()  # since their last step; used while disabled
         self._steps_without = 0
@@ -130,12 +129,12 @@ class ComponentClipGradScaler(GradScaler):
                 elsewhere, too, by ``attach`` or ``clip_in_backward``. Nothing is changed.
             ValueError: float16 gradients, or a component that another optimizer has a part of.
         """
-        part = self._part_of(optimizer)
-        part.check_alone(optimizer)
+        part = self._parts.of(optimizer)
+        _check_alone(part, optimizer)
         if part.clipper is None:
             self._count_without()
         if not self.is_enabled():
-            self._clip(part)
+            self._clip(part, UNSCALED)
             self._clipped.add(optimizer)
             return
         self._unscaling = True
@@ -153,23 +152,23 @@ class ComponentClipGradScaler(GradScaler):
         closure = kwargs.pop("closure", None)
         if any(map(callable, (closure, *args))):
             raise RuntimeError("a closure's gradients can't be clipped here; use ComponentClipper.attach(optimizer)")
-        part = self._part_of(optimizer)
         # Optimizers that unscale by themselves, too: to be clipped, gradients must be unscaled.
         if self._is_ready(optimizer) if self.is_enabled() else optimizer not in self._clipped:
             self.unscale_(optimizer)
         else:
-            part.check_alone(optimizer)
+            _check_alone(self._parts.of(optimizer), optimizer)
         self._clipped.discard(optimizer)
         return super().step(optimizer, *args, **kwargs)
 
     def _maybe_opt_step(
         self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
-        later = self._part_of(optimizer).later
+        unlearnt = self._unlearnt.pop(id(optimizer), None)
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            if later is not None:
-                later.learn()
+            if unlearnt is not None:
+                clipper, result = unlearnt
+                clipper.learn(result)
             return optimizer.step(*args, **kwargs)
 
         # torch waits for found_inf here, and then steps or doesn't: to ask again would be to wait again.
@@ -200,10 +199,11 @@ class ComponentClipGradScaler(GradScaler):
         state = self.__getstate__()  # torch, too, refuses in the middle of an iteration
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         # What is known of optimizers is found anew.
-        new.__dict__.update(_on_clip=state.pop("_on_clip"), _parts={}, _clipped=WeakSet())
+        new.__dict__.update(_on_clip=state.pop("_on_clip"), _parts=None, _unlearnt={}, _clipped=WeakSet())
         if self.is_enabled():
             new._per_optimizer_states = copy.copy(state.pop("_per_optimizer_states"))
         new.__dict__.update({name: how(value) for name, value in state.items() if name not in new.__dict__})
+        new._parts = OptimizerParts(new._clipper)
         return new
 
     def _is_ready(self, optimizer: Optimizer) -> bool:
@@ -215,7 +215,7 @@ class ComponentClipGradScaler(GradScaler):
     ) -> dict[torch.device, Tensor]:
         if not self._unscaling:  # torch only looks for inf and NaN
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        part = self._part_of(optimizer)
+        part = self._parts.of(optimizer)
         grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError(
@@ -225,20 +225,22 @@ class ComponentClipGradScaler(GradScaler):
             part.clipper is None or not part.clipper.is_spread
         ):  # where it is, other ranks may have some
             return {}
-        if part.later is not None:
-            part.later.begin(not (getattr(optimizer, "_step_supports_amp_scaling", False) or is_capturing()))
-        self._clip(part, inv_scale=inv_scale, found_inf=found_inf)
-        rest: Any = SimpleNamespace(param_groups=[{"params": part.others}])
+        # A fused optimizer skips its step on the device, and a graph is only being captured: the host can't tell.
+        learns = getattr(optimizer, "_step_supports_amp_scaling", False) or is_recorded()
+        self._clip(part, LossScale.of(inv_scale, found_inf), learns)
+        if part.clipper is not None and self.last is not None and not learns:
+            self._unlearnt[id(optimizer)] = part.clipper, self.last
+        rest: Any = SimpleNamespace(param_groups=[{"params": list(part.others)}])
         found = super()._unscale_grads_(rest, inv_scale, torch.zeros_like(found_inf), allow_fp16)
         # Not the sum of the two: fused optimizers skip a step where this is 1, and take it where it is 2.
         here = found_inf.device
         found[here] = torch.maximum(found[here], found_inf) if here in found else found_inf
         return found
 
-    def _clip(self, part: _Part, **scaled: Tensor) -> None:
+    def _clip(self, part: OptimizerPart, scale: LossScale, learns: bool = True) -> None:
         if part.clipper is None:
             return
-        self.last = part.clipper.clip_(**scaled)
+        self.last = part.clipper.clip(scale, learns=learns)
         if self._on_clip is not None:
             self._on_clip(self.last)
 
@@ -250,106 +252,16 @@ class ComponentClipGradScaler(GradScaler):
                 "seen own none of the clipper's parameters. Was the clipper made from another copy of the model?"
             )
 
-    def _part_of(self, optimizer: Optimizer) -> _Part:
-        parameters = parameters_of(optimizer)
-        ids = tuple(map(id, parameters))
-        known = self._parts.get(id(optimizer))
-        if known is None or known.ids != ids:
-            known = self._parts[id(optimizer)] = _part(self._clipper, parameters, ids)
-        return known
 
-
-@dataclass
-class _Part:
-    """What one optimizer owns.
-
-    Attributes:
-        ids: of its parameters.
-        clipper: of those that are clipped; None if none is.
-        clipped: these.
-        others: those that are only unscaled.
-        later: the clipper's policy, if it is one that may learn.
-        turn: which of the clipped ones is looked at next.
-    """
-
-    ids: tuple[int, ...]
-    clipper: ComponentClipper | None
-    clipped: tuple[Tensor, ...]
-    others: list[Tensor]
-    later: _LearnsLater | None
-    turn: int = 0
-
-    def check_alone(self, optimizer: Optimizer) -> None:
-        """Raises RuntimeError if what is clipped here is clipped at another place, too."""
-        if self.clipper is None:
-            return
-        too = clipping_too(optimizer, self.clipped)
-        if too:
-            raise RuntimeError(
-                f"optimizer: a clipper that is attached to it clips {too[0][1]!r} as well; remove() that one's "
-                "handle, or use torch's own GradScaler"
-            )
-        # All of them once, and then another one each time.
-        seen = self.clipped if self.turn == 0 else (self.clipped[self.turn % len(self.clipped)],)
-        check_not_in_backward(self.clipper, seen)
-        self.turn += 1
-
-
-def _part(clipper: ComponentClipper, parameters: list[Tensor], ids: tuple[int, ...]) -> _Part:
-    part = clipper.part(parameters)
-    clipped = part.parameters
-    own = set(map(id, clipped))
-    others = [p for p in parameters if id(p) not in own]
-    later = None
-    if clipped and isinstance(part.max_norm, Threshold):
-        later = _LearnsLater()
-        part._policy_of_clip = later.around
-    return _Part(ids, part if clipped else None, clipped, others, later)
-
-
-class _LearnsLater:
-    """A policy that may learn from a clip only when its step is taken, which is known later."""
-
-    def __init__(self) -> None:
-        self._policy: CapPolicy = Caps(math.inf, ())  # until there is one
-        self._waits = False
-        self._seen: tuple[Tensor, Tensor] | None = None
-
-    def around(self, policy: CapPolicy) -> CapPolicy:
-        """This in place of a clip's policy."""
-        self._policy = policy
-        return self
-
-    @property
-    def needs_norms(self) -> bool:
-        """See ``CapPolicy``."""
-        return self._policy.needs_norms
-
-    @property
-    def adds_eps(self) -> bool:
-        """See ``CapPolicy``."""
-        return self._policy.adds_eps
-
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``CapPolicy``."""
-        return self._policy.caps(device, norms)
-
-    def begin(self, waits: bool) -> None:
-        """Before a clip: whether it is learnt from later. One that still waits has had no step, and never is."""
-        self._waits, self._seen = waits, None
-
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``CapPolicy``."""
-        self._seen = norms, coefs
-        if not self._waits:
-            self.learn()
-
-    @torch.no_grad()
-    def learn(self) -> None:
-        """The step is taken."""
-        seen, self._seen = self._seen, None
-        if seen is not None:
-            self._policy.update_(*seen)
+def _check_alone(part: OptimizerPart, optimizer: Optimizer) -> None:
+    """Raises RuntimeError if what is clipped here is clipped elsewhere as well."""
+    too = attached_clippers(optimizer, part.clipped)
+    if too:
+        raise RuntimeError(
+            f"optimizer: a clipper that is attached to it clips {too[0][1]!r} as well; remove() that one's handle, "
+            "or use torch's own GradScaler"
+        )
+    part.check_not_in_backward()
 
 
 def _check_torch() -> None:

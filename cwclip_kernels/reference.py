@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .core.bucket import Bucket
-from .core.formula import UNSCALED, ClipRule, LossScale, coefficients, neutral, root, wide_dtype
+from .core.formula import ClipRule, coefficients, neutral, root, wide_dtype
+from .core.loss_scale import UNSCALED, LossScale
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, thresholds
-from cwclip_kernels.attachment import _runner_of_hooks
+from cwclip_kernels.core.optimizers import runner_of_hooks
 from helpers import parameter, random_grad, same_bits
 from tied_model import CAP
 
@@ -110,7 +110,7 @@ def test_properties_that_raise_are_left_alone():
 
 
 def test_another_torch_is_refused_by_name(monkeypatch):
-    _runner_of_hooks.cache_clear()
+    runner_of_hooks.cache_clear()
     p = parameter(None, (4,))
     optimizer = torch.optim.SGD([p], lr=1.0)
     with monkeypatch.context() as patch:

@@ -172,15 +172,15 @@ def test_the_extension_is_loaded_once_by_many_threads():
 def test_plans_of_several_kinds_of_call_live_side_by_side():
     params = parameters([(30,), (4, 5)])
     clipper = ComponentClipper(params, 0.1)
-    planner = clipper._engine._planner
+    planner = clipper._session.plans
     clipper.clip_()
-    (plan,) = planner._plans[2.0, None]
-    clipper._engine.norms(params, 1.0, None)
+    (plan,) = planner._kept[2.0, None, True]
+    clipper._session.norms(params, 1.0, None)
     clipper.clip_()
-    assert planner._plans[2.0, None] == [plan]
+    assert planner._kept[2.0, None, True] == [plan]
     for order in range(3, 20):
-        clipper._engine.norms(params, float(order), None)
-    assert len(planner._plans) <= 8
+        clipper._session.norms(params, float(order), None)
+    assert len(planner._kept) <= 8
 
 
 def test_a_call_for_each_parameter_is_as_one_for_all():

@@ -300,7 +300,7 @@ def test_parameters_that_have_been_replaced(how):
     else:
         model[0].bias = nn.Parameter(torch.zeros(2, device=DEVICE))
     backward(model, gradients_of(model))
-    with pytest.warns(UserWarning, match="'0.(weight|bias)' of the model is another.* Make the clipper anew") as seen:
+    with pytest.warns(UserWarning, match="'0.(weight|bias)' of the model has been replaced.* Make the clipper anew") as seen:
         clipper.clip_()
     assert len(seen) == 1
     assert seen[0].filename == __file__
@@ -328,7 +328,7 @@ def test_parameters_that_are_replaced_under_a_plan_that_is_known():
         warnings.simplefilter("always")
         for _ in range(4):
             copied[1].clip_()
-    assert ["'1.weight' of the model is another" in str(w.message) for w in said] == [True]
+    assert ["'1.weight' of the model has been replaced" in str(w.message) for w in said] == [True]
     model[1].weight = None  # removed, not replaced
     clipper.clip_()
 

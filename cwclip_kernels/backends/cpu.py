@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import UNSCALED, ClipRule, LossScale
+from ..core.formula import ClipRule
+from ..core.loss_scale import UNSCALED, LossScale
 from . import native
 from .native import Addresses
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import UNSCALED, ClipRule, LossScale
+from ..core.formula import ClipRule
+from ..core.loss_scale import UNSCALED, LossScale
 from . import native
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 

@@ -83,6 +83,7 @@ class Addresses:
 
     def __init__(self, grads: Sequence[Tensor | EllipsisType | None]) -> None:
         self.layout: bytes = module().layout_of(list(grads))
+        self._read = module().addresses_of
         self._last: dict[bool, bytes | None] = {True: None, False: None}
 
     def of(self, grads: Sequence[Tensor | None], *, writes: bool) -> bytes | None:
@@ -95,7 +96,7 @@ class Addresses:
         Returns:
             None if these have another layout, or share memory.
         """
-        found: bytes | None = module().addresses_of(grads, self.layout, self._last[writes], writes)
+        found: bytes | None = self._read(grads, self.layout, self._last[writes], writes)
         if found is not None:
             self._last[writes] = found
         return found

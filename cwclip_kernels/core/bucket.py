@@ -56,15 +56,6 @@ class Bucket:
     addresses: Addresses | None = None
     state: Any = None
 
-    def look(self, grads: list[Tensor | None], *, writes: bool) -> Found | None:
-        """This bucket's part of a call's gradients; None if they aren't what the bucket was made for."""
-        addresses = None
-        if self.addresses is not None:
-            addresses = self.addresses.of(grads, writes=writes)
-            if addresses is None:
-                return None
-        return Found(self.pick(grads), addresses)
-
     def pick(self, grads: Gradients) -> list[Tensor]:
         """This bucket's own out of the call's gradients; the list itself where that is all of them."""
         if len(self.positions) == len(grads) and isinstance(grads, list):

@@ -1,4 +1,10 @@
-"""The function form's cache: engines for parameters that have been seen before."""
+"""The function form's cache: sessions for parameters that have been seen before.
+
+Resolving names costs milliseconds and a plan more. The keys are made of ids, which another tensor may have when the
+first is gone. But a session depends on names and on what the parameters look like, not on which they are: so that is
+compared at every call, and no weak reference to a tensor is needed. (A tensor that has one can't be swapped, which
+moving a model may take.)
+"""
 
 from __future__ import annotations
 
@@ -18,22 +24,22 @@ from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
 from ..distributed.groups import as_group, check_parts
 from ..distributed.local import local_value
-from .engine import Engine
+from .session import ClipSession
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """An engine for parameters seen before. It keeps none of them alive.
+    """A session for parameters seen before. It keeps none of them alive.
 
     Attributes:
-        engine: components and plan.
+        session: components and plans.
         form: what the parameters looked like.
         positions: of each parameter's first occurrence in the caller's list; None if each occurs once.
         module: where the tensors came from, if from a module; with it the entry goes.
         storage: where the first tensor's data lies, if not from a module.
     """
 
-    engine: Engine
+    session: ClipSession
     form: object
     positions: tuple[int, ...] | None
     module: weakref.ref[nn.Module] | None
@@ -45,69 +51,58 @@ class _Entry:
 
     def is_for(self, tensors: Sequence[Tensor], form: object) -> bool:
         """Whether it serves these parameters, which have the ids of those that it was made for."""
-        if self.form != form or any(tensors[i].requires_grad for i, _ in self.engine.components.problems):
+        if self.form != form or any(tensors[i].requires_grad for i, _ in self.session.components.problems):
             return False
-        if self.engine.spread is None or self.storage is None:
+        if self.session.spread is None or self.storage is None:
             return True
-        # Ranks make their engines together, and ids are reused on one rank and not on another: by chance.
+        # Ranks make their sessions together, and ids are reused on one rank and not on another, by chance.
         now = _storage_of(tensors)
         return now is not None and not self.is_over() and now.cdata == self.storage.cdata
 
 
-_KEPT = 1024  # enough for who calls once for each parameter
+_KEPT = 1024  # enough for a program that calls once for each parameter
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
 _next_look = 8  # for entries that are over, in so many insertions
 
 
-def engine_for(
+def session_for(
     parameters: Parameters,
     grouping: Grouping,
     settings: Callable[[], str],
     process_group: object = None,
     pp_mesh: object = None,
-) -> tuple[Sequence[Tensor], Engine]:
-    """Resolving names costs milliseconds and a plan more, so both are kept for the last sets of parameters.
+) -> tuple[Sequence[Tensor], ClipSession]:
+    """The tensors of ``parameters``, each once, and their session.
 
-    The keys are made of ids, which another tensor may have when the first is gone. But an engine depends on names and
-    on what the parameters look like, not on which they are: so that is compared at every call, and no weak reference
-    has to tell that a tensor is gone. (A tensor that has one can't be swapped, which moving a model may take.)
-
-    ``settings`` says what ranks have to choose alike; it is asked where an engine is made, not at every call.
+    ``settings`` tells what all ranks have to choose alike; it is called where a session is made, not at every call.
     """
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
+    form = entry = None
     if key is not None:
         # Not by the ids of meshes: mesh["pp"] is another object each time, and an id may be that of a later one.
         key = key, as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
-    with _lock:
-        entry = _entries.get(key)
-        if entry is not None:
-            _entries.move_to_end(key)
-    form = None if key is None else form_of(given)
+        with _lock:
+            entry = _entries.get(key)
+            if entry is not None:
+                _entries.move_to_end(key)
+        form = form_of(given)
     if entry is not None:
         tensors = given if entry.positions is None else [given[i] for i in entry.positions]
         if entry.is_for(tensors, form):
-            return tensors, entry.engine
+            return tensors, entry.session
     check_parts(source, process_group)
     named = named_tensors(source)
-    engine = Engine.of(named, grouping, process_group, pp_mesh, settings())
+    session = ClipSession.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:
-        _remember(key, _Entry(engine, form, _positions(given), *_watched(source, key, named.tensors)))
-    return named.tensors, engine
-
-
-def _watched(
-    source: object, key: Hashable, tensors: Sequence[Tensor]
-) -> tuple[weakref.ref[nn.Module] | None, StorageWeakRef | None]:
-    """What tells that parameters are gone, without a reference to one of them."""
-
-    def forget(_: weakref.ref[Any]) -> None:
-        _entries.pop(key, None)
-
-    if isinstance(source, nn.Module):
-        return weakref.ref(source, forget), None
-    return None, _storage_of(tensors)
+        module = storage = None
+        if isinstance(source, nn.Module):
+            module = weakref.ref(source, lambda _: _entries.pop(key, None))
+        else:
+            storage = _storage_of(named.tensors)
+        _remember(key, _Entry(session, form, _positions(given), module, storage))
+    return named.tensors, session
 
 
 def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
@@ -143,11 +138,10 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
     """A key that no other living set of parameters has, and its tensors, repetitions included.
 
     The key is None for what must be resolved at every call: a grouping function, which may answer differently, and
-    what isn't a set of parameters; reading its names will say why.
+    what isn't a set of parameters, where reading its names raises.
     """
-    if not (
-        grouping is None or isinstance(grouping, str) or (isinstance(grouping, ComponentSpec) and grouping.is_static)
-    ):
+    is_static = isinstance(grouping, ComponentSpec) and grouping.is_static
+    if not (grouping is None or isinstance(grouping, str) or is_static):
         return None, []
     if isinstance(source, nn.Module):
         names: list[str] = []

@@ -40,37 +40,6 @@ class ClipRule:
         return self if self.eps == 0.0 else replace(self, eps=0.0)
 
 
-@dataclass(frozen=True)
-class LossScale:
-    """Gradients of a scaled loss: what undoes it in the same pass, on the gradients' device.
-
-        g <- inverse * g before anything else; found_inf <- 1 if any g is inf or NaN
-
-    Attributes:
-        inverse: [] in ``wide_dtype``; None for 1.
-        found_inf: [] float32, otherwise left as it is; None if nobody wants to know.
-    """
-
-    inverse: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    def unscaled(self, norms: Tensor) -> Tensor:
-        """Norms of the gradients without the loss's scale, from those with it."""
-        return norms if self.inverse is None else norms * self.inverse
-
-    def factors(self, coefs: Tensor) -> Tensor:
-        """What gradients are multiplied by to unscale and clip them: coefficients [K], in ``wide_dtype``."""
-        return coefs if self.inverse is None else coefs.to(self.inverse.dtype) * self.inverse
-
-    def report(self, sums: Tensor) -> None:
-        """Sets ``found_inf`` if any power sum of the gradients is inf or NaN; no sync."""
-        if self.found_inf is not None:
-            self.found_inf.masked_fill_(~sums.isfinite().all(), 1.0)
-
-
-UNSCALED = LossScale()
-
-
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, the dtype of power sums and of the coefficient's arithmetic, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

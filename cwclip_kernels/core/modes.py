@@ -1,4 +1,4 @@
-"""The modes of autograd that a call runs in, whatever mode its caller is in."""
+"""The modes of autograd and of the compiler that a call runs in, whatever mode its caller is in."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def is_traced() -> bool:
+    """Whether ``torch.compile`` is tracing this call rather than running it."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def is_recorded() -> bool:
+    """Whether this call only becomes part of a compiled function or CUDA graph, so that the host counts no step."""
+    return is_traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def outside_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Records nothing for a backward pass, and leaves inference mode.
 
-    What is made in inference mode can't be written to outside of it, but a call keeps tables and what thresholds have
-    learnt for later calls.
+    Tensors made in inference mode can't be written to outside of it, but tables and thresholds outlive the call.
     """
 
     @wraps(function)

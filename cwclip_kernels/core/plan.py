@@ -7,10 +7,13 @@ pass, which also yields their addresses: that is the only look that a call takes
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,14 @@ from .checks import (
 )
 
 
+def home_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Where results go if there is no gradient: to the first parameter that is trained."""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return tensor.device
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 @dataclass(frozen=True, eq=False)
 class ClipPlan:
     """Everything about a call that its gradients' values do not decide.
@@ -42,8 +53,8 @@ class ClipPlan:
         norm_dtype: their dtype.
         sparse: whether any gradient is sparse.
         leaves: of each gradient whether it is a leaf that requires grad; None if none requires grad.
-        signature: what the gradients looked like in every respect that matters; None where buckets notice by
-            themselves.
+        signature: what the gradients looked like in every respect that matters; None where the buckets' addresses
+            tell.
     """
 
     components: Components
@@ -54,33 +65,52 @@ class ClipPlan:
     leaves: object
     signature: object
 
-    def look(self, grads: list[Tensor | None], *, writes: bool) -> list[Found] | None:
-        """What each bucket finds among these gradients; None if the plan is for others.
-
-        Args:
-            grads: one for each tensor of the components, None where there is none.
-            writes: whether they are to be written to; then they may not share memory.
-        """
-        if self.leaves != _leaves(grads) or (self.signature is not None and self.signature != _signature(grads)):
+    def look(self, grads: list[Tensor | None], parameters: Sequence[Tensor], writes: bool) -> list[Found] | None:
+        """What each bucket finds among these gradients; None if the plan is for others, or they share memory."""
+        if (_any_requires_grad(*grads) or self.leaves is not None) and self.leaves != _leaves(grads):
+            return None
+        if self.signature is not None and self.signature != _signature(grads):
+            return None
+        if not self.buckets and self.device != home_of(parameters):
             return None
         found = []
         for bucket in self.buckets:
-            own = bucket.look(grads, writes=writes)
-            if own is None:
-                return None
-            found.append(own)
+            addresses = None
+            if bucket.addresses is not None:
+                addresses = bucket.addresses.of(grads, writes=writes)
+                if addresses is None:
+                    return None
+            positions = bucket.positions
+            own: Any = grads if len(positions) == len(grads) else [grads[i] for i in positions]
+            found.append(Found(own, addresses))
         return found
 
+    def explain(self, grads: Sequence[Tensor | None]) -> str:
+        """In words: one line for each bucket, with the reason for its backend."""
+        lines = [f"{len(self.components.names)} components over {len(self.components.tensor_names)} tensors"]
+        for bucket in self.buckets:
+            own = bucket.pick(grads)
+            dtypes = Counter(str(g.dtype).removeprefix("torch.") for g in own)
+            what = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
+            size = sum(g.nbytes for g in own if not g.is_sparse)
+            lines.append(f"  {bucket.device}: {what}, {size / 1e6:.1f} MB -> {bucket.backend!r} ({bucket.reason})")
+        if len(self.buckets) > 1 or self.sparse:
+            why = "sparse gradients" if self.sparse else "several devices or backends"
+            lines.append(f"  in two passes, norms first, because of {why}")
+        elif self.buckets:
+            lines.append("  in one fused call")
+        return "\n".join(lines)
 
-_KINDS, _SETS = 8, 4  # plans kept: for orders, backends; and for sets of gradients in turn
+
+_KINDS, _SETS = 8, 4  # plans kept: for orders and backends; and for sets of gradients in turn
 
 
-class Planner:
-    """Keeps the plans of one set of components; remakes them when gradients change.
+class Plans:
+    """Keeps the plans of one set of components; makes another one when gradients change.
 
     Args:
         components: what belongs together.
-        kind: what the tensors are, for error messages: "gradient", or "parameter" where these are measured.
+        kind: what is measured, for error messages: "gradient" or "parameter".
 
     Attributes:
         made: how many plans so far.
@@ -90,83 +120,151 @@ class Planner:
         self.components = components
         self.made = 0
         self._kind = kind
-        self._plans: dict[tuple[object, ...], list[ClipPlan]] = {}
+        self._kept: dict[tuple[float, str | None, bool], list[ClipPlan]] = {}
 
     def get(
-        self, grads: list[Tensor | None], home: torch.device, norm_type: float, backend: str | None
+        self,
+        grads: list[Tensor | None],
+        parameters: Sequence[Tensor],
+        norm_type: float,
+        backend: str | None,
+        *,
+        writes: bool = True,
     ) -> tuple[ClipPlan, list[Found]]:
-        """The plan for these gradients, which are to be clipped, and where they lie.
+        """The plan for these gradients, and where they lie.
 
         Args:
             grads: one for each tensor of the components, None where there is none.
-            home: device of the results where no gradient exists.
+            parameters: whose they are.
             norm_type: order of the norm.
             backend: the user's choice or None.
+            writes: whether they are to be clipped: then they may not share memory, or be parameters.
 
         Raises:
             TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
             RuntimeError: the named backend refuses.
             WithoutData: no gradient has any.
         """
-        return self._get(grads, home, norm_type, backend, writes=True)
+        key = norm_type, backend, writes
+        kept = self._kept.get(key, [])
+        for i, plan in enumerate(kept):
+            found = plan.look(grads, parameters, writes)
+            if found is not None:
+                if i:
+                    kept.insert(0, kept.pop(i))
+                return plan, found
+        self.made += 1
+        plan = self._build(grads, parameters, norm_type, backend, writes)
+        found = plan.look(grads, parameters, writes)
+        if found is None:
+            raise RuntimeError("gradients changed while they were looked at: is another thread at work on them?")
+        if len(self._kept) >= _KINDS and key not in self._kept:  # a program that goes through orders of norm
+            self._kept.clear()
+        self._kept[key] = [plan, *kept[: _SETS - 1]]
+        return plan, found
 
     def measured(
-        self, grads: list[Tensor | None], home: torch.device, norm_type: float, backend: str | None
+        self, grads: list[Tensor | None], parameters: Sequence[Tensor], norm_type: float, backend: str | None
     ) -> tuple[ClipPlan, list[Found]]:
         """The same for gradients that are only measured: with the plan that writes, if that serves.
 
         It doesn't serve gradients that share memory, or that are parameters or leaves; an expanded one is measured as
         a copy.
         """
-        if (norm_type, backend, "measured") not in self._plans:
+        if (norm_type, backend, False) not in self._kept:
             try:
-                return self._get(grads, home, norm_type, backend, writes=True)
+                return self.get(grads, parameters, norm_type, backend)
             except (TypeError, ValueError):
                 pass
         readable = [None if g is None else _readable(g) for g in grads]
-        return self._get(readable, home, norm_type, backend, writes=False)
+        return self.get(readable, parameters, norm_type, backend, writes=False)
 
-    def _get(
+    def _build(
         self,
-        grads: list[Tensor | None],
-        home: torch.device,
+        grads: Gradients,
+        parameters: Sequence[Tensor],
         norm_type: float,
         backend: str | None,
-        *,
         writes: bool,
-    ) -> tuple[ClipPlan, list[Found]]:
-        key = (norm_type, backend) if writes else (norm_type, backend, "measured")
-        kept = self._plans.get(key, [])
-        for i, plan in enumerate(kept):
-            found = plan.look(grads, writes=writes)
-            if found is not None:
-                if i:
-                    kept.insert(0, kept.pop(i))
-                return plan, found
-        self.made += 1
-        plan = _build(self.components, grads, home, norm_type, backend, writes, self._kind)
-        found = plan.look(grads, writes=writes)
-        if found is None:
-            raise RuntimeError("gradients changed while they were looked at: is another thread at work on them?")
-        if len(self._plans) >= _KINDS and key not in self._plans:  # a program that goes through orders of norm
-            self._plans.clear()
-        self._plans[key] = [plan, *kept[: _SETS - 1]]
-        return plan, found
+    ) -> ClipPlan:
+        components = self.components
+        check_data(components, grads)
+        served: dict[int, tuple[torch.device, str, str]] = {}
+        present: list[Tensor] = []
+        clipped = components.clipped
+        for position, grad in enumerate(grads):
+            if grad is not None and position in clipped:
+                self._check(position, grad, writes)
+                present.append(grad)
+                served[position] = grad.device, *registry.choose(grad.device, grad.dtype, norm_type, backend)
+        if writes:
+            check_distinct(components, grads)
+        members: dict[tuple[torch.device, str, str], list[tuple[int, int, Slice]]] = {}
+        for member in components.members:
+            if member[0] in served:
+                members.setdefault(served[member[0]], []).append(member)
+        norm_dtype = torch.float64 if any(g.dtype in WIDE_DTYPES for g in present) else torch.float32
+        buckets = []
+        for (device, served_by, reason), own in members.items():
+            positions = tuple(dict.fromkeys(position for position, _, _ in own))
+            index = {position: i for i, position in enumerate(positions)}
+            is_cut = any(place for _, _, place in own)
+            buckets.append(
+                Bucket(
+                    device=device,
+                    backend=served_by,
+                    reason=reason,
+                    positions=positions,
+                    components=torch.tensor([component for _, component, _ in own], dtype=torch.int64, device="cpu"),
+                    boxes=tuple((index[position], place) for position, _, place in own) if is_cut else None,
+                    count=len(components.names),
+                    norm_dtype=norm_dtype,
+                    plain=not any(_is_special(grads[i]) for i in positions),
+                )
+            )
+        signature = None
+        if buckets and all(bucket.plain for bucket in buckets) and native.unavailable() is None:
+            for bucket in buckets:
+                bucket.addresses = native.Addresses(_entries(bucket, clipped, grads))
+        else:
+            signature = _signature(grads)
+        device = present[0].device if present else home_of(parameters)
+        sparse = any(g.is_sparse for g in present)
+        return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _leaves(grads), signature)
+
+    def _check(self, position: int, grad: Tensor, writes: bool) -> None:
+        """Raises unless this gradient, or parameter, can be served; names the parameter."""
+        components = self.components
+        name, cut = components.tensor_names[position], position in components.cut
+        problem = dict(components.problems).get(position)
+        if problem is not None:
+            raise was_frozen(name, problem)
+        if self._kind != "gradient":
+            check_tensor(grad, f"the {self._kind} {name!r}", cut=cut)
+            return
+        check_gradient(grad, name, cut=cut, writes=writes)
+        if writes and grad.is_inference():  # not asked under torch.compile, which can't trace it
+            raise ValueError(
+                f"the gradient of {name!r} was made in inference mode, and can't be written to outside of it; "
+                "clone() it"
+            )
 
 
-_METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
+def _python_any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _python_any_requires_grad)  # six times as fast
 
 
 def _leaves(grads: Gradients) -> object:
     # What requires grad is either a gradient with a graph of its own (create_graph=True), or a parameter by mistake.
-    if not _any_requires_grad(grads):
+    if not _any_requires_grad(*grads):
         return None
     return [g is not None and g.requires_grad and g.is_leaf for g in grads]
 
 
-def _any_requires_grad(tensors: Gradients) -> bool:
-    fast = getattr(torch._C, "_any_requires_grad", None)  # a sixth of the time, where this torch has it
-    return fast(*tensors) if fast is not None else any(t is not None and t.requires_grad for t in tensors)
+_METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
 
 
 def _signature(grads: Gradients) -> object:
@@ -186,87 +284,17 @@ def _share_memory(tensors: list[Tensor]) -> bool:
     return any(one[0] == two[0] and one[1] + one[2] > two[1] for one, two in pairwise(places))
 
 
-def _build(
-    components: Components,
-    grads: Gradients,
-    home: torch.device,
-    norm_type: float,
-    backend: str | None,
-    writes: bool,
-    kind: str,
-) -> ClipPlan:
-    check_data(components, grads)
-    problems = dict(components.problems)
-    served: dict[int, tuple[torch.device, str, str]] = {}
-    sparse = False
-    norm_dtype = torch.float32
-    device = home
-    clipped, cut = components.clipped, components.cut
-    for position, grad in enumerate(grads):
-        if grad is None or position not in clipped:
-            continue
-        name = components.tensor_names[position]
-        if position in problems:
-            raise was_frozen(name, problems[position])
-        if kind == "gradient":
-            check_gradient(grad, name, cut=position in cut, writes=writes)
-            if writes and grad.is_inference():  # not asked under torch.compile, which can't trace it
-                raise ValueError(
-                    f"the gradient of {name!r} was made in inference mode, and can't be written to outside of it; "
-                    "clone() it"
-                )
-        else:
-            check_tensor(grad, f"the {kind} {name!r}", cut=position in cut)
-        if not served:
-            device = grad.device
-        if grad.dtype in WIDE_DTYPES:
-            norm_dtype = torch.float64
-        sparse = sparse or grad.is_sparse
-        served[position] = (grad.device, *registry.choose(grad.device, grad.dtype, norm_type, backend))
-    if writes:
-        check_distinct(components, grads)
-    members: dict[tuple[torch.device, str, str], list[tuple[int, int, Slice]]] = {}
-    for member in components.members:
-        if member[0] in served:
-            members.setdefault(served[member[0]], []).append(member)
-    buckets = []
-    for (place, served_by, reason), own in members.items():
-        positions = tuple(dict.fromkeys(position for position, _, _ in own))
-        index = {position: i for i, position in enumerate(positions)}
-        is_cut = any(box for _, _, box in own)
-        buckets.append(
-            Bucket(
-                device=place,
-                backend=served_by,
-                reason=reason,
-                positions=positions,
-                components=torch.tensor([component for _, component, _ in own], dtype=torch.int64, device="cpu"),
-                boxes=tuple((index[position], box) for position, _, box in own) if is_cut else None,
-                count=len(components.names),
-                norm_dtype=norm_dtype,
-                plain=not any(_is_special(grads[i]) for i in positions),
-            )
-        )
-    notices = bool(buckets) and all(bucket.plain for bucket in buckets) and native.unavailable() is None
-    if notices:
-        for bucket in buckets:
-            bucket.addresses = native.Addresses(_entries(bucket, components, grads))
-    signature = None if notices else _signature(grads)
-    return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _leaves(grads), signature)
-
-
-def _entries(bucket: Bucket, components: Components, grads: Gradients) -> list[Tensor | EllipsisType | None]:
-    """The gradients that a bucket is to look at: its own, and that there are none where there were none."""
-    own, clipped = set(bucket.positions), components.clipped
-    found: list[Tensor | EllipsisType | None] = []
-    for position, grad in enumerate(grads):
-        is_of_interest = position in own or (grad is None and position in clipped)
-        found.append(grad if is_of_interest else ...)
-    return found
+def _entries(bucket: Bucket, clipped: set[int], grads: Gradients) -> list[Tensor | EllipsisType | None]:
+    """The gradients that a bucket looks at: its own, and that there are none where there were none."""
+    own = set(bucket.positions)
+    return [
+        grad if position in own or (grad is None and position in clipped) else ...
+        for position, grad in enumerate(grads)
+    ]
 
 
 def _readable(grad: Tensor) -> Tensor:
-    """Of what would be refused if it were written to, something with the same norm."""
+    """Of a gradient that could not be written to, something with the same norm."""
     if isinstance(grad, torch.nn.Parameter):
         grad = grad.detach()
     has_strides = type(grad) is Tensor and not grad.is_nested and grad.layout == torch.strided

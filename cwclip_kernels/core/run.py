@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import BACKENDS
-from ..thresholds.caps import CapPolicy
+from ..thresholds.base import StepCaps
 from . import formula
 from .bucket import Bucket, Found, narrowed
 from .checks import values_of
-from .formula import UNSCALED, ClipRule, LossScale, neutral, wide_dtype
+from .formula import ClipRule, neutral, wide_dtype
+from .loss_scale import UNSCALED, LossScale
 from .plan import ClipPlan
 
 
@@ -25,7 +26,7 @@ def norms_of(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor
 def clip_(
     plan: ClipPlan,
     found: Sequence[Found],
-    policy: CapPolicy,
+    policy: StepCaps,
     rule: ClipRule,
     raise_nonfinite: bool,
     loss_scale: LossScale = UNSCALED,
@@ -36,28 +37,26 @@ def clip_(
     devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is), errors on
     non-finite norms, which must come before the first write, and caps that depend on the norms.
     """
-    in_steps = plan.sparse or raise_nonfinite or policy.needs_norms or rule.norm_type <= 0
-    if loss_scale.found_inf is not None and not sums_tell_nonfinite(rule.norm_type):
-        in_steps = True
+    order = rule.norm_type
+    tells = loss_scale.found_inf is None or sums_tell_nonfinite(order)
+    in_steps = plan.sparse or raise_nonfinite or policy.needs_norms or order <= 0 or not tells
     if len(plan.buckets) == 1 and not in_steps:
         bucket, (own, addresses) = plan.buckets[0], found[0]
-        targets = _targets(bucket, own, rule.norm_type)
+        targets = own if bucket.plain else _targets(bucket, own, order)
         caps = policy.caps(bucket.device, None)
         torch.autograd.graph.increment_version(own)
         norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets, caps, rule, loss_scale, addresses)
-        policy.update_(norms, coefs)
         return norms, coefs, caps
-    sums = power_sums(plan, found, rule.norm_type)
-    norms = _norms(plan, found, sums, rule.norm_type, loss_scale)
+    sums = power_sums(plan, found, order)
+    norms = _norms(plan, found, sums, order, loss_scale)
     if raise_nonfinite:
-        _raise_if_nonfinite(plan, norms, rule.norm_type)
+        _raise_if_nonfinite(plan, norms, order)
     caps = policy.caps(plan.device, norms if policy.needs_norms else None)
     coefs = formula.coefficients(norms, caps, rule)
-    if loss_scale.found_inf is not None and not sums_tell_nonfinite(rule.norm_type):
+    if not tells:
         sums = power_sums(plan, found, math.inf)
     loss_scale.report(sums)
     scale_(plan, found, loss_scale.factors(coefs), rule)
-    policy.update_(norms, coefs)
     return norms, coefs, caps
 
 

@@ -16,16 +16,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
 from ..components.membership import Components
 from ..thresholds import Threshold
-from ..thresholds.caps import Caps, MaxNorm, checked_cap
+from ..thresholds.base import StepCaps
+from ..thresholds.constant import MaxNorm, checked_cap, checked_pattern
 from . import run
+from .caps import fixed_caps
 from .checks import WIDE_DTYPES, check_gradient, was_frozen
-from .engine import Options
 from .formula import ClipRule, wide_dtype
-from .loss_scale import ScaledLoss
-from .plan import Planner
+from .loss_scale import UNSCALED, LossScale
+from .options import Options
+from .plan import Plans
 
 # ------------------------------------------------------------------------------------------------------------
 # What Dynamo traces
@@ -37,8 +38,7 @@ def clip_(
     components: Components,
     max_norm: MaxNorm,
     options: Options,
-    inv_scale: float | Tensor | None = None,
-    found_inf: Tensor | None = None,
+    scale: LossScale = UNSCALED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clips the tensors' gradients in place, while being traced: norms before and coefficients, [K] each, and caps.
 
@@ -48,14 +48,13 @@ def clip_(
     Raises:
         TypeError, ValueError: a cap or a gradient that isn't what it should be.
     """
-    ScaledLoss(inv_scale, found_inf)  # for its checks
-    rule, backend = options.rule, options.backend
+    rule, backend, inv_scale = options.rule, options.backend, scale.inverse
     grads, text = _present(tensors, components)
     device = grads[0].device if grads else tensors[0].device if tensors else torch.device("cpu")
     threshold = max_norm if isinstance(max_norm, Threshold) else None
     eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
     if threshold is not None:
-        _check_trained(threshold, tensors)
+        _check(threshold, tensors)
     with torch.no_grad():
         if threshold is not None:
             norms = None
@@ -68,7 +67,7 @@ def clip_(
             policy = "error" if options.raise_nonfinite else rule.nonfinite
             inverse = _as_tensor(inv_scale, device)
             norms, coefs, caps_used = torch.ops.cwclip_kernels.component_clip_(
-                grads, text, caps, patterns, values, inverse, found_inf, rule.norm_type, eps, policy, backend
+                grads, text, caps, patterns, values, inverse, scale.found_inf, rule.norm_type, eps, policy, backend
             )
         else:
             norms = _no_norms(tensors, components)
@@ -79,8 +78,13 @@ def clip_(
     return norms, coefs, caps_used
 
 
-def _check_trained(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
-    """Raises if the threshold was told something else about the parameters; Dynamo traces anew where they change."""
+def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
+    """Raises if the threshold can't be traced, or was bound to parameters in another state.
+
+    Dynamo traces anew where they change.
+    """
+    if threshold.untraceable is not None:
+        raise RuntimeError(f"max_norm: {threshold.untraceable}")
     trained = tuple(t.requires_grad or t.grad is not None for t in tensors)
     if threshold.setting.trained != (() if all(trained) else trained):
         raise RuntimeError(
@@ -120,10 +124,8 @@ def _split(max_norm: MaxNorm) -> tuple[Tensor | None, list[str], list[float]]:
         return max_norm.detach(), [], []
     if not isinstance(max_norm, Mapping):
         return None, [], [checked_cap(max_norm, "max_norm")]
-    for pattern in max_norm:
-        if not isinstance(pattern, str):
-            raise TypeError(f"max_norm: patterns are strings, not {type_name(pattern)}")
-    return None, list(max_norm), [checked_cap(value, f"max_norm[{pattern!r}]") for pattern, value in max_norm.items()]
+    patterns = [checked_pattern(pattern) for pattern in max_norm]
+    return None, patterns, [checked_cap(value, f"max_norm[{pattern!r}]") for pattern, value in max_norm.items()]
 
 
 def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
@@ -173,41 +175,39 @@ def _component_clip_(
     nonfinite: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    planner = _planner_for(grads, components)
-    plan, found = planner.get(list(grads), grads[0].device, norm_type, backend)
+    plan, found = _plans_for(grads, components).get(list(grads), grads, norm_type, backend)
     if caps is None:
-        checked = _fixed_caps(components, tuple(patterns), tuple(values))
+        fixed = _fixed_of(components, tuple(patterns), tuple(values))
     else:
-        checked = Caps(caps, planner.components.names)
-    scaled = ScaledLoss(inv_scale, found_inf)
-    loss_scale = scaled.on(plan.device)
+        fixed = fixed_caps(caps, plan.components)
+    scale = LossScale.of(inv_scale, found_inf)
+    scale_here = scale.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
-    norms, coefs, used = run.clip_(plan, found, checked, rule, nonfinite == "error", loss_scale)
-    scaled.deliver(loss_scale)
+    norms, coefs, used = run.clip_(plan, found, fixed, rule, nonfinite == "error", scale_here)
+    scale.deliver(scale_here)
     return norms, coefs, used.clone()  # what an operator returns must be new
 
 
 def _component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
-    plan, found = _planner_for(grads, components).measured(list(grads), grads[0].device, norm_type, backend)
+    plan, found = _plans_for(grads, components).measured(list(grads), grads, norm_type, backend)
     return run.norms_of(plan, found, norm_type)
 
 
-def _planner_for(grads: list[Tensor], components: str) -> Planner:
+def _plans_for(grads: list[Tensor], components: str) -> Plans:
     # The first gradient tells apart models whose parameters came without names, that is numbered alike.
     first = grads[0]
-    return _planner(components, first.device, first.dtype, first.shape)
+    return _plans(components, first.device, first.dtype, first.shape)
 
 
 @lru_cache(maxsize=64)
-def _planner(components: str, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> Planner:
-    return Planner(_read(components))
+def _plans(components: str, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> Plans:
+    return Plans(_read(components))
 
 
 @lru_cache(maxsize=64)
-def _fixed_caps(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> Caps:
-    known = _read(components)
+def _fixed_of(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> StepCaps:
     max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
-    return Caps(max_norm, known.names, aliases=known.aliases, spellings=known.spellings)
+    return fixed_caps(max_norm, _read(components))
 
 
 @lru_cache(maxsize=64)

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..core import formula, run
 from ..core.bucket import Found
 from ..core.checks import WithoutData
-from ..core.formula import ClipRule, LossScale, wide_dtype
-from ..core.loss_scale import NOT_SCALED, ScaledLoss
-from ..core.plan import ClipPlan, Planner
-from ..thresholds.caps import CapPolicy
+from ..core.formula import ClipRule, wide_dtype
+from ..core.loss_scale import UNSCALED, LossScale
+from ..core.plan import ClipPlan, Plans
+from ..thresholds.base import StepCaps
 from .local import Held
 from .reduction_plan import Spread
 
@@ -36,7 +36,7 @@ class Job:
     """
 
     spread: Spread
-    planner: Planner
+    planner: Plans
     backend: str | None
     home: torch.device
 
@@ -56,17 +56,17 @@ class _Part:
     plan: ClipPlan | None = None
     found: Sequence[Found] = ()
     held: Held | None = None
-    loss_scale: LossScale = formula.UNSCALED
+    loss_scale: LossScale = UNSCALED
     failure: Exception | None = None
 
 
 def clip_(
     job: Job,
     tensors: Sequence[Tensor],
-    policy: CapPolicy,
+    policy: StepCaps,
     rule: ClipRule,
     raise_nonfinite: bool,
-    scaled: ScaledLoss,
+    scaled: LossScale,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clips what is held here of each gradient: norms before and coefficients, [K] each, and the caps.
 
@@ -74,12 +74,12 @@ def clip_(
     """
     spread, order = job.spread, rule.norm_type
     tells = run.sums_tell_nonfinite(order)
-    orders = [order] if tells or not scaled.looks_for_inf else [order, math.inf]
-    part = _measure(job, lambda: spread.gradients(tensors), orders, scaled, writes=True)
+    orders = [order] if tells or not scaled.found_inf is not None else [order, math.inf]
+    part = _measure(job, tensors, lambda: spread.gradients(tensors), orders, scaled, writes=True)
     sums = spread.whole(part.sums[order], part.measured, order)
     norms = part.loss_scale.unscaled(formula.root(sums, order)).to(spread.norm_dtype(tensors))
     bad, count = spread.nonfinite(norms) if raise_nonfinite else ([], 0)
-    if scaled.looks_for_inf:
+    if scaled.found_inf is not None:
         if not tells:
             sums = spread.whole(part.sums[math.inf], None, math.inf)
         found = spread.any_anywhere(~sums.isfinite().all())
@@ -95,26 +95,26 @@ def clip_(
     run.scale_(part.plan, part.found, factors, rule)
     part.held.touched()
     scaled.deliver(part.loss_scale)
-    policy.update_(norms, coefs)
     return norms, coefs, caps
 
 
 def norms_of(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The K norms of the tensors' gradients, which stay as they are."""
-    return _norms(job, _measure(job, lambda: job.spread.gradients(tensors), [norm_type]), tensors, norm_type)
+    return _norms(job, _measure(job, tensors, lambda: job.spread.gradients(tensors), [norm_type]), tensors, norm_type)
 
 
 def norms_of_values(job: Job, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The K norms of the tensors themselves."""
-    part = _measure(job, lambda: Held(job.spread.values(tensors), []), [norm_type])
+    part = _measure(job, tensors, lambda: Held(job.spread.values(tensors), []), [norm_type])
     return _norms(job, part, tensors, norm_type)
 
 
 def _measure(
     job: Job,
+    tensors: Sequence[Tensor],
     read: Callable[[], Held],
     orders: Sequence[float],
-    scaled: ScaledLoss = NOT_SCALED,
+    scaled: LossScale = UNSCALED,
     *,
     writes: bool = False,
 ) -> _Part:
@@ -124,7 +124,7 @@ def _measure(
         if writes:
             held.check_not_leaves()
         get = job.planner.get if writes else job.planner.measured
-        plan, found = get(held.local, job.home, orders[0], job.backend)
+        plan, found = get(held.local, tensors, orders[0], job.backend)
         # Not to the first gradient's device: where parameters lie on several, that may be another on each rank.
         sums = {order: run.power_sums(plan, found, order).to(job.home) for order in orders}
         measured = None

@@ -17,12 +17,12 @@ from ..components.membership import Components, Slice
 from ..components.parameters import Parameters, named_tensors
 from ..components.resolve import resolve
 from ..components.spec import Grouping
-from ..core.bound import ThresholdAtWork
-from ..core.engine import Engine, Options, check_options
+from ..core.options import Options, check_options
+from ..core.session import ClipSession
 from ..result import ClipResult
-from ..thresholds import EMA
-from ..thresholds.base import learnt, load_learnt
-from ..thresholds.caps import MaxNorm
+from ..thresholds import EMA, Threshold
+from ..thresholds.base import StepCaps, learnt, load_learnt
+from ..thresholds.constant import MaxNorm
 from .checks import averaged_by, averaging, check_parameters, check_separate, check_whole, runs_on_several_ranks
 from .hooks import ParameterHook, can_be_watched, hooks_of, parameter_hook, watch
 from .passes import Pass, Passes, after_others, check_torch
@@ -149,12 +149,17 @@ class BackwardClipping:
         self.names = components.names
         self.last: ClipResult | None = None
         self._max_norm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
-        policy = Engine(components, tensors).policy(self._max_norm, tensors, options.rule)
+        session = ClipSession(components, tensors)
+        policy = session.caps_for(self._max_norm, tensors, options.rule)
         if policy.needs_norms:
             raise ValueError(_needs_norms(max_norm))
         # No parameter is kept here, since a cycle of parameter, hook and this would never be collected. With steps
         # there is one, of parameter, hook and optimizer: these live until remove().
-        self._policy = policy.without_parameters() if isinstance(policy, ThresholdAtWork) else policy
+        self._threshold = max_norm if isinstance(max_norm, Threshold) else None
+        self._bound = session.bound
+        if self._threshold is not None and self._bound is not None:
+            policy = self._bound.measuring(self._threshold, None)
+        self._policy = policy
         self._options = options
         self._steps = steps
         self._module = None if module is None else weakref.ref(module)
@@ -255,7 +260,9 @@ class BackwardClipping:
             check_whole(hook.name, parameter)
             engine = hook.engine(parameter)
             caps = self._caps_of(current, hook, engine, parameter, grad.device)
-            norms, coefs, _ = engine.clip_((parameter,), _Share(caps, self._policy.adds_eps), self._options)
+            norms, coefs, _ = engine.clip_(
+                (parameter,), StepCaps(self._policy.adds_eps, False, lambda *_: caps, lambda *_: None), self._options
+            )
             with self._lock:
                 current.found.append((hook.own, norms, coefs, caps))
         if step is not None:
@@ -267,31 +274,31 @@ class BackwardClipping:
             current.watched.append((hook.name, parameter, None if parameter.grad is None else _outline(grad)))
 
     def _caps_of(
-        self, current: Pass, hook: ParameterHook, engine: Engine, parameter: Tensor, device: torch.device
+        self, current: Pass, hook: ParameterHook, engine: ClipSession, parameter: Tensor, device: torch.device
     ) -> Tensor:
         """The caps of one parameter's components, [] or as many."""
-        policy = self._policy
-        if not isinstance(policy, ThresholdAtWork):
+        threshold = self._threshold
+        if threshold is None:
             caps = current.caps_on(device)
-        elif policy.counts_trained and hook.was_frozen:
+        elif _counts_trained(threshold) and hook.was_frozen:
             raise RuntimeError(self._other_are_trained(hook))
-        elif policy.reads_parameters:
+        elif threshold.reads_parameters and self._bound is not None:
             norms = engine.parameter_norms((parameter,), self._options.rule.norm_type)
             everywhere = torch.zeros(len(self.names), dtype=norms.dtype, device=norms.device)
             everywhere[hook.own] = norms
             with torch.no_grad():
-                caps = policy.caps_by(lambda: everywhere, device, None)
+                caps = self._bound.measuring(threshold, lambda: everywhere).caps(device, None)
         else:
             caps = current.caps_on(device)
         return caps[hook.own] if caps.ndim else caps
 
     def _begin(self) -> bool:
         """Raises before a graph task's first gradient is touched; returns whether other ranks are to be watched."""
-        if self._policy.needs_norms:  # again: an earlier state was loaded
+        if self._threshold is not None and self._threshold.needs_norms:  # again: an earlier state was loaded
             raise RuntimeError(_needs_norms(self._max_norm))
         if self._steps is not None:
             self._steps.begin()
-        if isinstance(self._policy, ThresholdAtWork) and self._policy.counts_trained:
+        if self._threshold is not None and _counts_trained(self._threshold):
             self._check_same_are_trained()
         is_watched = runs_on_several_ranks()
         if is_watched and not self._looked_for_averaging:
@@ -353,6 +360,10 @@ class BackwardClipping:
                     )
 
 
+def _counts_trained(threshold: Threshold) -> bool:
+    return threshold.needs_all_components and threshold.reads_numels
+
+
 def _outline(grad: Tensor) -> tuple[int, int]:
     return id(grad), grad._version
 
@@ -368,19 +379,3 @@ def _needs_norms(max_norm: object) -> str:
         f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward "
         f"pass{too_early}; {'or ' if too_early else ''}clip at the step instead (ComponentClipper.attach)"
     )
-
-
-class _Share:
-    """The caps of some components, as a policy."""
-
-    needs_norms = False
-
-    def __init__(self, caps: Tensor, adds_eps: bool) -> None:
-        self.adds_eps = adds_eps
-        self._caps = caps
-
-    def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
-        return self._caps
-
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """Done for all components together, at the end of the backward pass."""

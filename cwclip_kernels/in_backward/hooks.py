@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..components.membership import Components, Slice
-from ..core.engine import Engine
+from ..core.session import ClipSession
 from ..distributed.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class ParameterHook:
         self.was_frozen = was_frozen
         self._components = components
         self._whole = whole
-        self._engine: Engine | None = None
+        self._engine: ClipSession | None = None
         self._clipped: _Mark | None = None
         self._seen: weakref.ref[Pass] | None = None
         self._references: int | None = None
@@ -110,7 +110,7 @@ class ParameterHook:
         """Whether the parameter is clipped, and not only stepped."""
         return self._components is not None
 
-    def engine(self, parameter: Tensor) -> Engine:
+    def engine(self, parameter: Tensor) -> ClipSession:
         """What clips the parameter by itself; made when it is first needed, since a frozen parameter may never be."""
         assert self._components is not None
         if not self._whole:
@@ -120,7 +120,7 @@ class ParameterHook:
                 "up again, with components='parameter'"
             )
         if self._engine is None:
-            self._engine = Engine(self._components, (parameter,))
+            self._engine = ClipSession(self._components, (parameter,))
         return self._engine
 
     def check(self, current: Pass, grad: Tensor) -> None:

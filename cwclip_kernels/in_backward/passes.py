@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.formula import wide_dtype
-from ..thresholds.caps import CapPolicy
+from ..thresholds.base import StepCaps
 from .hooks import Own
 
 _PRIVATE = (
@@ -53,7 +53,7 @@ class Pass:
         was_looked_for: whether who averages gradients was looked for in it.
     """
 
-    def __init__(self, task: int, policy: CapPolicy, is_watched: bool) -> None:
+    def __init__(self, task: int, policy: StepCaps, is_watched: bool) -> None:
         self.task = task
         self.found: list[tuple[Own, Tensor, Tensor, Tensor]] = []
         self.is_watched = is_watched
@@ -128,7 +128,7 @@ class Passes:
     def __init__(
         self,
         begin: Callable[[], bool],
-        policy: CapPolicy,
+        policy: StepCaps,
         finish: Callable[[Pass], None],
     ) -> None:
         self._begin = begin

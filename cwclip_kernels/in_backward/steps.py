@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ..arguments import type_name
-from ..attachment import clipping_too, inside_of, parameters_of, runs_hooks
 from ..components.parameters import NamedTensors
+from ..core.optimizers import attached_clippers, inside_of, runs_hooks
+from ..core.parameter_clipper import parameters_of
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
 
@@ -180,7 +181,7 @@ def _check_not_wrapper(optimizer: Optimizer, whose: str) -> None:
 
 
 def _check_not_attached(optimizer: Optimizer, named: NamedTensors) -> None:
-    too = clipping_too(optimizer, named.tensors)
+    too = attached_clippers(optimizer, named.tensors)
     if too:
         raise ValueError(
             f"optimizer: a clipper that was attached to it (ComponentClipper.attach) clips {too[0][1]!r} as well; "

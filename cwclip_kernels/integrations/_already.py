@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..arguments import type_name
-from ..attachment import clipping_too
+from ..core.optimizers import attached_clippers
 from ..grad_scaler import ComponentClipGradScaler
 
 _said: set[str] = set()
@@ -62,7 +62,7 @@ def refuse_double_clipping(
             f"again; use torch.amp.GradScaler, or leave out {ours}"
         )
     for optimizer in optimizers:
-        shared = clipping_too(optimizer, parameters)
+        shared = attached_clippers(optimizer, parameters)
         if shared:
             raise RuntimeError(
                 f"optimizer: a clipper is attached to {type_name(optimizer)}, and would clip the gradient of "

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..thresholds import Threshold
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._optimizers import innermost
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..arguments import type_name
-from ..attachment import check_not_in_backward
 from ..backends.memory import upload
 from ..clipper import ComponentClipper
 from ..components.parameters import named_tensors
 from ..result import ClipResult
 from ..thresholds import Threshold
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._already import refuse_double_clipping
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped
@@ -47,7 +46,7 @@ class Clipping:
             group = group_of(named_tensors(source), [trainer.strategy.model], "of this trainer")
         self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
         self._clipped = self.clipper.parameters
-        check_not_in_backward(self.clipper, self._clipped)
+        self.clipper.check_not_in_backward(self._clipped)
         if self.clipper.raises_nonfinite and _scaler_of(trainer) is not None:
             raise ValueError(
                 "error_if_nonfinite: a scaled loss makes norms inf now and then, when the step is skipped; use "
@@ -99,7 +98,7 @@ class Clipping:
                         "attribute of the module in __init__ or configure_model"
                     )
             part = self.clipper.part(parameters)
-            owned = tuple(sorted({component for _, component, _ in part._engine.components.members}))
+            owned = tuple(sorted({component for _, component, _ in part._session.components.members}))
             known = self._parts[id(optimizer)] = ids, part, owned
         return known
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..components.spec import Grouping
 from ..result import ClipResult
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._already import refuse_double_clipping, warn_already_clipped
 from ._optimizers import innermost
 from ._trainer_clipping import TrainerClipping

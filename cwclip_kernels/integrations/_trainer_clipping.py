@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..arguments import type_name
-from ..attachment import check_not_in_backward
 from ..clipper import ComponentClipper
 from ..components.naming import Aliases
 from ..components.parameters import named_tensors
 from ..components.patterns import matches, no_match
 from ..components.resolve import resolve
 from ..components.spec import Grouping
-from ..core.engine import check_options
+from ..core.caps import fixed_caps
+from ..core.options import check_options
 from ..result import ClipResult
 from ..thresholds import Threshold
-from ..thresholds.caps import Caps, MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped, learns
 
@@ -123,7 +123,7 @@ class TrainerClipping:
         components = resolve(named_tensors(model), self._options["components"])
         cap = self._cap(trainers_cap)
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
-            Caps(cap, components.names, aliases=components.aliases)
+            fixed_caps(cap, components)
         self._logged(components.names, components.aliases)
 
     def clipper_for(self, model: nn.Module, trainers_cap: float | None, *, scaled: bool = False) -> ComponentClipper:
@@ -141,7 +141,7 @@ class TrainerClipping:
             group = group_of(named_tensors(source), [model], "that is trained")
             clipper = ComponentClipper(source, made_for[1], process_group=group, **self._options)
             clipped = clipper.parameters
-            check_not_in_backward(clipper, clipped)
+            clipper.check_not_in_backward(clipped)
             if scaled and clipper.raises_nonfinite:
                 raise ValueError(
                     "nonfinite: 'error' can't be used with fp16, where a scaled loss has inf now and then and the "

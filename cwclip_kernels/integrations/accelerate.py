@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import Grouping
-from ..core.cache import engine_for
-from ..core.engine import check_options, settings_in_words
-from ..thresholds.caps import MaxNorm
+from ..core.cache import session_for
+from ..core.options import check_options
+from ..thresholds.constant import MaxNorm
 from ._already import refuse_double_clipping
 from ._fsdp1 import group_of, without_whole_frozen
 from ._learning import learning_unless_skipped
@@ -92,14 +92,14 @@ def clip_grad_norm_(
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
         parameters, _ = without_whole_frozen(parameters)
         process_group = group_of(named_tensors(parameters), accelerator._models, "prepared by this accelerator")
-    tensors, engine = engine_for(parameters, components, partial(settings_in_words, options, max_norm), process_group)
-    policy = engine.policy(max_norm, tensors, options.rule)
+    tensors, session = session_for(parameters, components, partial(options.in_words, max_norm), process_group)
+    policy = session.caps_for(max_norm, tensors, options.rule)
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
     refuse_double_clipping(optimizers, scaler, tensors, "clip_grad_norm_")
     accelerator.unscale_gradients()
     with learning_unless_skipped(max_norm, scaler, owning(optimizers, tensors)):
-        norms = engine.clip_(tensors, policy, options)[0]
-    return engine.total(norms, options.rule.norm_type)
+        norms = session.clip_(tensors, policy, options)[0]
+    return session.total(norms, options.rule.norm_type)
 
 
 def check_gradients_are_here(accelerator: Any) -> None:

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from ..clipper import ComponentClipper
 from ..components.spec import Grouping
-from ..core.engine import check_options
+from ..core.options import check_options
 from ..result import ClipResult
 from ..thresholds import Threshold
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 from ._learning import learns
 from ._lightning import Clipping, Window, lightnings_own, warn_of_another_cap
 

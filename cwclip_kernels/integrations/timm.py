@@ -18,10 +18,11 @@ import torch
 
 from ..components.parameters import Parameters
 from ..components.spec import ComponentSpec, Grouping
-from ..core.cache import engine_for
-from ..core.engine import Engine, check_options, settings_in_words
+from ..core.cache import session_for
+from ..core.options import check_options
+from ..core.session import ClipSession
 from ..thresholds import ParamRelative
-from ..thresholds.caps import MaxNorm
+from ..thresholds.constant import MaxNorm
 
 MODES = ("norm", "value", "agc")
 
@@ -78,15 +79,15 @@ def dispatch_clip_grad(
     if mode == "agc":
         if components is not None:
             raise ValueError("components: 'agc' has its own, output units; leave it out")
-        tensors, engine = engine_for(parameters, _UNITS, settings=partial(settings_in_words, options))
-        known = _factors.get(engine)
+        tensors, session = session_for(parameters, _UNITS, settings=options.in_words)
+        known = _factors.get(session)
         if known is None or known[0] != value:
-            known = _factors[engine] = value, ParamRelative(value)  # type: ignore[arg-type]
+            known = _factors[session] = value, ParamRelative(value)  # type: ignore[arg-type]
         value = known[1]
     else:
-        tensors, engine = engine_for(parameters, components, settings=partial(settings_in_words, options, value))
-    engine.clip_(tensors, engine.policy(value, tensors, options.rule), options)
+        tensors, session = session_for(parameters, components, settings=partial(options.in_words, value))
+    session.clip_(tensors, session.caps_for(value, tensors, options.rule), options)
 
 
 _UNITS = ComponentSpec().unitwise("*")
-_factors: WeakKeyDictionary[Engine, tuple[object, ParamRelative]] = WeakKeyDictionary()
+_factors: WeakKeyDictionary[ClipSession, tuple[object, ParamRelative]] = WeakKeyDictionary()

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..arguments import type_name
 from ..components.parameters import Parameters
 from ..components.spec import Grouping
-from ..core.cache import engine_for
-from ..core.engine import check_options, settings_in_words
-from ..thresholds.caps import MaxNorm
+from ..core.cache import session_for
+from ..core.options import check_options
+from ..thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,8 +85,8 @@ def clip_grad_norm_(
     if not isinstance(ep_enabled, bool):
         raise TypeError(f"ep_enabled: expected a bool, not {type_name(ep_enabled)}")
     options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
-    tensors, engine = engine_for(
-        parameters, components, partial(settings_in_words, options, max_norm, pp_mesh), pp_mesh=pp_mesh
+    tensors, session = session_for(
+        parameters, components, partial(options.in_words, max_norm, pp_mesh), pp_mesh=pp_mesh
     )
-    norms = engine.clip_(tensors, engine.policy(max_norm, tensors, options.rule), options)[0]
-    return engine.total(norms, options.rule.norm_type)
+    norms = session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options)[0]
+    return session.total(norms, options.rule.norm_type)

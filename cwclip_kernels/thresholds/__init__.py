@@ -24,7 +24,8 @@ Example:
 
 from .adaptive import EMA, ParamRelative, Percentile, ZScore
 from .base import Setting, Threshold
-from .constant import Fixed, FromGlobal, Schedule
+from .constant import Fixed
+from .schedule import FromGlobal, Schedule
 
 __all__ = [
     "EMA",

@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from ..core.formula import root
-from .base import Threshold, as_wide, checked_count, checked_number, is_capturing, observed
+from ..core.modes import is_recorded, is_traced
+from .base import Threshold, as_wide, checked_count, checked_number, observed
 
 
 class ParamRelative(Threshold):
@@ -39,6 +39,7 @@ class ParamRelative(Threshold):
     """
 
     reads_parameters = True
+    untraceable = "ParamRelative measures the parameters by itself; clip outside of the compiled function"
 
     def __init__(self, factor: float = 0.01, eps: float = 1e-3) -> None:
         super().__init__()
@@ -46,12 +47,6 @@ class ParamRelative(Threshold):
         self._eps = checked_number(eps, "eps")
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
-        if is_dynamo_compiling():
-            raise RuntimeError(
-                "max_norm: ParamRelative measures the parameters by itself, which can't be traced; clip outside of "
-                "the compiled function"
-            )
         own = as_wide(self.setting.parameter_norms()).to(device)
         return own.clamp(min=self._eps) * self._factor
 
@@ -112,11 +107,9 @@ class EMA(Threshold):
 
     @property
     def needs_norms(self) -> bool:
-        """See ``Threshold``: in the warm-up, and where the host doesn't know whether it is over."""
-        return is_dynamo_compiling() or self._steps < self._warmup_steps
+        return is_traced() or self._steps < self._warmup_steps
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
         gamma, steps = self._gamma(device), self._counter(device)
         later = gamma * self._ratio  # inf while there is none
         if norms is None:
@@ -131,7 +124,6 @@ class EMA(Threshold):
         return torch.where(steps < self._warmup_steps, first, later)
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
         gamma, steps = self._gamma(norms.device), self._counter(norms.device)
         clipped = as_wide(norms) * as_wide(coefs)
         smaller = torch.minimum(gamma, clipped)
@@ -139,19 +131,16 @@ class EMA(Threshold):
         new = torch.where(steps < self._warmup_steps, smaller, mean)
         gamma.copy_(torch.where(observed(norms), new, gamma))
         steps.add_(1.0)
-        if not (is_dynamo_compiling() or is_capturing()):
+        if not is_recorded():
             self._steps += 1
 
     def host_state(self) -> dict[str, int | float]:
-        """See ``Threshold``."""
         return {"steps": self._steps}
 
     def load_host_state(self, state: dict[str, int | float]) -> None:
-        """See ``Threshold``."""
         self._steps = int(state["steps"])
 
     def allocate(self, device: torch.device) -> None:
-        """See ``Threshold``."""
         self._gamma(device)
         self._counter(device)
 
@@ -206,11 +195,9 @@ class ZScore(Threshold):
 
     @property
     def needs_norms(self) -> bool:
-        """See ``Threshold``: always."""
         return True
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
         assert norms is not None
         mean, variance, seen = self._statistics(device)
         deviation = variance.sqrt()
@@ -222,7 +209,6 @@ class ZScore(Threshold):
         return torch.where(is_outlier, capped, math.inf)
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
         mean, variance, seen = self._statistics(norms.device)
         clipped = as_wide(norms) * as_wide(coefs)
         is_warm = seen >= self._warmup_steps
@@ -238,7 +224,6 @@ class ZScore(Threshold):
         seen.copy_(torch.where(tells, count, seen))
 
     def allocate(self, device: torch.device) -> None:
-        """See ``Threshold``."""
         self._statistics(device)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,11 +272,9 @@ class Percentile(Threshold):
 
     @property
     def needs_norms(self) -> bool:
-        """See ``Threshold``: always."""
         return True
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
         assert norms is not None
         history, seen = self._ring(device)
         with_this, count = self._with(history, seen, norms)
@@ -305,7 +288,6 @@ class Percentile(Threshold):
         return torch.where(weight == 0.0, lower, lower + weight * (upper - lower))
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
         history, seen = self._ring(norms.device)
         with_this, count = self._with(history, seen, norms)
         history.copy_(with_this)
@@ -320,7 +302,6 @@ class Percentile(Threshold):
         return history.scatter(0, place, new.unsqueeze(0)), seen + tells
 
     def allocate(self, device: torch.device) -> None:
-        """See ``Threshold``."""
         self._ring(device)
 
     def _ring(self, device: torch.device) -> tuple[Tensor, Tensor]:

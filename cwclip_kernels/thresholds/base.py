@@ -1,4 +1,4 @@
-"""What every cap policy is: bound to components, asked for caps, told what came of them, saved and loaded."""
+"""What every threshold is: bound to components, asked for caps, told what came of them, saved and loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +17,31 @@ from ..components.naming import Aliases, are_same_names
 from ..core.formula import wide_dtype
 
 
+class StepCaps(NamedTuple):
+    """Where the caps of one step come from: ``Threshold``'s attributes and methods, ready for one call."""
+
+    adds_eps: bool
+    needs_norms: bool
+    caps: Callable[[torch.device, Tensor | None], Tensor]
+    update_: Callable[[Tensor, Tensor], None]
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a policy is told about the components that it makes caps for.
+    """What a threshold is told about the components that it makes caps for.
 
     Attributes:
         names: the K component names.
         numels: elements of each component, frozen parameters left out; 0 for a component that isn't trained.
         norm_type: order p of the norm.
         eps: what the clipper adds to a norm before dividing, where ``adds_eps``.
-        device: where the first trained parameter is.
-        parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; frozen ones
-            are not read and count 0. To be called in ``caps`` only, while a clipper is at work.
+        device: of the first trained parameter.
+        parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; 0 for
+            frozen ones. To be called in ``caps`` only.
         trained: of each parameter whether it is trained; () if all are.
         spellings: other ways in which a pattern may write names, each with the name that it stands for.
+        aliases: names of tied components that don't count, each with the one that does.
+        everywhere: names of the components of all ranks, where other ranks have others.
     """
 
     names: tuple[str, ...]
@@ -41,40 +52,44 @@ class Setting:
     parameter_norms: Callable[[], Tensor]
     trained: tuple[bool, ...] = ()
     spellings: Aliases = ()
+    aliases: Aliases = ()
+    everywhere: tuple[str, ...] | None = None
 
 
 class Threshold(ABC):
-    """A cap policy.
+    """A rule that computes the caps of each step.
 
-    Each step a clipper calls, and none of these waits for the device:
+    A clipper calls, each step, and none of these waits for the device:
 
         caps = threshold.caps(device, norms)
         coefs = min(1, caps / norms)
         threshold.update_(norms, coefs)
 
-    One object serves one set of components. A policy of your own defines ``caps``; if it learns, ``update_``; if it
-    looks at the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
+    One object serves one set of components. A threshold of your own defines ``caps``; if it learns, ``update_``; if
+    it depends on the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
 
     The clipper's ``eps`` is not added to these norms, unless ``adds_eps`` says so. Beside caps that follow the norms
-    it would clip small gradients that are below their cap, and a policy that learns the clipped norm would shrink it
-    from step to step. Without it nothing depends on the loss's scale. There is no division by zero to avoid: a norm
-    of 0 has coefficient 1.
+    it would clip small gradients that are below their cap, and a threshold that learns the clipped norm would shrink
+    it from step to step. Without it nothing depends on the loss scale. A norm of 0 has coefficient 1.
 
-    A policy can be copied and pickled, with its state. The copy is bound by the clipper that uses it.
+    A threshold can be copied and pickled, with its state. The copy is bound by the clipper that uses it.
     """
 
     adds_eps = False
     """Whether coefficients are caps / (norms + eps), as for a number: for caps that don't follow the norms."""
 
     reads_parameters = False
-    """Whether ``caps`` calls ``setting.parameter_norms()``: in the backward pass caps are computed for each then."""
+    """Whether ``caps`` calls ``setting.parameter_norms()``: in the backward pass each is then asked for alone."""
 
     needs_all_components = False
-    """Whether the cap of one component depends on what the others are: not on a rank of a pipeline then."""
+    """Whether the cap of one component depends on the others: then it can't be used on a rank of a pipeline."""
+
+    untraceable: str | None = None
+    """Why ``torch.compile`` can't trace this threshold, and what to do instead; None if it can."""
 
     reads_numels = True
     """Where ``needs_all_components``: whether caps depend on ``setting.numels``. In the backward pass these stay as
-    they were at set-up, so that it is refused then to freeze or unfreeze parameters."""
+    they were at set-up, so that freezing or unfreezing parameters is refused."""
 
     def __init__(self) -> None:
         self._setting: Setting | None = None
@@ -83,14 +98,24 @@ class Threshold(ABC):
         self._loaded_names: tuple[str, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what it is bound to, which a copy isn't: the state goes along, and waits for a clipper.
-        names = self._loaded_names if self._setting is None else self._setting.names
-        tensors = {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()}
-        return {**self.__dict__, "_setting": None, "_state": {}, "_loaded": tensors, "_loaded_names": names}
+        # A copy isn't bound: the state goes along, and waits for a clipper.
+        return {
+            **self.__dict__,
+            "_setting": None,
+            "_state": {},
+            "_loaded": self._tensors(),
+            "_loaded_names": self._names(),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()}
+
+    def _names(self) -> tuple[str, ...] | None:
+        return self._loaded_names if self._setting is None else self._setting.names
 
     @property
     def setting(self) -> Setting:
-        """What the policy is bound to.
+        """What the threshold is bound to.
 
         Raises:
             RuntimeError: it isn't bound yet.
@@ -100,21 +125,18 @@ class Threshold(ABC):
         return self._setting
 
     def bind(self, setting: Setting) -> None:
-        """Called by a clipper that is to use this policy.
+        """Called by a clipper that is going to use this threshold.
 
         Raises:
-            ValueError: the policy, or the state that it has loaded, is for other components.
+            ValueError: the threshold, or the state that it has loaded, is for other components.
         """
+        kind = f"max_norm: this {type_name(self)}"
         if self._setting is not None and not are_same_names(self._setting.names, setting.names):
-            raise ValueError(
-                f"max_norm: this {type_name(self)} is in use for other components"
-                f"{_difference(self._setting.names, setting.names)}; make one for each clipper"
-            )
+            difference = _difference(self._setting.names, setting.names)
+            raise ValueError(f"{kind} is in use for other components{difference}; make one for each clipper")
         if self._loaded_names is not None and not are_same_names(self._loaded_names, setting.names):
-            raise ValueError(
-                f"max_norm: this {type_name(self)} has loaded the state of other components"
-                f"{_difference(self._loaded_names, setting.names)}"
-            )
+            difference = _difference(self._loaded_names, setting.names)
+            raise ValueError(f"{kind} has loaded the state of other components{difference}")
         before, self._setting = self._setting, setting
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
@@ -126,20 +148,20 @@ class Threshold(ABC):
                 for name in missing:
                     del self._state[name]
                 raise ValueError(
-                    f"max_norm: this {type_name(self)} has loaded a state without {', '.join(map(repr, missing))}. "
+                    f"{kind} has loaded a state without {', '.join(map(repr, missing))}. "
                     "torch.distributed.checkpoint fills the tensors that are in a state_dict(), and there are none "
-                    "before a clipper has bound the policy: make the clipper first, and load then"
+                    "before a clipper has bound the threshold: make the clipper first, and load then"
                 )
         except ValueError:
             self._setting = before
             raise
 
     def is_bound_to(self, setting: Setting) -> bool:
-        """Whether this is the last that it was bound to."""
+        """Whether this is the last setting that it was bound to."""
         return self._setting is setting
 
-    def allocate(self, device: torch.device) -> None:  # noqa: B027  # not every policy has state
-        """Makes the state that the policy will need; so that no later step does, which may be traced or captured."""
+    def allocate(self, device: torch.device) -> None:  # noqa: B027  # not every threshold has state
+        """Makes all state that the threshold will need: later steps may be traced or captured."""
 
     @property
     def needs_norms(self) -> bool:
@@ -158,31 +180,24 @@ class Threshold(ABC):
             [] or [K], contiguous, float64 (float32 where the device has none).
         """
 
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:  # noqa: B027  # not every policy learns
-        """Learns from a step.
-
-        Args:
-            norms: [K] before clipping.
-            coefs: [K], what gradients were multiplied by.
-        """
+    def update_(self, norms: Tensor, coefs: Tensor) -> None:  # noqa: B027  # not every threshold learns
+        """Learns from a step's norms [K] before clipping and the coefficients [K] applied to the gradients."""
 
     def state(self, name: str, device: torch.device, *shape: int, fill: float = 0.0) -> Tensor:
-        """A tensor of the policy's state, ``wide_dtype``; made and filled on ``device`` when first asked for."""
+        """A tensor of the threshold's state, ``wide_dtype``; made and filled on ``device`` when first asked for."""
         found = self._state.get(name)
-        if found is None:
-            loaded = self._loaded.get(name)
-            # It outlives this call: tensors of inference mode could not be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                if loaded is not None:
-                    self._check_shape(name, loaded.shape, torch.Size(shape))
-                    found = loaded.to(device, wide_dtype(device), copy=True)
-                    del self._loaded[name]
-                else:
-                    found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
-            self._state[name] = found
-        elif found.device != device:
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._state[name] = found.to(device)
+        if found is not None and found.device == device:
+            return found
+        # It outlives this call: tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if found is not None:
+                found = found.to(device)
+            elif name in self._loaded:
+                self._check_shape(name, self._loaded[name].shape, torch.Size(shape))
+                found = self._loaded.pop(name).to(device, wide_dtype(device), copy=True)
+            else:
+                found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
+        self._state[name] = found
         return found
 
     def _check_shape(self, name: str, theirs: torch.Size, ours: torch.Size) -> None:
@@ -193,54 +208,51 @@ class Threshold(ABC):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint needs to go on to the same bits: tensors, numbers and strings."""
-        names = self._setting.names if self._setting is not None else self._loaded_names
+        """What a checkpoint needs to continue with the same bits: tensors, numbers and strings."""
+        names = self._names()
         return {
             "policy": type_name(self),
             "components": None if names is None else list(names),
-            "tensors": {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()},
+            "tensors": self._tensors(),
             "host": self.host_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a ``state_dict()``, before or after the policy is bound, on any device.
+        """Continues from a ``state_dict()``, before or after the threshold is bound, on any device.
 
         Raises:
-            TypeError: not a ``state_dict()`` of a policy, or tensors without data.
-            ValueError: that of another policy, one with other arguments that decide the state's shape, or for other
-                components. Nothing is changed. Before the policy is bound, shapes and components are compared later,
-                when a clipper binds it.
+            TypeError: not a ``state_dict()`` of a threshold, or tensors without data.
+            ValueError: that of another kind of threshold, with another shape or for other components; nothing is
+                changed. If the threshold isn't bound yet, shapes and components are compared when it is.
         """
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
-            raise TypeError("state: expected what state_dict() of a policy returned")
+            raise TypeError("state: expected what state_dict() of a threshold returned")
         if state["policy"] != type_name(self):
             raise ValueError(f"state: of a {state['policy']}, not of a {type_name(self)}")
         tensors, host = state["tensors"], state["host"]
-        if not isinstance(tensors, Mapping) or not all(
+        has_data = isinstance(tensors, Mapping) and all(
             isinstance(t, Tensor) and not t.is_meta for t in tensors.values()
-        ):
+        )
+        if not has_data:
             raise TypeError("state: expected tensors with data under 'tensors'")
         if not isinstance(host, Mapping) or set(host) != set(self.host_state()):
             raise TypeError(f"state: expected {sorted(self.host_state())} under 'host', not {host!r}")
         names = None if state["components"] is None else tuple(state["components"])
         if names is not None and self._setting is not None and not are_same_names(names, self._setting.names):
             raise ValueError(f"state: of other components{_difference(names, self._setting.names)}")
-        for name, tensor in state["tensors"].items():
+        for name, tensor in tensors.items():
             if name in self._state:
                 self._check_shape(name, tensor.shape, self._state[name].shape)
-        missing = sorted(set(self._state) - set(state["tensors"]))
-        if missing and names is not None:  # without names it is that of a policy which had learnt nothing yet
+        missing = sorted(set(self._state) - set(tensors))
+        if missing and names is not None:  # without names the threshold had learnt nothing yet
             raise ValueError(f"state: has no {', '.join(map(repr, missing))}, which belong to a {type_name(self)}")
         self._loaded_names = names
-        self.load_host_state(state["host"])
-        self._loaded = {}
-        for name, tensor in state["tensors"].items():
-            if name in self._state:
-                self._state[name].copy_(tensor)  # in place: a captured graph goes on reading it
-            else:
-                self._loaded[name] = tensor.clone()
+        self.load_host_state(dict(host))
+        self._loaded = {name: tensor.clone() for name, tensor in tensors.items() if name not in self._state}
         for name in missing:  # as before the first step
             del self._state[name]
+        for name, tensor in self._state.items():
+            tensor.copy_(tensors[name])  # in place: a captured graph goes on reading it
         if missing and self._setting is not None:
             self.allocate(self._setting.device)
 
@@ -253,7 +265,7 @@ class Threshold(ABC):
 
 
 def learnt(max_norm: object) -> dict[str, Any]:
-    """What a clipper's ``state_dict()`` is: {"max_norm": ``Threshold.state_dict()``}, {} where nothing is learnt."""
+    """A clipper's ``state_dict()``: {"max_norm": ``Threshold.state_dict()``}, or {} where nothing is learnt."""
     state = max_norm.state_dict() if isinstance(max_norm, Threshold) else {}
     return {"max_norm": state} if state.get("tensors") or state.get("host") else {}
 
@@ -265,10 +277,11 @@ def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
         TypeError: ``state`` isn't a dict.
         ValueError: of another kind of ``max_norm``, of another threshold, or of other components.
     """
+    expected = "state_dict: expected what state_dict() of a clipper returned, not"
     if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict: expected what state_dict() of a clipper returned, not {type_name(state)}")
+        raise TypeError(f"{expected} {type_name(state)}")
     if not set(state) <= {"max_norm"}:
-        raise ValueError(f"state_dict: expected what state_dict() of a clipper returned, not keys {sorted(state)}")
+        raise ValueError(f"{expected} keys {sorted(state)}")
     if not state:
         if learnt(max_norm):
             raise ValueError(
@@ -290,11 +303,6 @@ def observed(norms: Tensor) -> Tensor:
 def as_wide(norms: Tensor) -> Tensor:
     """[K] in the dtype of the state."""
     return norms.to(wide_dtype(norms.device))
-
-
-def is_capturing() -> bool:
-    """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def checked_number(

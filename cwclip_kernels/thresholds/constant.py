@@ -1,26 +1,37 @@
-"""Caps that don't learn from the gradients: fixed ones, scheduled ones, a shared-out budget."""
+"""What ``max_norm`` takes where caps don't change by themselves: a number, a tensor, a mapping of patterns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from ..arguments import type_name
+from ..components.patterns import match_patterns
 from ..core.formula import wide_dtype
-from .base import Setting, Threshold, checked_count, checked_number, is_capturing
-from .caps import Caps, checked_cap
+from .base import Setting, Threshold
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+MaxNorm: TypeAlias = float | Tensor | Mapping[str, float] | Threshold
 
 
 class Fixed(Threshold):
-    """What ``max_norm`` takes anyway, as a policy.
+    """One cap for all components, or one for each: what a number, tensor or mapping as ``max_norm`` stands for.
 
     Args:
-        cap: a number, a Tensor of shape [] or [K], or a mapping of patterns on component names to numbers.
+        cap: a number; a floating-point Tensor of shape [] or [K], read at every call, so that changing it in place
+            changes the caps; or a mapping of ``fnmatch`` patterns on component names to numbers, of which the first
+            that matches counts and a component that none matches is not clipped.
+
+    Raises:
+        TypeError: none of these (bool and str included).
+        ValueError: negative or NaN. When it is bound: a shape other than [] or [K], a pattern that matches no
+            component, or that may be meant in two ways.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -31,156 +42,89 @@ class Fixed(Threshold):
     """
 
     adds_eps = True
+    needs_norms = False  # asked at every call: an attribute is found faster
 
     def __init__(self, cap: float | Tensor | Mapping[str, float]) -> None:
         super().__init__()
-        if not isinstance(cap, Tensor | Mapping):
-            checked_cap(cap, "cap")
-        self._cap = cap
-        self._caps: Caps | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_caps": None}
-
-    def bind(self, setting: Setting) -> None:
-        """See ``Threshold``."""
-        caps = Caps(self._cap, setting.names, spellings=setting.spellings)
-        super().bind(setting)
-        self._caps = caps
-
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
-        assert self.setting is not None and self._caps is not None  # noqa: PT018  # the former raises
-        return self._caps.caps(device)
-
-
-class Schedule(Threshold):
-    """One cap for all components, from a function of the step.
-
-    The function runs on the host, once a step. In a captured CUDA graph it can't: there the cap is read at every
-    replay from where ``at`` writes it.
-
-    Args:
-        fn: gets the step, counted from 0, and returns the cap, a number >= 0.
-
-    Raises:
-        TypeError: not callable, or, when it is called, it doesn't return a number.
-        ValueError: it returns a negative number or NaN.
-
-    Example:
-        >>> from cwclip_kernels import ComponentClipper, thresholds
-        >>> model = torch.nn.Linear(2, 1)
-        >>> clipper = ComponentClipper(model, thresholds.Schedule(lambda step: 1.0 / (1 + step)))
-        >>> [clipper.clip_().caps.item() for _ in range(3)]
-        [1.0, 0.5, 0.3333333333333333]
-    """
-
-    adds_eps = True
-
-    def __init__(self, fn: Callable[[int], float]) -> None:
-        super().__init__()
-        if not callable(fn):
-            raise TypeError(f"fn: expected a function of the step, not {type_name(fn)}")
-        self._fn = fn
-        self._step = 0
-        self._cap = math.nan
+        self._cap: float | Tensor | dict[str, float]
+        if isinstance(cap, Tensor):
+            self._cap = _checked_tensor(cap)
+        elif isinstance(cap, Mapping):
+            self._cap = {checked_pattern(p): checked_cap(value, f"max_norm[{p!r}]") for p, value in cap.items()}
+        else:
+            self._cap = checked_cap(cap, "cap")
+        self._matched: list[float] = []  # the caps of a mapping
         self._on: dict[torch.device, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on": {}}
+        return {**super().__getstate__(), "_matched": [], "_on": {}}
 
-    def at(self, step: int) -> None:
-        """Goes to a step; what captured graphs read is set to its cap."""
-        self._step = checked_count(step, "step")
-        self._evaluate()
-
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
-        if is_dynamo_compiling():
-            raise RuntimeError(
-                "max_norm: a Schedule runs on the host at every step, which a compiled function can't; pass a tensor "
-                "as max_norm and change it in place, or clip outside of the compiled function"
+    def bind(self, setting: Setting) -> None:
+        names = setting.names
+        if isinstance(self._cap, Tensor) and self._cap.shape not in ((), (len(names),)):
+            raise ValueError(
+                f"max_norm: expected shape [] or [{len(names)}] (one cap for each component), not "
+                f"{list(self._cap.shape)}"
             )
-        if not is_capturing():
-            self._evaluate()
-        if device not in self._on:
-            self._on[device] = torch.full((), self._cap, dtype=wide_dtype(device), device=device)
-        return self._on[device]
-
-    def update_(self, norms: Tensor, coefs: Tensor) -> None:
-        """See ``Threshold``."""
-        if not is_capturing():
-            self._step += 1
-
-    def host_state(self) -> dict[str, int | float]:
-        """See ``Threshold``."""
-        return {"step": self._step}
-
-    def load_host_state(self, state: dict[str, int | float]) -> None:
-        """See ``Threshold``."""
-        self._step = int(state["step"])
-
-    def _evaluate(self) -> None:
-        cap = checked_cap(self._fn(self._step), f"max_norm: fn({self._step})")
-        if cap != self._cap:
-            self._cap = cap
-            for tensor in self._on.values():
-                tensor.fill_(cap)
-
-
-class FromGlobal(Threshold):
-    """A budget for the norm of all components together, shared out so that they can't exceed it.
-
-        "uniform"   cap_c = C / K^(1/p)             each component alike
-        "numel"     cap_c = C * (n_c / n)^(1/p)     by its number of elements
-
-    with K, n_c and n counted over trained parameters: what is frozen gets no share, and shares follow when
-    parameters are frozen or unfrozen. The p-th powers of the caps add up to C^p (for p = inf each cap is C), so
-    clipped gradients have a global norm of at most C, as ``clip_grad_norm_`` would leave them, without one
-    component's outlier shrinking the others.
-
-    Args:
-        total: C, the budget, a number >= 0.
-        split: "uniform" or "numel".
-
-    Example:
-        >>> from cwclip_kernels import ComponentClipper, thresholds
-        >>> model = torch.nn.Linear(3, 1)
-        >>> ComponentClipper(model, thresholds.FromGlobal(1.0, "numel")).clip_().caps
-        tensor([0.8660, 0.5000], dtype=torch.float64)
-    """
-
-    adds_eps = True
-    needs_all_components = True
-
-    def __init__(self, total: float, split: str = "uniform") -> None:
-        super().__init__()
-        self._total = checked_number(total, "total")
-        if split not in ("uniform", "numel"):
-            raise ValueError(f"split: expected 'uniform' or 'numel', not {split!r}")
-        self._split = split
-        self._on: dict[torch.device, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on": {}}
-
-    def bind(self, setting: Setting) -> None:
-        """See ``Threshold``.
-
-        Raises:
-            ValueError: the norm's order is one whose powers don't add up to a whole.
-        """
-        if not setting.norm_type > 0:
-            raise ValueError(f"max_norm: FromGlobal needs norm_type > 0, not {setting.norm_type:g}")
+        if isinstance(self._cap, dict):
+            everywhere, others = setting.everywhere, (setting.aliases, setting.spellings)
+            self._matched = match_patterns(names, self._cap, math.inf, everywhere, *others)
         super().bind(setting)
         self._on.clear()
 
-    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """See ``Threshold``."""
-        if device not in self._on:
-            setting = self.setting
-            weights = [int(n > 0) for n in setting.numels] if self._split == "uniform" else setting.numels
-            whole = max(1, sum(weights))
-            caps = [self._total * ((weight / whole) ** (1 / setting.norm_type)) for weight in weights]
-            self._on[device] = torch.tensor(caps, dtype=wide_dtype(device), device="cpu").to(device)
-        return self._on[device]
+    def caps(self, device: torch.device, norms: Tensor | None = None) -> Tensor:
+        cap = self._cap
+        if isinstance(cap, Tensor):
+            _check_values(cap)
+            # A copy to the host must be complete before it is read.
+            return cap.detach().to(device, wide_dtype(device), non_blocking=device.type != "cpu").contiguous()
+        caps = self._on.get(device)
+        if caps is None:
+            if isinstance(cap, dict):
+                caps = torch.tensor(self._matched, dtype=wide_dtype(device), device="cpu").to(device)
+            else:
+                caps = torch.full((), cap, dtype=wide_dtype(device), device=device)
+            self._on[device] = caps
+        return caps
+
+
+def checked_cap(value: object, name: str) -> float:
+    """A cap as float, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        wanted = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
+        raise TypeError(f"{name}: expected {wanted if name == 'max_norm' else 'a number'}, not {type_name(value)}")
+    cap = as_float(value, name, "; use math.inf to leave norms uncapped")
+    if not cap >= 0.0:
+        raise ValueError(f"{name}: expected a number >= 0, not {cap}")
+    return cap
+
+
+def as_float(value: Real, name: str, way_out: str = "") -> float:
+    """Any real number as float, or a ValueError that names it."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: {value} is too large for a float{way_out}") from None
+
+
+def checked_pattern(pattern: object) -> str:
+    """A pattern of a mapping, or an error."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"max_norm: patterns are strings, not {type_name(pattern)}")
+    return pattern
+
+
+def _checked_tensor(cap: Tensor) -> Tensor:
+    if cap.dtype not in FLOATS or cap.layout != torch.strided:
+        kind = cap.dtype if cap.layout == torch.strided else cap.layout
+        raise TypeError(f"max_norm: expected a floating-point tensor, not {kind}")
+    if cap.is_meta:
+        raise ValueError("max_norm: is on the meta device, where it has no value")
+    _check_values(cap)
+    return cap
+
+
+def _check_values(cap: Tensor) -> None:
+    # On another device than the CPU reading values would be a host sync; there a bad cap gives NaN coefficients.
+    if cap.device.type == "cpu" and not bool((cap >= 0).all()):
+        raise ValueError(f"max_norm: expected caps >= 0, not {cap.detach().min().item()}")

@@ -78,7 +78,7 @@ def check(params, max_norm=0.7, norm_type=2.0, **more):
 
 def assert_zeroed(clipper):
     """Counters, tickets, done and list are what the next call expects."""
-    ((plan,),) = clipper._engine._planner._plans.values()
+    ((plan,),) = clipper._session.plans._kept.values()
     (bucket,) = plan.buckets
     state = bucket.state
     partials_at = struct.unpack_from("8q", state.program)[6]  # csrc/cuda/tables.h: Program
@@ -203,7 +203,7 @@ def test_one_workspace_serves_call_after_call(gpu, monkeypatch):
         fused_component_clip_(expected, 0.5, backend="reference")
         assert_grads(params, expected, torch.float32)
         assert_zeroed(clipper)
-    ((plan,),) = clipper._engine._planner._plans.values()
+    ((plan,),) = clipper._session.plans._kept.values()
     assert len(plan.buckets[0].state.workspaces) == 1
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cwclip_kernels import ClipResult, ComponentClipper, component_norms, fused_component_clip_
-from cwclip_kernels import functional as api_module
 from cwclip_kernels.backends import native
+from cwclip_kernels.core import cache
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -92,14 +92,14 @@ def test_result_reads_as_it_is_named():
 def test_a_plan_is_made_once_and_again_when_something_changes():
     params = parameters([(30,), (4, 5)])
     clipper = ComponentClipper(params, 0.1)
-    planner = clipper._engine._planner
+    planner = clipper._session.plans
 
     def clip():
         expected = copy_of(params)
         clipper.clip_()
         fused_component_clip_(expected, 0.1, backend="reference")
         assert_grads(params, expected)
-        return planner._plans[2.0, None][0]
+        return planner._kept[2.0, None, True][0]
 
     first = clip()
     for p in params:
@@ -176,7 +176,7 @@ def test_the_cache_keeps_no_model_alive_and_stays_small():
     assert watch() is None
     for _ in range(50):
         fused_component_clip_(parameters([(2,)]), 0.1)
-    assert len(api_module._entries) <= 16
+    assert len(cache._entries) <= 16
 
 
 def test_generators_and_repeated_tensors():
@@ -289,7 +289,7 @@ class TestNativeCalls:
         params = parameters([(1 << 24,)])
         clipper = ComponentClipper(params, math.inf, backend="cpu")
         clipper.clip_()
-        state = clipper._engine._planner._plans[2.0, "cpu"][0].buckets[0].state
+        state = clipper._session.plans._kept[2.0, "cpu", True][0].buckets[0].state
         addresses = state.addresses.of([p.grad for p in params], writes=False)
         sums = torch.zeros(1, dtype=torch.float64)
         counted, stop = 0, False

@@ -157,6 +157,6 @@ def test_compiled_functions_leave_ranks_alone():
 
 def test_nobody_is_asked_in_a_single_process():
     model = nn.Linear(2, 2)
-    assert ComponentClipper(model, 0.1)._engine.spread is None
+    assert ComponentClipper(model, 0.1)._session.spread is None
     with pytest.raises(TypeError, match=re.escape("process_group: expected a ProcessGroup")):
         ComponentClipper(model, 0.1, process_group="world")
