@@ -300,7 +300,9 @@ def test_parameters_that_have_been_replaced(how):
     else:
         model[0].bias = nn.Parameter(torch.zeros(2, device=DEVICE))
     backward(model, gradients_of(model))
-    with pytest.warns(UserWarning, match="'0.(weight|bias)' of the model has been replaced.* Make the clipper anew") as seen:
+    with pytest.warns(
+        UserWarning, match="'0.(weight|bias)' of the model has been replaced.* Make the clipper anew"
+    ) as seen:
         clipper.clip_()
     assert len(seen) == 1
     assert seen[0].filename == __file__
