@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -77,6 +78,7 @@ class ParameterClipper:
     def _before_clip(self) -> None:
         """Called before each clip while ``_watches``; may replace the tensors."""
 
+    @torch.no_grad()
     def learn(self, result: ClipResult) -> None:
         """Lets a threshold learn from a result of ``clip(learns=False)``."""
         if isinstance(self.max_norm, Threshold):
