@@ -99,6 +99,7 @@ def test_as_a_callback_of_training(tmp_path):
     torch.testing.assert_close(run.caps, torch.full_like(run.caps, 0.1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "steps"), [("kill", 6), ("exit", 8)])
 def test_what_is_left_of_a_program_that_ends(tmp_path, end, steps):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "run", end], check=end == "exit", timeout=120)
