@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from options import names
 from shapes import SETS
 
-TILE_BYTES = 32 * 1024  # csrc/cuda/tables.h
+TILE_BYTES = 32 * 1024  # csrc/cuda/program.h
 BLOCKS = 132 * 3  # an H100's or H200's, csrc/cuda/kernels.cuh
 POLL = 2048  # how long a block that finds nothing to do waits, in bytes of its share of the memory's rate
 NONE = -1  # no tile

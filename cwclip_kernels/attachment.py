@@ -8,10 +8,12 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch.optim import Optimizer
 
-from .arguments import type_name
+from .arguments import check_type, type_name
 from .core.loss_scale import UNSCALED
 from .core.modes import is_traced
 from .core.optimizers import (
+    OptimizerPart,
+    OptimizerParts,
     attached_clippers,
     check_runs_hooks,
     is_compiled_in_parts,
@@ -19,7 +21,7 @@ from .core.optimizers import (
     outer_steps,
     runner_of_hooks,
 )
-from .core.parameter_clipper import OptimizerPart, OptimizerParts, ParameterClipper
+from .core.parameter_clipper import ParameterClipper
 from .result import ClipResult
 
 
@@ -54,8 +56,7 @@ class Attachment:
         on_clip: Callable[[ClipResult], object] | None,
         replace: bool = False,
     ) -> None:
-        if not isinstance(replace, bool):
-            raise TypeError(f"replace: expected a bool, not {type_name(replace)}")
+        check_type(replace, "replace", bool, "a bool")
         check_runs_hooks(optimizer)
         runner_of_hooks()
         self.clipper = clipper

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import type_name, warn_caller
+from .arguments import check_type, warn_caller
 from .clipper import ComponentClipper
 from .core.loss_scale import UNSCALED, LossScale
 from .core.modes import is_recorded
-from .core.optimizers import attached_clippers
-from .core.parameter_clipper import OptimizerPart, OptimizerParts, ParameterClipper, parameters_of
+from .core.optimizers import OptimizerPart, OptimizerParts, attached_clippers, parameters_of
+from .core.parameter_clipper import ParameterClipper
 from .result import ClipResult
 
 # Steps with nothing to clip, before any other, until that is told: a GAN may take 100 with one of its optimizers.
@@ -89,8 +89,7 @@ class ComponentClipGradScaler(GradScaler):
         *,
         on_clip: Callable[[ClipResult], object] | None = None,
     ) -> None:
-        if not isinstance(clipper, ComponentClipper):
-            raise TypeError(f"clipper: expected a ComponentClipper, not {type_name(clipper)}")
+        check_type(clipper, "clipper", ComponentClipper, "a ComponentClipper")
         if clipper.raises_nonfinite:
             raise ValueError(
                 "clipper: raises for non-finite norms, but a scaled loss has some now and then, when the step is "

@@ -1,8 +1,8 @@
 """The definition: what every backend must compute, written to be read. Slow, and copies gradients.
 
-    norm_c = (sum over component c of |g|^p)^(1/p)
-    coef_c = min(1, max_norm_c / (norm_c + eps))
-    g     <- coef_c * g
+    norm_c = (sum over component c of |g|^p)^(1/p)      power_sums; core.formula.root
+    coef_c = min(1, max_norm_c / (norm_c + eps))        core.formula.coefficients
+    g     <- coef_c * g                                 scale_
 
 with g divided by the loss's scale first, if there is one. Everything up to the coefficient is float64. Source: Yang &
 Ma, "Improving Stability of Fine-Tuning Pretrained Language Models via Component-Wise Gradient Norm Clipping", EMNLP
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from .core.bucket import Bucket
-from .core.formula import ClipRule, coefficients, neutral, root, wide_dtype
-from .core.loss_scale import UNSCALED, LossScale
+from .core.formula import neutral, wide_dtype
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -26,7 +25,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component ([K] in ``wide_dtype``); max |g| for p = inf, min for -inf, count for 0."""
     wide = wide_dtype(bucket.device)
     owners, pieces = bucket.components.tolist(), bucket.pieces(grads)
@@ -47,9 +46,7 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses:
     return sums
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place, half precisions multiplied in float32; coef 1 keeps the bits.
 
     A complex gradient's two parts are multiplied each by itself: a complex product would make NaN of inf + 0j.
@@ -63,20 +60,3 @@ def scale_(
         if zero_fill:
             scaled = torch.where(coef == 0, torch.zeros_like(grad), scaled)
         grad.copy_(torch.where(coef == 1, grad, scaled))
-
-
-def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    sums = power_sums(bucket, grads, rule.norm_type)
-    norms = loss_scale.unscaled(root(sums, rule.norm_type)).to(bucket.norm_dtype)
-    coefs = coefficients(norms, caps, rule)
-    loss_scale.report(sums)
-    scale_(bucket, grads, loss_scale.factors(coefs), rule.zero_fill)
-    return norms, coefs

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels.arguments import checked_int, checked_number, some_of
 from helpers import DEVICE, grads_of, parameter, parameters, random_grad, same_bits
 
 
@@ -52,11 +53,11 @@ def params():
         ),
         ({"max_norm": {"0": -1.0}}, ValueError, r"max_norm\['0'\]: expected a number >= 0, not -1.0"),
         ({"max_norm": {"0": True}}, TypeError, r"max_norm\['0'\]: expected a number, not bool"),
-        ({"max_norm": {0: 1.0}}, TypeError, "max_norm: patterns are strings, not int"),
-        ({"norm_type": math.nan}, ValueError, "norm_type: expected a number or 'inf', not nan"),
-        ({"norm_type": "2"}, TypeError, "norm_type: expected a number or 'inf', not '2'"),
-        ({"norm_type": True}, TypeError, "norm_type: expected a number or 'inf', not True"),
-        ({"norm_type": None}, TypeError, "norm_type: expected a number or 'inf', not None"),
+        ({"max_norm": {0: 1.0}}, TypeError, "max_norm: expected strings as patterns, not int"),
+        ({"norm_type": math.nan}, ValueError, "norm_type: expected a number, not nan"),
+        ({"norm_type": "2"}, TypeError, "norm_type: expected a number or 'inf', not str"),
+        ({"norm_type": True}, TypeError, "norm_type: expected a number or 'inf', not bool"),
+        ({"norm_type": None}, TypeError, "norm_type: expected a number or 'inf', not NoneType"),
         ({"error_if_nonfinite": 1}, TypeError, "error_if_nonfinite: expected a bool, not int"),
         ({"eps": -1e-6}, ValueError, "eps: expected a finite number >= 0, not -1e-06"),
         ({"eps": math.inf}, ValueError, "eps: expected a finite number >= 0, not inf"),
@@ -190,3 +191,40 @@ def test_a_named_backend_is_used_or_refused(params, monkeypatch):
     with pytest.raises(RuntimeError, match="backend='cpu' the compiled extension is missing"):
         fused_component_clip_(params, 1.0, backend="cpu")
     assert "'foreach' (cpu the compiled extension is missing" in ComponentClipper(params, 1.0).explain()
+
+
+# Both ends, one of them open, inf where it is allowed, and what float() can't hold.
+@pytest.mark.parametrize(
+    ("value", "limits", "message"),
+    [
+        (0.0, {"above_low": True}, "x: expected a finite number > 0, not 0.0"),
+        (1.5, {"high": 1.0}, "x: expected a finite number >= 0 and <= 1, not 1.5"),
+        (math.inf, {}, "x: expected a finite number >= 0, not inf"),
+        (-math.inf, {"finite": False}, "x: expected a number >= 0, not -inf"),
+        (math.nan, {"low": -math.inf, "finite": False}, "x: expected a number, not nan"),
+        (10**400, {"finite": False}, "x: 1.* is too large for a float; use math.inf$"),
+        (10**400, {}, "x: 1.* is too large for a float$"),
+    ],
+)
+def test_numbers(value, limits, message):
+    with pytest.raises(ValueError, match=message):
+        checked_number(value, "x", **limits)
+    assert checked_number(np.float32(0.5), "x", **limits) == 0.5
+
+
+@pytest.mark.parametrize("value", [1.0, "1", None, True, np.bool_(True), torch.tensor(True), torch.tensor([1, 2])])
+def test_what_is_no_whole_number(value):
+    with pytest.raises(TypeError, match=f"x: expected a whole number, not {type(value).__name__}"):
+        checked_int(value, "x")
+
+
+def test_whole_numbers():
+    assert [checked_int(value, "x", 1) for value in (1, np.int64(2), torch.tensor(3))] == [1, 2, 3]
+    with pytest.raises(ValueError, match="x: expected a whole number >= 1, not 0"):
+        checked_int(0, "x", 1)
+
+
+def test_the_first_few_of_many_names():
+    assert some_of([]) == ""
+    assert some_of(["a", "b", "c"]) == "'a', 'b', 'c'"
+    assert some_of(range(5), 2) == "0, 1 and 3 more"

@@ -1,32 +1,32 @@
 #include "queue.h"
 
+#include "../common/formula.h"
 #include "strided.h"
 
 #include <cmath>
-#include <limits>
 #include <thread>
 
 namespace cwclip::cpu {
 
-Tiles::Tiles(const std::vector<Segment>& segments, int64_t components) : first(components + 1, 0) {
-  const auto tile_elements = [](const Segment& s) { return kTileBytes / size_of(s.dtype); };
-  for (const Segment& s : segments) {
-    bytes += s.numel * size_of(s.dtype);
-    first[s.component + 1] += (s.numel + tile_elements(s) - 1) / tile_elements(s);
+Tiles::Tiles(const std::vector<Piece>& pieces, int64_t components) : first(components + 1, 0) {
+  const auto tile_elements = [](const Piece& piece) { return kTileBytes / size_of(piece.dtype); };
+  for (const Piece& piece : pieces) {
+    bytes += piece.numel * size_of(piece.dtype);
+    first[piece.component + 1] += (piece.numel + tile_elements(piece) - 1) / tile_elements(piece);
   }
   for (int64_t c = 0; c < components; ++c) first[c + 1] += first[c];
   tiles.resize(first[components]);
   std::vector<int64_t> place(first.begin(), first.end() - 1);
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const Segment& s = segments[i];
-    for (int64_t start = 0; start < s.numel; start += tile_elements(s)) {
-      const int64_t count = std::min(tile_elements(s), s.numel - start);
-      tiles[place[s.component]++] = {static_cast<int32_t>(i), s.component, start, count};
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const Piece& piece = pieces[i];
+    for (int64_t start = 0; start < piece.numel; start += tile_elements(piece)) {
+      const int64_t count = std::min(tile_elements(piece), piece.numel - start);
+      tiles[place[piece.component]++] = {static_cast<int32_t>(i), piece.component, start, count};
     }
   }
   int64_t room = 0;
   for (size_t i = 0; i < tiles.size(); ++i) {
-    const int64_t size = tiles[i].count * size_of(segments[tiles[i].segment].dtype);
+    const int64_t size = tiles[i].count * size_of(pieces[tiles[i].piece].dtype);
     if (size > room) {
       batches.push_back(static_cast<int64_t>(i));
       room = kTileBytes;
@@ -42,26 +42,10 @@ double combine(const double* partials, int64_t count, Order order) {
   return result;
 }
 
-namespace {
-
-// cwclip_kernels/formula.py: coefficients(), for one component.
-double coefficient(double norm, double cap, const Rule& rule) {
-  const double inf = std::numeric_limits<double>::infinity();
-  if (cap == inf || norm == 0) return 1;
-  if (!std::isfinite(norm) && rule.nonfinite != NonFinite::propagate) return rule.nonfinite == NonFinite::skip;
-  if (!(cap >= 0)) return std::numeric_limits<double>::quiet_NaN();
-  const double padded = norm + rule.eps;
-  return padded <= cap ? 1 : cap / padded;
-}
-
-double rounded(double value, bool wide) { return wide ? value : static_cast<double>(static_cast<float>(value)); }
-
-}  // namespace
-
-ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule,
-                     double* norms, double* coefs, int threads)
-    : segments_(segments), tiles_(tiles), order_(order), rule_(rule),
-      inverse_(rule.inverse == nullptr ? 1 : *rule.inverse), norms_(norms), coefs_(coefs),
+ClipQueue::ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, Order order, const CallRule& rule,
+                     void* norms, void* coefs, int threads)
+    : pieces_(pieces), tiles_(tiles), order_(order), rule_(rule),
+      inverse_(inverse_of_scale(rule)), norms_(norms), coefs_(coefs),
       partials_(tiles.tiles.size()), measured_by_(tiles.tiles.size()), latest_(threads, kNone),
       earlier_(tiles.tiles.size()) {
   const int64_t components = static_cast<int64_t>(tiles.first.size()) - 1;
@@ -71,8 +55,8 @@ ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, O
     const int64_t count = tiles.first[c + 1] - tiles.first[c];
     unmeasured_[c].store(count, std::memory_order_relaxed);
     unfinished += count > 0;
-    norms[c] = 0;  // what a component without gradient keeps
-    coefs[c] = 1;
+    store_result(norms, c, 0, rule.wide);  // what a component without gradient keeps
+    store_result(coefs, c, 1, rule.wide);
   }
   unfinished_.store(unfinished, std::memory_order_relaxed);
 }
@@ -81,14 +65,14 @@ ClipQueue::ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, O
 void ClipQueue::work(int thread) noexcept {
   const int64_t count = static_cast<int64_t>(tiles_.batches.size()) - 1;
   for (int spins = 0;;) {
-    if (scale_own_tile(thread)) continue;
+    if (scale_given_back(thread, thread + 1)) continue;
     if (next_.load(std::memory_order_relaxed) < count) {
       const int64_t batch = next_.fetch_add(1, std::memory_order_relaxed);
       if (batch >= count) continue;
       for (int64_t tile = tiles_.batches[batch]; tile < tiles_.batches[batch + 1]; ++tile) measure(tile, thread);
       continue;
     }
-    if (scale_any_tile()) continue;
+    if (scale_given_back(0, latest_.size())) continue;
     // What may still be given back is being measured by threads that run, so waiting for them ends.
     if (unfinished_.load(std::memory_order_acquire) == 0 && given_back_.load(std::memory_order_acquire) == 0) return;
     if (++spins % 64 == 0) std::this_thread::yield();
@@ -98,7 +82,7 @@ void ClipQueue::work(int thread) noexcept {
 void ClipQueue::measure(int64_t index, int thread) {
   const Tile& tile = tiles_.tiles[index];
   measured_by_[index] = thread;
-  partials_[index] = power_sum(segments_[tile.segment], tile.start, tile.count, order_);
+  partials_[index] = power_sum(pieces_[tile.piece], tile.start, tile.count, order_);
   // The last to arrive sees every partial of the component.
   if (unmeasured_[tile.component].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(tile.component);
 }
@@ -108,9 +92,9 @@ void ClipQueue::finish(int64_t component) {
   const double sum = combine(partials_.data() + begin, end - begin, order_);
   const double norm = rounded((order_ == Order::two ? std::sqrt(sum) : sum) * inverse_, rule_.wide);
   const double coef = rounded(coefficient(norm, rule_.caps[component * rule_.caps_stride], rule_), rule_.wide);
-  norms_[component] = norm;
-  coefs_[component] = coef;
-  if (!std::isfinite(sum)) found_nonfinite_.store(true, std::memory_order_relaxed);
+  store_result(norms_, component, norm, rule_.wide);
+  store_result(coefs_, component, coef, rule_.wide);
+  if (!is_finite(sum)) found_nonfinite_.store(true, std::memory_order_relaxed);
   if (coef * inverse_ != 1) {  // NaN included
     if (end - begin == 1) {
       scale_tile(begin);
@@ -128,7 +112,7 @@ void ClipQueue::finish(int64_t component) {
 }
 
 // The tile that a thread was given last, taken off its list, or kNone. With the lock held.
-int64_t ClipQueue::take(int thread) {
+int64_t ClipQueue::take(size_t thread) {
   const int64_t tile = latest_[thread];
   if (tile != kNone) {
     latest_[thread] = earlier_[tile];
@@ -137,24 +121,12 @@ int64_t ClipQueue::take(int thread) {
   return tile;
 }
 
-bool ClipQueue::scale_own_tile(int thread) {
-  if (given_back_.load(std::memory_order_acquire) == 0) return false;
-  int64_t tile;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    tile = take(thread);
-  }
-  if (tile == kNone) return false;
-  scale_tile(tile);
-  return true;
-}
-
-bool ClipQueue::scale_any_tile() {
+bool ClipQueue::scale_given_back(size_t first_thread, size_t end_thread) {
   if (given_back_.load(std::memory_order_acquire) == 0) return false;
   int64_t tile = kNone;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t thread = 0; thread < latest_.size() && tile == kNone; ++thread) tile = take(static_cast<int>(thread));
+    for (size_t thread = first_thread; thread < end_thread && tile == kNone; ++thread) tile = take(thread);
   }
   if (tile == kNone) return false;
   scale_tile(tile);
@@ -163,9 +135,9 @@ bool ClipQueue::scale_any_tile() {
 
 void ClipQueue::scale_tile(int64_t index) const {
   const Tile& tile = tiles_.tiles[index];
-  const double coef = coefs_[tile.component];
+  const double coef = load_result(coefs_, tile.component, rule_.wide);
   const bool fill_zeros = coef == 0 && rule_.nonfinite == NonFinite::zero;
-  scale(segments_[tile.segment], tile.start, tile.count, coef * inverse_, fill_zeros);
+  scale(pieces_[tile.piece], tile.start, tile.count, coef * inverse_, fill_zeros);
 }
 
 }  // namespace cwclip::cpu

@@ -1,7 +1,7 @@
-// All of a call's work as one queue of tiles, taken by as many threads as come.
+// All work of a call as one queue of tiles, for any number of threads.
 #pragma once
 
-#include "../plan.h"
+#include "../common/types.h"
 
 #include <atomic>
 #include <memory>
@@ -12,9 +12,9 @@ namespace cwclip::cpu {
 // Small enough that a component of one tile is scaled out of L2, large enough that taking a tile costs nothing.
 constexpr int64_t kTileBytes = 128 * 1024;
 
-// A run of elements of one segment, of kTileBytes at the most.
+// A run of elements of one piece, of kTileBytes at the most.
 struct Tile {
-  int32_t segment;
+  int32_t piece;
   int32_t component;
   int64_t start, count;
 };
@@ -22,7 +22,7 @@ struct Tile {
 // The tiles of component c are tiles[first[c]] up to tiles[first[c + 1]]. Tiles, and with them the order of every
 // addition, depend on the gradients' sizes alone: the same bits whatever the number of threads.
 struct Tiles {
-  Tiles(const std::vector<Segment>& segments, int64_t components);
+  Tiles(const std::vector<Piece>& pieces, int64_t components);
   std::vector<Tile> tiles;
   std::vector<int64_t> first;
   // What a thread takes at a time is tiles[batches[i]] up to tiles[batches[i + 1]]: one tile, or many small ones.
@@ -41,8 +41,8 @@ double combine(const double* partials, int64_t count, Order order);
 // instead of 6 for 91 MB). Only when all is measured do they help each other out.
 class ClipQueue {
  public:
-  ClipQueue(const std::vector<Segment>& segments, const Tiles& tiles, Order order, const Rule& rule, double* norms,
-            double* coefs, int threads);
+  ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, Order order, const CallRule& rule, void* norms,
+            void* coefs, int threads);
   void work(int thread) noexcept;
   // Whether any component has an element that is inf or NaN; once all threads have returned.
   bool found_nonfinite() const { return found_nonfinite_.load(std::memory_order_relaxed); }
@@ -52,18 +52,17 @@ class ClipQueue {
 
   void measure(int64_t tile, int thread);
   void finish(int64_t component);
-  bool scale_own_tile(int thread);
-  bool scale_any_tile();
-  int64_t take(int thread);
+  bool scale_given_back(size_t first_thread, size_t end_thread);
+  int64_t take(size_t thread);
   void scale_tile(int64_t tile) const;
 
-  const std::vector<Segment>& segments_;
+  const std::vector<Piece>& pieces_;
   const Tiles& tiles_;
   const Order order_;
-  const Rule rule_;
+  const CallRule rule_;
   const double inverse_;  // of the loss's scale
-  double* const norms_;
-  double* const coefs_;
+  void* const norms_;     // [K] double if rule.wide, else float
+  void* const coefs_;     // likewise
 
   std::vector<double> partials_;
   std::unique_ptr<std::atomic<int64_t>[]> unmeasured_;  // tiles of each component

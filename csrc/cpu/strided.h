@@ -2,8 +2,8 @@
 // serve them too and no gradient is ever copied whole.
 #pragma once
 
-#include "../plan.h"
-#include "kernels.h"
+#include "../common/types.h"
+#include "simd/kernels.h"
 
 #include <algorithm>
 #include <cstring>
@@ -13,32 +13,32 @@ namespace cwclip::cpu {
 constexpr int64_t kBufferBytes = 8192;
 
 // Calls visit(pointer to the first, how many) for each run of elements that lie one after another in memory, of elements
-// [start, start + n) of a segment in index order.
+// [start, start + n) of a piece in index order.
 template <class Visit>
-void for_each_run(const Segment& segment, int64_t start, int64_t n, const Visit& visit) {
-  const Layout& layout = segment.layout;
-  const size_t dims = layout.sizes.size();
-  const int64_t width = size_of(segment.dtype);
+void for_each_run(const Piece& piece, int64_t start, int64_t n, const Visit& visit) {
+  const Strides& strides = piece.strides;
+  const size_t dims = strides.sizes.size();
+  const int64_t width = size_of(piece.dtype);
   // The innermost dimension in one go, if its elements lie one after another; strides are sorted, so only it can.
-  const bool in_runs = layout.strides[0] == 1;
+  const bool in_runs = strides.steps[0] == 1;
   const size_t outer = in_runs ? 1 : 0;
-  const int64_t run = in_runs ? layout.sizes[0] : 1;
+  const int64_t run = in_runs ? strides.sizes[0] : 1;
   int64_t index[kMaxDims];  // no allocation here: nothing may throw while other threads wait
   int64_t offset = 0, rest = start / run;
   for (size_t d = outer; d < dims; ++d) {
-    index[d] = rest % layout.sizes[d];
-    rest /= layout.sizes[d];
-    offset += index[d] * layout.strides[d];
+    index[d] = rest % strides.sizes[d];
+    rest /= strides.sizes[d];
+    offset += index[d] * strides.steps[d];
   }
-  char* const data = static_cast<char*>(segment.data);
+  char* const data = static_cast<char*>(piece.data);
   for (int64_t skipped = start % run; n > 0; skipped = 0) {
     const int64_t count = std::min(run - skipped, n);
     visit(data + (offset + skipped) * width, count);
     n -= count;
     for (size_t d = outer; d < dims; ++d) {
-      offset += layout.strides[d];
-      if (++index[d] < layout.sizes[d]) break;
-      offset -= layout.sizes[d] * layout.strides[d];
+      offset += strides.steps[d];
+      if (++index[d] < strides.sizes[d]) break;
+      offset -= strides.sizes[d] * strides.steps[d];
       index[d] = 0;
     }
   }
@@ -61,11 +61,11 @@ inline double merge(double a, double b, Order order) {
   return a != a || a > b ? a : b;  // NaN stays NaN
 }
 
-// power_sum of elements [start, start + n) of any segment.
-inline double power_sum(const Segment& segment, int64_t start, int64_t n, Order order) {
-  const int64_t width = size_of(segment.dtype);
-  if (segment.layout.dense()) {
-    return power_sum(static_cast<const char*>(segment.data) + start * width, n, segment.dtype, order);
+// power_sum of elements [start, start + n) of any piece.
+inline double power_sum(const Piece& piece, int64_t start, int64_t n, Order order) {
+  const int64_t width = size_of(piece.dtype);
+  if (piece.strides.dense()) {
+    return power_sum(static_cast<const char*>(piece.data) + start * width, n, piece.dtype, order);
   }
   alignas(64) char buffer[kBufferBytes];
   const int64_t room = kBufferBytes / width;
@@ -73,23 +73,23 @@ inline double power_sum(const Segment& segment, int64_t start, int64_t n, Order 
   for (int64_t done = 0; done < n; done += room) {
     const int64_t count = std::min(room, n - done);
     char* to = buffer;
-    for_each_run(segment, start + done, count, [&](const char* from, int64_t elements) {
+    for_each_run(piece, start + done, count, [&](const char* from, int64_t elements) {
       to = copy(to, from, elements, width);
     });
-    result = merge(result, power_sum(buffer, count, segment.dtype, order), order);
+    result = merge(result, power_sum(buffer, count, piece.dtype, order), order);
   }
   return result;
 }
 
-// g <- coef * g for elements [start, start + n) of any segment; zeros where `fill_zeros`.
-inline void scale(const Segment& segment, int64_t start, int64_t n, double coef, bool fill_zeros) {
-  const int64_t width = size_of(segment.dtype);
-  if (segment.layout.dense()) {
-    char* const p = static_cast<char*>(segment.data) + start * width;
+// g <- coef * g for elements [start, start + n) of any piece; zeros where `fill_zeros`.
+inline void scale(const Piece& piece, int64_t start, int64_t n, double coef, bool fill_zeros) {
+  const int64_t width = size_of(piece.dtype);
+  if (piece.strides.dense()) {
+    char* const p = static_cast<char*>(piece.data) + start * width;
     if (fill_zeros) {
       std::memset(p, 0, n * width);
     } else {
-      scale(p, n, segment.dtype, coef);
+      scale(p, n, piece.dtype, coef);
     }
     return;
   }
@@ -101,13 +101,13 @@ inline void scale(const Segment& segment, int64_t start, int64_t n, double coef,
     if (fill_zeros) {
       std::memset(buffer, 0, count * width);
     } else {
-      for_each_run(segment, start + done, count, [&](const char* from, int64_t elements) {
+      for_each_run(piece, start + done, count, [&](const char* from, int64_t elements) {
         at = copy(at, from, elements, width);
       });
-      scale(buffer, count, segment.dtype, coef);
+      scale(buffer, count, piece.dtype, coef);
     }
     at = buffer;
-    for_each_run(segment, start + done, count, [&](char* to, int64_t elements) {
+    for_each_run(piece, start + done, count, [&](char* to, int64_t elements) {
       copy(to, at, elements, width);
       at += elements * width;
     });

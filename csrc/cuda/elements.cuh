@@ -4,8 +4,8 @@
 // taken one by one. A run with gaps is taken element by element.
 #pragma once
 
-#include "machine.cuh"
-#include "tables.h"
+#include "device.cuh"
+#include "program.h"
 
 namespace cwclip::cuda {
 

@@ -15,13 +15,13 @@
 //                 that what was read last is scaled while it is still in L2 (benchmarks/l2_model.py). Every place in the
 //                 list has one taker, who looks whether it has been filled; nobody waits while a tile that he has taken
 //                 is unmeasured, and tiles taken are in the hands of blocks that run: progress needs no cooperative
-//                 launch. tests/native/queue.pml is a model of it.
+//                 launch. tests/_support/native/queue.pml is a model of it.
 //
 // Deterministic: partial sums depend on the tile alone, they are added in an order that depends on their number alone,
 // and scaling goes element by element. Which block does what, and the order of the list, change from run to run.
 #pragma once
 
-#include "coefficient.cuh"
+#include "../common/formula.h"
 #include "elements.cuh"
 
 namespace cwclip::cuda {

@@ -9,7 +9,7 @@
 namespace cwclip::cuda {
 namespace {
 
-// For measuring one choice against another: a number from the environment, or what is chosen without.
+// A number from the environment, for measurements, or the default.
 int setting(const char* name, int otherwise) {
   const char* const text = std::getenv(name);
   const int value = text == nullptr ? 0 : std::atoi(text);
@@ -24,7 +24,7 @@ class Launcher {
         program_(*request.program),
         resident_(static_cast<uint32_t>(processors) *
                   static_cast<uint32_t>(setting("CWCLIP_CUDA_BLOCKS_PER_SM", kBlocksPerProcessor))) {
-    char* const tables = request.tables;
+    char* const tables = program_.tables;
     char* const workspace = request.workspace;
     call_.tables = {reinterpret_cast<const Tile*>(tables),
                     reinterpret_cast<const uint32_t*>(tables + program_.spans_at),
@@ -41,9 +41,9 @@ class Launcher {
   }
 
   Failure all() {
-    // One launch has the addresses of all gradients, or else form 2 couldn't scale whatever it finds on the list. And
-    // gradients with gaps are rare, and slow in any form.
-    const bool one_launch = program_.launches == 1 && !program_.gaps && setting("CWCLIP_CUDA_FORM", 1) == 2;
+    // Form 2 scales any tile on the list, so its launch must have all addresses. Gradients with gaps are rare, and slow in
+    // any form.
+    const bool one_launch = program_.ranges.size() == 1 && !program_.gaps && setting("CWCLIP_CUDA_FORM", 1) == 2;
     switch (request_.kind) {
       case Kind::power_sums: return by_order<Mode::sum>(true);
       case Kind::scale: {
@@ -83,13 +83,14 @@ class Launcher {
   template <Mode mode, Order order, int kCapacity, bool kGaps>
   Failure every_range(bool last) {
     Addresses<kCapacity> addresses;
-    for (uint32_t i = 0; i < program_.launches; ++i) {
+    const size_t launches = program_.ranges.size();
+    for (size_t i = 0; i < launches; ++i) {
       // What was measured last is scaled first.
-      call_.range = program_.ranges()[mode == Mode::scale ? program_.launches - 1 - i : i];
-      call_.range.last = last && i == program_.launches - 1;
+      call_.range = program_.ranges[mode == Mode::scale ? launches - 1 - i : i];
+      call_.range.last = last && i == launches - 1;
       const Range& range = call_.range;
       for (int32_t s = range.segment_begin; s < range.segment_end; ++s) {
-        addresses.address[s - range.segment_begin] = request_.addresses[program_.gradient_of()[s]];
+        addresses.address[s - range.segment_begin] = request_.addresses[program_.gradient_of[s]];
       }
       const uint32_t blocks = blocks_for(range.tile_end - range.tile_begin);
       constexpr auto kernel = clip_kernel<mode, order, kCapacity, kGaps>;
@@ -112,9 +113,9 @@ class Launcher {
 }  // namespace
 
 const char* enqueue(const Request& request) {
-  if (const Failure failure = set_device(request.device)) return failure;
+  if (const Failure failure = set_device(request.program->device)) return failure;
   int processors = 0;
-  if (const Failure failure = count_processors(request.device, &processors)) return failure;
+  if (const Failure failure = count_processors(request.program->device, &processors)) return failure;
   return Launcher(request, processors).all();
 }
 

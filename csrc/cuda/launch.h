@@ -1,7 +1,7 @@
-// From a call, as Python makes it, to kernels on a stream. `device` is torch's current one.
+// From a call to kernels on a stream. The device has to be torch's current one.
 #pragma once
 
-#include "tables.h"
+#include "program.h"
 
 namespace cwclip::cuda {
 
@@ -12,22 +12,20 @@ struct Request {
   Kind kind;
   Order order;
   const Program* program;
-  void* const* addresses;  // [program->gradients]
-  char* tables;
+  char* const* addresses;  // [program->gradients]
   char* workspace;         // zero, or as the call before on this stream left it
   Results results;
-  Rule rule;
-  int device;
+  CallRule rule;
   void* stream;
 };
 
-// Puts the call's kernels on its stream; why that failed, or null. Nothing waits.
+// Puts the call's kernels on its stream, without waiting; the reason if that fails, or null.
 const char* enqueue(const Request& request);
 
 // Why this device can't run the kernels, or null.
 const char* find_obstacle(int device);
 
-// Whether a stream is being captured into a graph; why that can't be told, or null.
+// Whether a stream is being captured into a graph; the reason if that can't be told, or null.
 const char* find_capturing(int device, void* stream, bool* capturing);
 
 }  // namespace cwclip::cuda

@@ -1,116 +1,82 @@
-"""The fused CPU kernels, csrc/cpu/. Pieces and tiles are worked out once a bucket; a call hands over addresses."""
+"""The fused CPU kernels, csrc/cpu/: a program for each bucket, made once, and addresses at every call."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
-from ..core.loss_scale import UNSCALED, LossScale
+from ..core.loss_scale import LossScale
 from . import native
 from .native import Addresses
+from .programs import ProgramState, look_up, program_arguments
+from .served import unserved
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    from .. import _C
+
+    Arguments = TypeVarTuple("Arguments")
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
     """Why this backend can't serve such a gradient, or None."""
     if device.type != "cpu":
         return f"serves CPU tensors, not {device.type}"
-    return native.unserved(dtype, norm_type) or native.unavailable()
+    return unserved(dtype, norm_type) or native.unavailable()
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
-    program, places = _look_up(bucket, grads, addresses, writes=False)
-    sums = torch.empty(bucket.count, dtype=torch.float64, device="cpu")
-    _call("power_sums", _C().cpu_power_sums, program, places, norm_type, sums.data_ptr())
+    sums = torch.empty(bucket.count, dtype=torch.float64, device=bucket.device)
+    _call("power_sums", native._C.cpu_power_sums, bucket, grads, addresses, norm_type, sums.data_ptr())
     return sums
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place; nothing written where coef is 1."""
-    program, places = _look_up(bucket, grads, addresses, writes=True)
     factors = coefs.double().contiguous()
-    _call("scale_", _C().cpu_scale, program, places, factors.data_ptr(), zero_fill)
+    _call("scale_", native._C.cpu_scale, bucket, grads, addresses, factors.data_ptr(), zero_fill)
 
 
 def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, [K], float64 if any gradient is; each component scaled while still in cache."""
-    program, places = _look_up(bucket, grads, addresses, writes=True)
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
-    coefs = torch.empty(bucket.count, dtype=bucket.norm_dtype, device="cpu")
-    inverse, found_inf = loss_scale.inverse, loss_scale.found_inf
-    _call(
-        "clip_",
-        _C().cpu_clip,
-        program,
-        places,
-        rule.norm_type,
-        rule.eps,
-        native.POLICY_CODES[rule.nonfinite],
-        bucket.norm_dtype == torch.float64,
-        caps.data_ptr(),
-        caps.ndim,
-        0 if inverse is None else inverse.data_ptr(),
-        0 if found_inf is None else found_inf.data_ptr(),
-        norms.data_ptr(),
-        coefs.data_ptr(),
-    )
+    """Norms and coefficients, [K] in ``bucket.norm_dtype``; each component is scaled while it is in cache."""
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+    coefs = torch.empty_like(norms)
+    arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
+    _call("clip_", native._C.cpu_clip, bucket, grads, addresses, *arguments)
     return norms, coefs
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a bucket keeps from call to call.
-
-    Attributes:
-        addresses: of its gradients.
-        program: a capsule of csrc/cpu/calls.h.
-    """
-
-    addresses: Addresses
-    program: Any
+@dataclass
+class _State(ProgramState):
+    program: _C.CpuProgram
 
 
-def _look_up(bucket: Bucket, grads: list[Tensor], addresses: bytes | None, *, writes: bool) -> tuple[Any, bytes]:
-    """The bucket's program, and where its gradients lie.
-
-    Raises:
-        RuntimeError: they share memory, or these are not the gradients that the bucket was made for.
-    """
-    state, places = native.look_up(bucket, grads, addresses, _make, writes=writes)
-    return state.program, places
+def _call(
+    name: str,
+    function: Callable[[_C.CpuProgram, bytes, Unpack[Arguments]], None],
+    bucket: Bucket,
+    grads: list[Tensor],
+    addresses: bytes | None,
+    *arguments: Unpack[Arguments],
+) -> None:
+    """Calls a native function for a bucket. A profile shows it as a range, since it is no operator of torch."""
+    state, places = look_up(bucket, grads, addresses, _make, name != "power_sums")
+    if not torch._C._autograd._profiler_enabled():
+        function(state.program, places, *arguments)
+        return
+    with torch.profiler.record_function(f"cwclip_kernels::{name}"):
+        function(state.program, places, *arguments)
 
 
 def _make(bucket: Bucket, addresses: Addresses) -> _State:
-    cuts = bucket.cuts()
-    components = native.bytes_of(bucket.components)
-    packed = None if cuts is None else native.packed(cuts)
-    return _State(addresses, _C().cpu_program(addresses.layout, components, packed, bucket.count))
-
-
-def _C() -> Any:
-    return sys.modules["cwclip_kernels._C"]
-
-
-def _call(name: str, function: Callable[..., None], *arguments: object) -> None:
-    """The call itself, with a range of its own where a profiler is at work: it is no operator of torch's."""
-    if not torch._C._autograd._profiler_enabled():
-        function(*arguments)
-        return
-    with torch.profiler.record_function(f"cwclip_kernels::{name}"):
-        function(*arguments)
+    return _State(addresses, native._C.cpu_program(*program_arguments(bucket, addresses)))

@@ -1,4 +1,4 @@
-"""torch._foreach operations only: works wherever torch does, needs nothing compiled.
+"""torch._foreach operations: works wherever torch does, and needs nothing compiled.
 
 Reads every gradient once for its norm, then reads and writes every gradient, clipped or not (3N bytes).
 """
@@ -6,14 +6,12 @@ Reads every gradient once for its norm, then reads and writes every gradient, cl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import ClipRule, coefficients, neutral, root, wide_dtype
-from ..core.loss_scale import UNSCALED, LossScale
+from ..core.formula import merged, neutral, wide_dtype
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -21,7 +19,7 @@ def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str |
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, [K] in ``wide_dtype``; max |g| for p = inf, min for -inf, count for 0."""
     # A wide accumulator, because torch's float32 norm of 30 M values is off by 1e-3 on a CPU, and overflows.
     measurable = [_measurable(g, norm_type) for g in bucket.pieces(grads)]
@@ -29,9 +27,8 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses:
     if not math.isinf(norm_type) and norm_type != 0.0:
         each = each**norm_type
     nothing = each.new_full((1,), neutral(norm_type))
-    for level in _state(bucket).levels:
-        rows = torch.cat((each, nothing))[level]
-        each = rows.amax(1) if norm_type == math.inf else rows.amin(1) if norm_type == -math.inf else rows.sum(1)
+    for level in _state(bucket)[0]:
+        each = merged(torch.cat((each, nothing))[level], norm_type)
     return each
 
 
@@ -67,23 +64,11 @@ def _row_norms(grad: Tensor, norm_type: float) -> Tensor:
     return torch.cat((rows, flat[whole:].to(wide)))
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a bucket keeps from call to call.
-
-    Attributes:
-        levels: gather indices, see ``_merge_levels``.
-        components: of each piece, on the device.
-    """
-
-    levels: list[Tensor]
-    components: Tensor
-
-
-def _state(bucket: Bucket) -> _State:
-    state: _State | None = bucket.state
-    if state is None:
-        state = bucket.state = _State(_merge_levels(bucket), bucket.components.to(bucket.device))
+def _state(bucket: Bucket) -> tuple[list[Tensor], Tensor]:
+    """What a bucket keeps from call to call: ``_merge_levels``, and the component of each piece, on the device."""
+    if bucket.state is None:
+        bucket.state = _merge_levels(bucket), bucket.components.to(bucket.device)
+    state: tuple[list[Tensor], Tensor] = bucket.state
     return state
 
 
@@ -114,12 +99,10 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
         size = len(rows)
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place; of a complex gradient both parts, since a complex product makes NaN of inf + 0j."""
     grads = [torch.view_as_real(g) if g.is_complex() else g for g in bucket.pieces(grads)]
-    factors = _factors(grads, coefs[_state(bucket).components])
+    factors = _factors(grads, coefs[_state(bucket)[1]])
     if bucket.device.type == "cpu":
         torch._foreach_mul_(grads, factors)
     else:
@@ -146,20 +129,3 @@ def _multiply(grads: list[Tensor], factors: list[Tensor]) -> None:
     for grad, factor in zip(grads, factors, strict=True):
         if grad.dtype.itemsize == 2:
             grad.copy_(grad.float().mul_(factor))
-
-
-def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    sums = power_sums(bucket, grads, rule.norm_type)
-    norms = loss_scale.unscaled(root(sums, rule.norm_type)).to(bucket.norm_dtype)
-    coefs = coefficients(norms, caps, rule)
-    loss_scale.report(sums)
-    scale_(bucket, grads, loss_scale.factors(coefs), rule.zero_fill)
-    return norms, coefs

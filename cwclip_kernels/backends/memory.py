@@ -1,11 +1,11 @@
-"""Static data on its way to a device, and what captured CUDA graphs go on reading."""
+"""Copies of static data to a device, and what captured CUDA graphs keep alive."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Read at every replay of some graph, when nobody else may be holding it any more; a few KB each.
+# Replays of a graph read these; nothing else may hold them any more. A few KB each.
 _KEPT_FOR_GRAPHS: list[object] = []
 
 BEFORE_CAPTURE = (
@@ -15,7 +15,7 @@ BEFORE_CAPTURE = (
 
 
 def upload(table: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
+    """Copies a table to the device, without waiting for it."""
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 

@@ -1,60 +1,44 @@
-"""The compiled extension ``_C``, built from csrc/: loaded when first needed, and what is shared by all who use it."""
+"""The compiled extension ``_C``: loaded when first needed, and what every user of it shares."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import math
 import struct
-import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from types import EllipsisType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from torch import Tensor, strided
 from torch.nn.parameter import is_lazy
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_COMPLEX = (torch.complex64, torch.complex128)
-_ORDERS = (1.0, 2.0, math.inf)
-POLICY_CODES = {"propagate": 0, "zero": 1, "skip": 2}  # csrc/plan.h: NonFinite
+from ..core.formula import POLICIES, ClipRule
+from ..core.loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from .. import _C as _C  # at run time set by ``unavailable()``, when that returns None
 
 _loading = threading.Lock()
 
 
 def unavailable() -> str | None:
-    """Loads the extension; why it can't be, in plain words, or None."""
+    """Loads the extension; the reason if that fails, or None."""
     with _loading:
         return _load()
-
-
-def module() -> Any:
-    """The extension itself, once ``unavailable()`` has said that there is one."""
-    return sys.modules["cwclip_kernels._C"]
 
 
 @cache
 def _load() -> str | None:
     try:
-        importlib.import_module("cwclip_kernels._C")
+        globals()["_C"] = importlib.import_module("cwclip_kernels._C")
     except (ImportError, AttributeError) as error:  # the latter where torch has no DLPack exchange API
         return (
             f"the compiled extension is missing ({error}); reinstall with a C++ compiler: "
             "CWCLIP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps cwclip_kernels"
         )
     return None
-
-
-def unserved(dtype: torch.dtype, norm_type: float) -> str | None:
-    """Why the extension has no kernel for such a gradient, or None."""
-    if norm_type not in _ORDERS:
-        return f"serves norm_type 1, 2 and inf, not {norm_type:g}"
-    if dtype in _COMPLEX:
-        return None if norm_type == 2.0 else "serves complex gradients for norm_type 2 only"
-    return None if dtype in _DTYPES else f"does not serve {dtype}"
 
 
 def packed(numbers: Iterable[int]) -> bytes:
@@ -68,98 +52,65 @@ def bytes_of(table: Tensor) -> bytes:
     return ctypes.string_at(table.data_ptr(), table.nbytes) if table.numel() else b""
 
 
-class Addresses:
-    """Where gradients lie: read at every call, for as long as they are what they were at first.
+@lru_cache(64)
+def _rule(norm_type: float, eps: float, nonfinite: str) -> _C.Rule:
+    return _C.rule(norm_type, eps, POLICIES.index(nonfinite))
 
-    Some 20 ns a tensor, and nobody has to compare dtypes, devices, shapes and strides any more.
+
+def clip_arguments(
+    rule: ClipRule, caps: Tensor, loss_scale: LossScale, norms: Tensor, coefs: Tensor
+) -> tuple[_C.Rule, int, int, int, int, int, int]:
+    """What ``cpu_clip`` and ``cuda_clip`` take from ``rule`` on."""
+    inverse, found_inf = loss_scale.inverse, loss_scale.found_inf
+    return (
+        _rule(rule.norm_type, rule.eps, rule.nonfinite),
+        caps.data_ptr(),
+        caps.stride(0) if caps.ndim else 0,
+        0 if inverse is None else inverse.data_ptr(),
+        0 if found_inf is None else found_inf.data_ptr(),
+        norms.data_ptr(),
+        coefs.data_ptr(),
+    )
+
+
+class Addresses:
+    """Reads the addresses of gradients at every call, as long as dtypes, devices, shapes and strides stay the same.
 
     Args:
-        grads: strided tensors, exactly of type Tensor; None where there is no gradient, Ellipsis where it doesn't
-            matter what there is.
-
-    Attributes:
-        layout: all that is compared, as csrc/tensors.h writes it.
+        grads: strided tensors, exactly of type Tensor; None where there is no gradient, Ellipsis where an entry
+            of the list isn't compared.
     """
 
     def __init__(self, grads: Sequence[Tensor | EllipsisType | None]) -> None:
-        self.layout: bytes = module().layout_of(list(grads))
-        self._read = module().addresses_of
+        signature = _C.signature_of(list(grads))
+        if signature is None:
+            raise TypeError("expected strided tensors, not a subclass of Tensor")
+        self.signature = signature
         self._last: dict[bool, bytes | None] = {True: None, False: None}
 
     def of(self, grads: Sequence[Tensor | None], *, writes: bool) -> bytes | None:
-        """Their addresses, int64 each; the same object while they stay where they are.
+        """Their addresses, int64 each; the same object while they stay the same.
 
-        Args:
-            grads: a list as long as the first.
-            writes: whether they are to be written to; then they may not share memory.
-
-        Returns:
-            None if these have another layout, or share memory.
+        None if these gradients differ from the first, or share memory although they are to be written to.
         """
-        found: bytes | None = self._read(grads, self.layout, self._last[writes], writes)
+        found = _C.addresses_of(grads, self.signature, self._last[writes], writes)
         if found is not None:
             self._last[writes] = found
         return found
 
 
 def form_of(parameters: list[Tensor]) -> object:
-    """Types, dtypes, devices, shapes and strides of parameters, equal as long as these stay; holds none of them."""
-    found = module().form_of(parameters) if unavailable() is None else None
+    """Types, dtypes, devices, shapes and strides of parameters, to be compared; keeps no parameter alive."""
+    found = _C.signature_of(parameters) if unavailable() is None else None
     return [_form(p) for p in parameters] if found is None else found
 
 
 def _form(parameter: Tensor) -> tuple[object, ...]:
     if not isinstance(parameter, Tensor):
-        return (type(parameter),)  # which will be refused when its name is read
+        return (type(parameter),)  # refused later, when its name is known
     # Of a DTensor its mesh and placements; of FSDP's flat parameter what lies in it.
     sharded = tuple(getattr(parameter, name, None) for name in ("_spec", "_fqns", "_shapes"))
     has_shape = not (parameter.is_nested or is_lazy(parameter))
     shape = parameter.shape if has_shape else None
-    strides = parameter.stride() if has_shape and parameter.layout == torch.strided else None
+    strides = parameter.stride() if has_shape and parameter.layout == strided else None
     return type(parameter), shape, strides, parameter.dtype, parameter.device, parameter.layout, sharded
-
-
-State = TypeVar("State", bound="_HasAddresses")
-
-
-class _HasAddresses(Protocol):
-    @property
-    def addresses(self) -> Addresses: ...
-
-
-def look_up(
-    bucket: Any,
-    grads: list[Tensor],
-    addresses: bytes | None,
-    make: Callable[[Any, Addresses], State],
-    *,
-    writes: bool,
-) -> tuple[State, bytes]:
-    """What a backend keeps with a bucket, made where there is none yet; and where its gradients lie.
-
-    Args:
-        bucket: a ``Bucket``.
-        grads: its own gradients.
-        addresses: theirs, if a plan has looked; None for the values of sparse gradients and the like, whose number
-            changes.
-        make: makes the state of a bucket with gradients of this layout.
-        writes: whether the gradients are to be written to.
-
-    Raises:
-        RuntimeError: the gradients share memory, or these are not those that the bucket was made for.
-    """
-    state: State | None = bucket.state
-    if state is not None:
-        found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
-        if found is not None:
-            return state, found
-        if bucket.plain:
-            raise RuntimeError(_OTHERS)
-    state = bucket.state = make(bucket, Addresses(grads))
-    found = state.addresses.of(grads, writes=writes) if addresses is None else addresses
-    if found is None:
-        raise RuntimeError(_OTHERS)
-    return state, found
-
-
-_OTHERS = "these are not the gradients that the plan was made for, or they share memory"

@@ -1,29 +1,55 @@
-"""Who serves which gradient: one table, and the words that explain it."""
+"""Which backend serves which gradient: one table, and the reasons."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import type_name
+from ..arguments import check_type
+from ..core.bucket import Bucket
+from ..core.formula import ClipRule
+from ..core.loss_scale import LossScale
 from . import cpu, cuda, foreach, triton
 
-if TYPE_CHECKING:
-    from ..core.plan import ClipPlan
 
-BACKENDS: dict[str, ModuleType] = {
-    "cuda": cuda,
-    "cpu": cpu,
-    "triton": triton,
-    "foreach": foreach,
-    "reference": reference,
-}
+class Backend(Protocol):
+    """What a backend does with the gradients of one bucket, plain strided tensors on its device.
+
+    ``addresses`` are theirs, int64 each, where the plan has read them; only native backends need them.
+    """
+
+    def refuses(self, device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
+        """Why it can't serve such a gradient, or None."""
+
+    def power_sums(self, bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
+        """Sum |g|^p of each component (max for p = inf): [K] in ``wide_dtype``."""
+
+    def scale_(
+        self, bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None
+    ) -> None:
+        """g <- coef * g in place, nothing changed where coef is 1; with ``zero_fill``, 0 erases inf and NaN."""
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend that also does both at once; for the others ``core.run`` takes two steps."""
+
+    def clip_(
+        self,
+        bucket: Bucket,
+        grads: list[Tensor],
+        caps: Tensor,
+        rule: ClipRule,
+        loss_scale: LossScale,
+        addresses: bytes | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scales ``grads`` in place; norms before and coefficients, both [K] in ``bucket.norm_dtype``."""
+
+
+FUSED: dict[str, FusedBackend] = {"cuda": cuda, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, Backend] = {**FUSED, "foreach": foreach, "reference": reference}
 
 # Device type -> backends in order of preference; the first that does not refuse a gradient serves it.
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -38,23 +64,16 @@ def check_backend(backend: object) -> None:
     """Raises TypeError or ValueError unless ``backend`` is None or names one."""
     if backend is None:
         return
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string or None, not {type_name(backend)}")
+    check_type(backend, "backend", str, "a string or None")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, not {backend!r}")
 
 
 def choose(device: torch.device, dtype: torch.dtype, norm_type: float, backend: str | None) -> tuple[str, str]:
-    """The backend for gradients of one device and dtype, and why.
-
-    Args:
-        device: where the gradients are.
-        dtype: their dtype.
-        norm_type: order of the norm.
-        backend: the user's choice, used or refused, never replaced; None for the best available.
+    """The backend for gradients of one device and dtype, and why: the user's choice, or the best available for None.
 
     Raises:
-        RuntimeError: the named backend refuses, with its reason.
+        RuntimeError: the named backend refuses; it is never replaced.
     """
     if backend is not None:
         reason = BACKENDS[backend].refuses(device, dtype, norm_type)
@@ -71,20 +90,3 @@ def choose(device: torch.device, dtype: torch.dtype, norm_type: float, backend: 
             return name, "; ".join(passed_over) or f"first choice on {device.type}"
         passed_over.append(f"{name} {reason}")
     raise RuntimeError(f"no backend serves {dtype} on {device}: {'; '.join(passed_over)}")
-
-
-def explain(plan: ClipPlan, grads: Sequence[Tensor | None]) -> str:
-    """A plan in words: one line for each bucket, with the reason for its backend."""
-    lines = [f"{len(plan.components.names)} components over {len(plan.components.tensor_names)} tensors"]
-    for bucket in plan.buckets:
-        own = bucket.pick(grads)
-        dtypes = Counter(str(g.dtype).removeprefix("torch.") for g in own)
-        what = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
-        size = sum(g.numel() * g.element_size() for g in own if not g.is_sparse)
-        lines.append(f"  {bucket.device}: {what}, {size / 1e6:.1f} MB -> {bucket.backend!r} ({bucket.reason})")
-    if len(plan.buckets) > 1 or plan.sparse:
-        why = "sparse gradients" if plan.sparse else "several devices or backends"
-        lines.append(f"  in two passes, norms first, because of {why}")
-    elif plan.buckets:
-        lines.append("  in one fused call")
-    return "\n".join(lines)

@@ -4,19 +4,18 @@
     power_sums   power_sums_kernel for each dtype, then combine_kernel
     scale_       scale_kernel for each dtype
 
-and one combine_kernel more where a component is very large. Bytes: each gradient is read once; a clipped one
-is read once more and written. Launches follow one another on the current stream and share nothing else: no
-atomics, no host sync, no copy to the device while the gradients stay where they are.
+with one more combine_kernel where a component is very large. Bytes: each gradient is read once; a clipped one is
+read again and written. Launches follow one another on the current stream: no atomics, no host sync, and no copy to
+the device while the gradients keep their addresses.
 
-Gradients without gaps in memory are read 16 bytes at a time, in whatever order their dimensions lie. Others, and
-slices along other dims than the first, are taken element by element, in place and in launches of their own.
+Gradients without gaps in memory are read 16 bytes at a time, in memory order. Others, and slices along other dims
+than the first, are read element by element, in place and in launches of their own.
 
 CUDA graphs: call once before capturing, as for any Triton kernel. Addresses are frozen into the graph.
 """
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,14 +27,12 @@ from torch import Tensor
 
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
-from ..core.loss_scale import UNSCALED, LossScale
+from ..core.loss_scale import LossScale
 from . import triton_tables
 from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
 from .native import packed
-from .triton_tables import Group, Tables, build_tables
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ORDERS = (1.0, 2.0, math.inf)
+from .served import unserved
+from .triton_tables import Tiles, TileTables, build_tables
 
 # Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight.
 _THREADS = 256
@@ -44,11 +41,7 @@ _ROWS = 8
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
     """Why this backend can't serve such a gradient, or None."""
-    if norm_type not in _ORDERS:
-        return f"serves norm_type 1, 2 and inf, not {norm_type:g}"
-    if dtype not in _DTYPES and not (dtype in (torch.complex64, torch.complex128) and norm_type == 2.0):
-        return f"does not serve {dtype} for norm_type {norm_type:g}"
-    return unavailable(device)
+    return unserved(dtype, norm_type) or unavailable(device)
 
 
 @cache
@@ -73,36 +66,27 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None = None) -> Tensor:
+def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
     with _launching_on(bucket.device):
         call = _prepare(bucket, grads, addresses)
-        if call.tables.tiles:
+        if call.tables.count:
             _combine(_partials(call, norm_type), call.tables.spans, sums, norm_type)
     return sums
 
 
-def scale_(
-    bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None = None
-) -> None:
+def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """``g <- coef * g`` in place; nothing written where coef is 1."""
     with _launching_on(bucket.device):
         call = _prepare(bucket, grads, addresses)
         coefs = coefs.contiguous()
-        for group in call.tables.scale_tiles:
-            _kernels().scale_kernel[(len(group.tiles),)](
-                call.addresses, group.tiles, call.tables.layouts, coefs, ZERO_FILL=zero_fill, **_block(group)
-            )
+        for tiles in call.tables.scale_tiles:
+            _launch("scale_kernel", call, tiles, coefs, ZERO_FILL=zero_fill)
 
 
 def clip_(
-    bucket: Bucket,
-    grads: list[Tensor],
-    caps: Tensor,
-    rule: ClipRule,
-    loss_scale: LossScale = UNSCALED,
-    addresses: bytes | None = None,
+    bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
@@ -113,46 +97,33 @@ def clip_(
             norms.fill_(0.0)
             coefs.fill_(1.0)
         partials = _partials(call, rule.norm_type)
-        for group in call.tables.scale_tiles:
-            _kernels().clip_kernel[(len(group.tiles),)](
-                call.addresses,
-                group.tiles,
-                call.tables.layouts,
-                partials,
-                call.tables.spans,
-                caps,
-                caps.stride(0) if caps.ndim else 0,
-                loss_scale.inverse,
-                norms,
-                coefs,
-                loss_scale.found_inf,
-                ORDER=rule.norm_type,
-                EPS=rule.eps,
-                NONFINITE=rule.nonfinite,
-                CHUNK=triton_tables.CHUNK,
-                **_block(group),
-            )
+        stride = caps.stride(0) if caps.ndim else 0
+        read = (partials, call.tables.spans, caps, stride, loss_scale.inverse)
+        constants = {"EPS": rule.eps, "NONFINITE": rule.nonfinite, "CHUNK": triton_tables.CHUNK}
+        written = (norms, coefs, loss_scale.found_inf)
+        for tiles in call.tables.scale_tiles:
+            _launch("clip_kernel", call, tiles, *read, *written, ORDER=rule.norm_type, **constants)
     return norms, coefs
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Launching
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _partials(call: _Call, norm_type: float) -> Tensor:
     """Launches the first pass: partial power sums, float64, to be read with ``call.tables.spans``."""
     tables = call.tables
-    partials = torch.empty(tables.tiles, dtype=torch.float64, device=call.addresses.device)
-    for group in tables.sum_tiles:
-        _kernels().power_sums_kernel[(len(group.tiles),)](
-            call.addresses, group.tiles, tables.layouts, partials, ORDER=norm_type, **_block(group)
-        )
+    partials = torch.empty(tables.count, dtype=torch.float64, device=call.addresses.device)
+    for tiles in tables.sum_tiles:
+        _launch("power_sums_kernel", call, tiles, partials, ORDER=norm_type)
     if tables.chunks is None:
         return partials
     merged = partials.new_empty(len(tables.chunks) - 1)
     _combine(partials, tables.chunks, merged, norm_type)
     return merged
+
+
+def _launch(kernel: str, call: _Call, tiles: Tiles, *arguments: object, **constants: object) -> None:
+    """One program for each tile."""
+    getattr(_kernels(), kernel)[(len(tiles.rows),)](
+        call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **_block(tiles.dtype, tiles.dims)
+    )
 
 
 def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) -> None:
@@ -163,7 +134,7 @@ def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) ->
 
 @cache
 def _kernels() -> Any:
-    """The device code, imported when first needed: Triton may be missing, and takes its time."""
+    """The kernels. Imported when first needed, since Triton may be missing and takes long to import."""
     from ..kernels import combine, power_sums, scale, tile
 
     return SimpleNamespace(
@@ -175,13 +146,9 @@ def _kernels() -> Any:
     )
 
 
-def _block(group: Group) -> dict[str, Any]:
-    """Launch configuration for one group of tiles. Fixed: tuning would scale the gradients over and over."""
-    return _configuration(group.dtype, group.dims)
-
-
 @cache
-def _configuration(dtype: torch.dtype, dims: int) -> dict[str, Any]:
+def _block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
+    """The launch configuration. Fixed: tuning would scale the gradients over and over."""
     import triton.language as tl
 
     warp = 64 if torch.version.hip else 32
@@ -191,59 +158,47 @@ def _configuration(dtype: torch.dtype, dims: int) -> dict[str, Any]:
         "ROWS": _ROWS,
         "COLUMNS": _THREADS * 16 // dtype.itemsize,
         "num_warps": _THREADS // warp,
-        "enable_fp_fusion": True,  # asked for by name: the default differs between versions of Triton
+        "enable_fp_fusion": True,  # the default differs between versions of Triton
     }
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its arguments are on."""
     if device.type == "cpu":
-        import numpy  # the interpreter computes with it; its warnings of overflow and the like are not ours
+        import numpy  # the interpreter computes with it; its warnings of overflow say nothing here
 
         return numpy.errstate(all="ignore")
     context: AbstractContextManager[object] = torch.get_device_module(device).device(device)
     return context
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the kernels look up: addresses, which move, and tables, which don't
-# ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Call:
-    """One call's view: tables and addresses (int64 [n]) on the device."""
+    """Tables and addresses (int64 [n]) on the device, and the addresses as bytes."""
 
-    tables: Tables
+    tables: TileTables
     addresses: Tensor
     pointers: bytes
 
 
 @dataclass
 class _State:
-    """What a bucket keeps from call to call.
+    """What a bucket keeps from call to call."""
 
-    Attributes:
-        tables: on the host.
-        layout: of the gradients that the tables were made for; None where a plan sees to that.
-        calls: the last on each stream: on others, its tables may not have arrived yet.
-        spare: pinned memory for the addresses of a call that is captured.
-    """
-
-    tables: Tables
-    layout: object
-    calls: dict[int, _Call] = field(default_factory=dict)
-    spare: Tensor | None = None
+    tables: TileTables  # on the host
+    signature: object  # of the gradients that the tables were made for; None where the plan compares them
+    calls: dict[int, _Call] = field(default_factory=dict)  # by stream: its tables may not have arrived for others
+    spare: Tensor | None = None  # pinned, for the addresses of a call that is captured
 
 
 def _prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> _Call:
     """Looks up or builds what the kernels need."""
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
-    layout = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
+    signature = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
     state: _State | None = bucket.state
-    if state is None or state.layout != layout:
+    if state is None or state.signature != signature:
         with torch.device("cpu"):  # whatever the default device is
-            state = bucket.state = _State(build_tables(bucket, grads), layout)
+            state = bucket.state = _State(build_tables(bucket, grads), signature)
     pointers = packed(map(Tensor.data_ptr, grads)) if addresses is None else addresses
     if bucket.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -259,7 +214,7 @@ def _prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> _C
 
 
 def _prepare_captured(state: _State, device: torch.device, pointers: bytes) -> _Call:
-    """Addresses of the graph's own, copied at each replay from host memory that nobody writes again."""
+    """Addresses of the graph's own, copied at each replay from host memory that is never written again."""
     earlier = next(iter(state.calls.values()), None)
     if earlier is None:
         raise RuntimeError(BEFORE_CAPTURE)

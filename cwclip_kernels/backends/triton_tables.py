@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,60 +21,40 @@ SCALE_TILE_BYTES = 256 << 10
 CHUNK = 1024
 
 
-class Group(NamedTuple):
-    """The tiles of one launch.
-
-    Attributes:
-        dtype: of their gradients.
-        dims: how many dimensions the runs of elements with gaps have at most; 0 for runs without.
-        tiles: int64 [programs, 5 or 6], as the kernels read it.
-    """
+class Tiles(NamedTuple):
+    """The tiles of one launch."""
 
     dtype: torch.dtype
-    dims: int
-    tiles: Tensor
-
-    def to(self, device: torch.device) -> Group:
-        """The same on a device."""
-        return self._replace(tiles=upload(self.tiles, device))
+    dims: int  # of the layouts, where there are gaps between elements; 0 where there are none
+    rows: Tensor  # int64 [programs, 5 or 6], the tile table that kernels read
 
 
 @dataclass(frozen=True)
-class Tables:
-    """The static part of a bucket.
+class TileTables:
+    """What is static about a bucket."""
 
-    Attributes:
-        tiles: number of sum tiles, hence of partials.
-        sum_tiles: rows of gradient, start, length, slot among the partials, layout.
-        scale_tiles: rows of gradient, start, length, component, whether it is the component's first, layout.
-        layouts: int64, for each piece with gaps its offset, then size and stride of each dimension, innermost first.
-        chunks: int64 [m + 1]; the m runs of partials to merge first, None if no component has too many.
-        spans: int64 [K + 1]; component c has (merged) partials spans[c] to spans[c + 1].
-        covers_all: whether every component has a tile.
-    """
+    count: int  # of sum tiles, hence of partials
+    sum_tiles: list[Tiles]  # rows of gradient, start, length, slot among the partials, layout
+    scale_tiles: list[Tiles]  # rows of gradient, start, length, component, 1 for the component's first, layout
+    layouts: Tensor  # int64, of each piece with gaps its offset, then sizes and strides, innermost dim first
+    chunks: Tensor | None  # int64 [m + 1], m runs of partials to merge first; None if no component has too many
+    spans: Tensor  # int64 [K + 1], component c has (merged) partials spans[c] to spans[c + 1]
+    covers_all: bool  # whether every component has a tile
 
-    tiles: int
-    sum_tiles: tuple[Group, ...]
-    scale_tiles: tuple[Group, ...]
-    layouts: Tensor
-    chunks: Tensor | None
-    spans: Tensor
-    covers_all: bool
-
-    def to(self, device: torch.device) -> Tables:
+    def to(self, device: torch.device) -> TileTables:
         """The same on a device."""
         return replace(
             self,
-            sum_tiles=tuple(group.to(device) for group in self.sum_tiles),
-            scale_tiles=tuple(group.to(device) for group in self.scale_tiles),
+            sum_tiles=[tiles._replace(rows=upload(tiles.rows, device)) for tiles in self.sum_tiles],
+            scale_tiles=[tiles._replace(rows=upload(tiles.rows, device)) for tiles in self.scale_tiles],
             layouts=upload(self.layouts, device),
             chunks=None if self.chunks is None else upload(self.chunks, device),
             spans=upload(self.spans, device),
         )
 
 
-def build_tables(bucket: Bucket, grads: list[Tensor]) -> Tables:
-    """Cuts the gradients into tiles, by components, so that each component's partials lie together."""
+def build_tables(bucket: Bucket, grads: list[Tensor]) -> TileTables:
+    """Cuts the gradients into tiles, component by component, so that each component's partials lie together."""
     owner, count = bucket.components, bucket.count
     order = owner.argsort(stable=True)
     pieces = _pieces(bucket, grads)
@@ -86,7 +67,7 @@ def build_tables(bucket: Bucket, grads: list[Tensor]) -> Tables:
         if not coarser.any():
             break
         sum_bytes[coarser] *= 2
-    sum_tiles = pieces.groups(piece, start, length, torch.arange(len(piece)))
+    sum_tiles = pieces.tiles(piece, start, length, torch.arange(len(piece)))
 
     chunks, spans = None, _offsets(counts)
     if bool((counts > CHUNK).any()):
@@ -94,104 +75,76 @@ def build_tables(bucket: Bucket, grads: list[Tensor]) -> Tables:
         chunks, spans = _offsets(merged), _offsets(component.bincount(minlength=count))
 
     # What was read last is scaled first: it may still be in the cache.
-    piece, start, length = (
-        column.flip(0) for column in _cut(pieces.numels, SCALE_TILE_BYTES // pieces.itemsizes, order)
-    )
+    cut = _cut(pieces.numels, SCALE_TILE_BYTES // pieces.itemsizes, order)
+    piece, start, length = (column.flip(0) for column in cut)
     component = owner[piece]
     is_first = component != torch.cat((component[1:], torch.tensor([-1])))
-    scale_tiles = pieces.groups(piece, start, length, component, is_first)
+    scale_tiles = pieces.tiles(piece, start, length, component, is_first)[::-1]
 
-    return Tables(
-        tiles=sum(len(group.tiles) for group in sum_tiles),
-        sum_tiles=tuple(sum_tiles),
-        scale_tiles=tuple(reversed(scale_tiles)),
-        layouts=pieces.layouts,
-        chunks=chunks,
-        spans=spans,
-        covers_all=bool((counts > 0).all()),
-    )
+    tiles = sum(len(some.rows) for some in sum_tiles)
+    return TileTables(tiles, sum_tiles, scale_tiles, pieces.layouts, chunks, spans, bool((counts > 0).all()))
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The pieces of a bucket's gradients, m of them; each column int64 [m].
+    """The m pieces of a bucket's gradients; columns are int64 [m]."""
 
-    Attributes:
-        gradients: which gradient each is a piece of.
-        offsets: elements from that gradient's first to its own, 0 where ``layouts`` has it.
-        numels: elements of each.
-        itemsizes: bytes of an element.
-        places: where its layout begins in ``layouts``, -1 for a piece without gaps.
-        dims: how many dimensions the layouts have; 0 if there are none.
-        layouts: int64, see ``Tables``.
-        dtypes: the bucket's dtypes.
-        dtype_codes: which of them each has.
-    """
-
-    gradients: Tensor
-    offsets: Tensor
+    gradients: Tensor  # which gradient each is a piece of
+    offsets: Tensor  # elements from that gradient's first to its own, 0 where ``layouts`` has it
     numels: Tensor
     itemsizes: Tensor
-    places: Tensor
-    dims: int
-    layouts: Tensor
+    places: Tensor  # where its layout begins in ``layouts``, -1 for a piece without gaps
+    dims: int  # of layouts; 0 if there are none
+    layouts: Tensor  # see ``TileTables``
     dtypes: list[torch.dtype]
-    dtype_codes: Tensor
+    dtype_codes: Tensor  # which of them each has
 
-    def groups(self, piece: Tensor, start: Tensor, length: Tensor, *more: Tensor) -> list[Group]:
+    def tiles(self, piece: Tensor, start: Tensor, length: Tensor, *more: Tensor) -> list[Tiles]:
         """Tiles in launches of one dtype each, those with gaps apart."""
         place = self.places[piece]
         rows = (self.gradients[piece], self.offsets[piece] + start, length, *more, place.clamp(min=0))
-        tiles, codes = torch.stack(rows, 1), self.dtype_codes[piece]
+        table, codes = torch.stack(rows, 1), self.dtype_codes[piece]
         found = []
         for code, dtype in enumerate(self.dtypes):
             for dims in sorted({0, self.dims}):
-                own = tiles[(codes == code) & ((place >= 0) == (dims > 0))]
+                own = table[(codes == code) & ((place >= 0) == (dims > 0))]
                 if len(own):
-                    found.append(Group(dtype, dims, own.contiguous()))
+                    found.append(Tiles(dtype, dims, own.contiguous()))
         return found
 
 
 def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:
-    boxes = bucket.boxes if bucket.boxes is not None else [(i, ()) for i in range(len(grads))]
+    boxes = bucket.slices if bucket.slices is not None else [(i, ()) for i in range(len(grads))]
     shapes = [(g.shape, g.stride()) for g in grads]  # a tensor's own are made anew each time they are asked for
     dtypes = list(dict.fromkeys(g.dtype for g in grads))
-    code_of = [dtypes.index(g.dtype) for g in grads]
-    itemsize_of = [g.element_size() for g in grads]
     gradients, offsets, numels, runs = [], [], [], []
     for i, box in boxes:
         sizes, strides = list(shapes[i][0]), shapes[i][1]
-        offset, numel = 0, 1
-        for dim, start, size in box:
+        for dim, _, size in box:
             sizes[dim] = size
-            offset += start * strides[dim]
-        for size in sizes:
-            numel *= size
         gradients.append(i)
-        numels.append(numel)
+        offsets.append(sum(start * strides[dim] for dim, start, _ in box))
+        numels.append(math.prod(sizes))
         runs.append(_gaps(sizes, strides))
-        offsets.append(offset)
-    dims = max((len(run) for run in runs), default=0)
+    dims = max(map(len, runs), default=0)
     layouts: list[int] = []
     places: list[int] = []
     for piece, run in enumerate(runs):
-        if not run:
-            places.append(-1)
-            continue
-        places.append(len(layouts))
-        layouts += [offsets[piece], *(n for pair in run + [(1, 0)] * (dims - len(run)) for n in pair)]
-        offsets[piece] = 0
+        places.append(len(layouts) if run else -1)
+        if run:
+            layouts += [offsets[piece], *(n for pair in run + [(1, 0)] * (dims - len(run)) for n in pair)]
+            offsets[piece] = 0
     gradient = _int64(gradients)
     return _Pieces(
         gradient,
         _int64(offsets),
         _int64(numels),
-        _int64(itemsize_of)[gradient],
+        _int64([g.element_size() for g in grads])[gradient],
         _int64(places),
         dims,
         _int64(layouts or [0]),
         dtypes,
-        _int64(code_of)[gradient],
+        _int64([dtypes.index(g.dtype) for g in grads])[gradient],
     )
 
 
@@ -200,7 +153,7 @@ def _int64(numbers: list[int]) -> Tensor:
 
 
 def _gaps(sizes: list[int], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Size and stride of each dimension, innermost first, what lies seamlessly together as one; none without gaps."""
+    """Size and stride of each dimension, innermost first, contiguous dimensions as one; empty without gaps."""
     if 0 in sizes:
         return []
     run: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The words that group parameters into components, and what tells a parameter's component."""
+"""The words that group parameters into components: "parameter", "module", "layer", "type" and "all"."""
 
 from __future__ import annotations
 
@@ -11,57 +11,45 @@ from ..arguments import type_name
 
 By: TypeAlias = "str | Callable[[str, Tensor], Hashable | None] | None"
 
-WORDS = ("parameter", "module", "layer", "type", "all")
+# ``beside`` in what follows: the names of all parameters. They tell "parametrizations.a.0.b", of a parameter "a" that
+# torch.nn.utils.parametrize has replaced, from the same name in a module that is merely called "parametrizations".
 
 
 def module_of(name: str, beside: Collection[str] = ()) -> str:
     """The owning module: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3.output.dense".
 
-    What ``torch.nn.utils.parametrize`` made of a parameter still belongs to its module:
-    "dense.parametrizations.weight.original0" -> "dense".
-
-    Args:
-        name: the parameter's.
-        beside: the other parameters', which tell "parametrizations.a.0.b" of a parametrized "a" in the outermost
-            module, beside "parametrizations.a.original", from that of a module which is merely called so.
+    A parametrized parameter still belongs to its module: "dense.parametrizations.weight.original0" -> "dense".
     """
-    return _parametrized(name, beside)[0].rpartition(".")[0]
+    return ".".join(_parts(name, beside)[0])
 
 
 def layer_of(name: str, beside: Collection[str] = ()) -> str:
     """Up to and including the last all-digits part: "encoder.layer.3.output.dense.bias" -> "encoder.layer.3".
 
-    Numbers of parametrizations, as in "dense.parametrizations.weight.0.scale", aren't layers.
+    The module where there is none. Numbers of parametrizations don't count: "dense.parametrizations.weight.0.scale".
     """
-    parts = _parametrized(name, beside)[0].split(".")
-    for last in range(len(parts), 0, -1):
-        if parts[last - 1].isdecimal():
-            return ".".join(parts[:last])
-    return module_of(name, beside)
+    module, own, _ = _parts(name, beside)
+    path = [*module, own]
+    numbers = [i for i, part in enumerate(path) if part.isdecimal()]
+    return ".".join(path[: numbers[-1] + 1] if numbers else module)
 
 
 def type_of(name: str, beside: Collection[str] = ()) -> str:
-    """All-digits parts become "*": "encoder.layer.3.output.dense.bias" -> "encoder.layer.*.output.dense.bias".
-
-    Numbers of parametrizations stay.
-    """
-    own, rest = _parametrized(name, beside)
-    if rest:
-        own = own.rpartition(".")[0]
-        rest = f"{'.' if own else ''}{rest}"
-    return ".".join("*" if part.isdecimal() else part for part in own.split(".")) + rest
+    """All-digits parts become "*", but not those of parametrizations: "h.3.dense.bias" -> "h.*.dense.bias"."""
+    module, _, now = _parts(name, beside)
+    return ".".join("*" if part.isdecimal() else part for part in (*module, now))
 
 
-def _parametrized(name: str, beside: Collection[str]) -> tuple[str, str]:
-    """The name that a parameter had before it was parametrized, and all that comes after its module now, if it was.
+def _parts(name: str, beside: Collection[str]) -> tuple[list[str], str, str]:
+    """A parameter's module, and its name in that before and after it was parametrized.
 
-    "h.3.dense.parametrizations.weight.original0" -> "h.3.dense.weight", "parametrizations.weight.original0"
+    "h.dense.parametrizations.weight.original0" -> ["h", "dense"], "weight", "parametrizations.weight.original0"
     """
     parts = name.split(".")
     for i, part in enumerate(parts[:-2]):
         if part == "parametrizations" and _is_parametrization(parts, i, beside):
-            return ".".join([*parts[:i], parts[i + 1]]), ".".join(parts[i:])
-    return name, ""
+            return parts[:i], parts[i + 1], ".".join(parts[i:])
+    return parts[:-1], parts[-1], parts[-1]
 
 
 def _is_parametrization(parts: Sequence[str], at: int, beside: Collection[str]) -> bool:
@@ -74,35 +62,25 @@ def _is_parametrization(parts: Sequence[str], at: int, beside: Collection[str]) 
     return at > 0 or original in beside or f"{original}0" in beside
 
 
-WORD_KEYS: dict[str, Callable[[str, Collection[str]], str]] = {
+_WORDS: dict[str, Callable[[str, Collection[str]], str]] = {
     "parameter": lambda name, beside: name,
     "module": module_of,
     "layer": layer_of,
     "type": type_of,
-    "all": lambda name, beside: "all",
 }
+_EXPECTED = f"one of {', '.join(_WORDS)}, all, a callable or a ComponentSpec"
 
 
-def key_function(grouping: By, beside: Collection[str] = ()) -> Callable[[str, Tensor], Hashable | None]:
-    """What tells a whole tensor's component.
-
-    Args:
-        grouping: one of ``WORDS``, None or a function.
-        beside: names of the other tensors.
-
-    Raises:
-        TypeError, ValueError: neither one of ``WORDS``, nor None, nor a function.
-    """
-    if grouping is None:
-        grouping = "parameter"
-    if isinstance(grouping, str):
-        if grouping not in WORDS:
-            raise ValueError(f"components: expected {_GROUPINGS}, not {grouping!r}")
-        word = WORD_KEYS[grouping]
-        return lambda name, _: word(name, beside)
-    if not callable(grouping):
-        raise TypeError(f"components: expected {_GROUPINGS}, not {type_name(grouping)}")
-    return grouping
+def check_grouping(by: object) -> None:
+    """Raises TypeError or ValueError unless this is a word, a callable or None."""
+    if isinstance(by, str) and by != "all" and by not in _WORDS:
+        raise ValueError(f"components: expected {_EXPECTED}, not {by!r}")
+    if not (by is None or isinstance(by, str) or callable(by)):
+        raise TypeError(f"components: expected {_EXPECTED}, not {type_name(by)}")
 
 
-_GROUPINGS = f"one of {', '.join(WORDS)}, a callable or a ComponentSpec"
+def key_of(by: By, whole: str, name: str, tensor: Tensor, beside: Collection[str]) -> Hashable | None:
+    """The key of a parameter's component: ``whole`` for "all", None if a callable leaves the parameter alone."""
+    if callable(by):
+        return by(name, tensor)
+    return whole if by == "all" else _WORDS[by or "parameter"](name, beside)

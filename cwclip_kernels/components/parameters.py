@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from ..arguments import type_name, warn_caller
-from .naming import Aliases, module_paths, without_wrappers, without_wrappers_of_all
+from .naming import PREFIX, Aliases, all_names, without_wrappers
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -24,22 +24,22 @@ class NamedTensors:
         tensors: the parameters, in order.
         named: False where the names are only positions.
         aliases: other names of tied parameters, each with the one that counts.
-        prefix: what all names began with and lost, which may be a wrapper's or the model's own; "" if nothing.
+        lost_prefix: whether all names began with ``naming.PREFIX``, a wrapper's or the model's own, and lost it.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     named: bool
-    aliases: Aliases = ()
-    prefix: str = ""
+    aliases: Aliases
+    lost_prefix: bool = False
 
 
 def named_tensors(parameters: Parameters) -> NamedTensors:
     """Reads every accepted form of ``parameters``.
 
     Names don't depend on what wraps a model or its modules (``torch.compile``, ``DistributedDataParallel``,
-    ``FullyShardedDataParallel``, activation checkpointing): a Module's are told by the wrappers themselves, those of
-    pairs by the names. Where two would become equal that way, all stay as they are. Pairs that all begin with
+    ``FullyShardedDataParallel``, activation checkpointing). A Module's wrappers are known by their classes, those of
+    pairs by the names. Where two names would become equal, all stay as they are. Pairs that all begin with
     ``module.`` lose it, and patterns may be written with it or without.
 
     Raises:
@@ -50,7 +50,7 @@ def named_tensors(parameters: Parameters) -> NamedTensors:
     if isinstance(parameters, nn.Module):
         _check_resharded(parameters)
         return _of_module(parameters)
-    return _from_items(as_items(parameters))
+    return _of_items(as_items(parameters))
 
 
 def _check_resharded(model: nn.Module) -> None:
@@ -71,40 +71,19 @@ def _check_resharded(model: nn.Module) -> None:
 
 
 def _of_module(model: nn.Module) -> NamedTensors:
-    pairs = list(model.named_parameters())  # a tied parameter comes once, under its first name
-    paths = module_paths(model)
-    own_path = {path: own for path, own, _ in paths}
-    names = [_own_name(name, own_path) for name, _ in pairs]
-    is_plain = len(set(names)) == len(names)
-    if not is_plain:
-        names = [name for name, _ in pairs]
-    first = {id(tensor): name for name, (_, tensor) in zip(names, pairs, strict=True)}
-    aliases: dict[str, str] = {}
-    for path, own, module in paths:
-        for leaf, parameter in module._parameters.items():
-            other = f"{own if is_plain else path}{leaf}"
-            name = first.get(id(parameter), other)
-            if name != other:
-                aliases.setdefault(other, name)
-    return NamedTensors(tuple(names), tuple(p for _, p in pairs), True, tuple(aliases.items()))
-
-
-def _own_name(name: str, own_path: Mapping[str, str]) -> str:
-    module, dot, leaf = name.rpartition(".")
-    own = own_path.get(module + dot)
+    everywhere = all_names(model)
+    own = {given: own for given, own, _ in everywhere}
     # A model may list its parameters under names of its own making, as FullyShardedDataParallel does now and then.
-    return without_wrappers(name) if own is None else own + leaf
+    listed = [(name, own.get(name) or without_wrappers(name), p) for name, p in model.named_parameters()]
+    known = {id(p) for _, _, p in listed}
+    return _each_once([*listed, *(entry for entry in everywhere if id(entry[2]) in known)], named=True)
 
 
 _FORMS = "expected an nn.Module, a Tensor, or an iterable of Tensors or of (name, Tensor) pairs"
 
 
 def as_items(parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[Any]:
-    """The elements of ``parameters``, not yet looked at; a generator is used up by it.
-
-    Raises:
-        TypeError: not a Tensor and not an iterable that could hold parameters.
-    """
+    """The elements of ``parameters``, unchecked; TypeError if it can't hold any. A generator is used up by this."""
     if isinstance(parameters, list):
         return parameters
     if isinstance(parameters, Tensor):
@@ -118,48 +97,47 @@ def as_items(parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]
     return items
 
 
-def _from_items(items: list[Any]) -> NamedTensors:
+def _of_items(items: list[Any]) -> NamedTensors:
     named = bool(items) and not isinstance(items[0], Tensor)
-    by_name: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
+    given: list[str] = []
+    tensors: list[Tensor] = []
     for position, item in enumerate(items):
-        if named and isinstance(item, tuple | list) and len(item) == 2:
-            name, tensor = item
-        else:
-            name, tensor = str(position), item
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or named == (tensor is item):
+        is_pair = named and isinstance(item, tuple | list) and len(item) == 2
+        name, tensor = item if is_pair else (str(position), item)
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or is_pair != named:
             raise TypeError(f"parameters[{position}]: {_FORMS}, not {type_name(item)}")
-        if id(tensor) in first:
-            aliases.setdefault(name, first[id(tensor)])
-            continue
-        first[id(tensor)] = name
-        if name in by_name:
-            raise ValueError(f"parameters: two different tensors are named {name!r}")
-        by_name[name] = tensor
-    tensors = tuple(by_name.values())
-    if tensors and all(_is_plain(t) for t in tensors):
+        given.append(name)
+        tensors.append(tensor)
+    if tensors and all(map(_is_plain, tensors)):
         raise ValueError(
             f"parameters: none of the {len(tensors)} tensors is a Parameter, requires grad or has a .grad; "
             "pass the parameters (their .grad is clipped), not the gradients"
         )
-    return _unwrapped(NamedTensors(tuple(by_name), tensors, named, tuple(aliases.items())))
-
-
-def _unwrapped(given: NamedTensors) -> NamedTensors:
-    """The same under their own names, as far as names tell."""
-    if not given.named:
-        return given
-    names = [*given.names, *(other for other, _ in given.aliases)]
-    unwrapped, prefix = without_wrappers_of_all(names)
-    own = dict(zip(names, unwrapped, strict=True))
-    plain = tuple(own[name] for name in given.names)
-    if len(set(plain)) < len(plain):
-        return given
-    aliases = {own[other]: own[first] for other, first in given.aliases if own[other] != own[first]}
-    return NamedTensors(plain, given.tensors, True, tuple(aliases.items()), prefix)
+    own = list(map(without_wrappers, given)) if named else given
+    lost_prefix = named and all(name.startswith(PREFIX) for name in own)
+    if lost_prefix:
+        own = [name.removeprefix(PREFIX) for name in own]
+    return _each_once(list(zip(given, own, tensors, strict=True)), named, lost_prefix)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     # A non-leaf's .grad warns when read, and a non-leaf requires grad, so that is asked first.
     return not (isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.grad is not None)
+
+
+def _each_once(entries: Sequence[tuple[str, str, Tensor]], named: bool, lost_prefix: bool = False) -> NamedTensors:
+    """Of (given name, own name, tensor) each tensor once, under its first own name, or given name if those clash."""
+    first: dict[int, int] = {}
+    for i, (_, _, tensor) in enumerate(entries):
+        first.setdefault(id(tensor), i)
+    positions = list(first.values())
+    is_unique = len({entries[i][1] for i in positions}) == len(positions)
+    written = [own if is_unique else given for given, own, _ in entries]
+    names = tuple(written[i] for i in positions)
+    if not is_unique and len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"parameters: two different tensors are named {twice!r}")
+    firsts = [written[first[id(tensor)]] for _, _, tensor in entries]
+    aliases = {other: name for other, name in zip(written, firsts, strict=True) if other != name}
+    tensors = tuple(entries[i][2] for i in positions)
+    return NamedTensors(names, tensors, named, tuple(aliases.items()), is_unique and lost_prefix)

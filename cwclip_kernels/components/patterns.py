@@ -2,98 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from ..arguments import warn_caller
-from .naming import PREFIX, Aliases, without_wrappers
+from ..arguments import some_of, warn_caller
+from .naming import PREFIX, Aliases, with_prefix, without_wrappers
 
-
-def match_patterns(
-    names: tuple[str, ...],
-    values: Mapping[str, float],
-    default: float,
-    everywhere: tuple[str, ...] | None = None,
-    aliases: Aliases = (),
-    spellings: Aliases = (),
-) -> list[float]:
-    """The value of the first pattern, in the mapping's order, that matches each name.
-
-    Args:
-        names: component names.
-        values: ``fnmatch`` patterns (case-sensitive), or exact names, to values.
-        default: value of a name that no pattern matches.
-        everywhere: names that a pattern may match instead, on other ranks.
-        aliases: other names of tied components, for messages.
-        spellings: of names that lost ``PREFIX`` what they would be with it: a pattern may be meant for these.
-
-    Raises:
-        ValueError: a pattern matches no name at all, or others with the prefix than without.
-
-    Warns:
-        UserWarning: a pattern matches another name of a tied component, whose first name none matches.
-    """
-    everywhere = everywhere or names
-    spelt = {own: other for other, own in spellings}
-    if spellings:  # names of other ranks' components lost the prefix as well
-        spelt = {**{name: PREFIX + name for name in everywhere}, **{name: name for name in names}, **spelt}
-    found: dict[str, float] = {}
-    for pattern, value in values.items():
-        hits = _hits(pattern, {*everywhere, *names}, spelt, found)
-        if not hits:
-            raise ValueError(
-                f"max_norm: the pattern {pattern!r} {no_match(pattern, everywhere, 'components', aliases)}"
-            )
-        for name in hits:
-            found.setdefault(name, value)
-    unmatched = set(names).difference(found)
-    for other, first in aliases:
-        spelt_other = (other, PREFIX + other) if spellings else (other,)
-        if first in unmatched and any(matches(name, pattern) for pattern in values for name in spelt_other):
-            unmatched.remove(first)
-            warn_caller(
-                f"max_norm: {_tied(other, first)}, which no pattern matches: it will not be clipped. "
-                f"Give {first!r} a cap (math.inf if it is not to be clipped)"
-            )
-    return [found.get(name, default) for name in names]
-
-
-def _hits(pattern: str, names: Collection[str], spelt: Mapping[str, str], settled: Collection[str]) -> set[str]:
-    """The names that match, or if none does, those that match as they are spelt with the prefix.
-
-    Raises:
-        ValueError: where both do, and it makes a difference to names that aren't settled yet.
-    """
-    hits = {name for name in names if matches(name, pattern)}
-    if not spelt:
-        return hits
-    others = {name for name in names if matches(spelt[name], pattern)}
-    check_readings("max_norm: the pattern", pattern, hits, others, settled)
-    return hits or others
-
-
-def check_readings(what: str, pattern: str, own: set[str], prefixed: set[str], settled: Collection[str] = ()) -> None:
-    """Raises ValueError if a pattern matches names without ``PREFIX`` and others with it.
-
-    Args:
-        what: the beginning of the message.
-        pattern: the pattern.
-        own: the names that it matches as they are.
-        prefixed: those that it matches with the prefix.
-        settled: names that don't count.
-    """
-    difference = sorted((own ^ prefixed).difference(settled))
-    if own and prefixed and difference:
-        raise ValueError(
-            f"{what} {pattern!r} may mean two things: all names of the pairs begin with {PREFIX!r}, which is a "
-            f"wrapper's or the model's own, and {difference[0]!r} matches only "
-            f"{'without' if difference[0] in own else 'with'} it; pass the Module instead of pairs"
-        )
+_FEW = 10_000  # names are compared with a misspelt one within a second
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether it is that name, or an ``fnmatch`` pattern of it (case-sensitive; ``*``, ``?``, ``[ab]``)."""
+    """Whether a pattern is that name, or an ``fnmatch`` pattern of it (case-sensitive; ``*``, ``?``, ``[ab]``)."""
     # A slice's name holds brackets, which fnmatch reads as a character class: they may also mean themselves.
     return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, pattern.replace("[", "[[]"))
 
@@ -102,39 +22,86 @@ def matches(name: str, pattern: str) -> bool:
 matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def no_match(pattern: str, names: Sequence[str], what: str, aliases: Aliases = ()) -> str:
-    """The end of an error message, that a pattern matches none of these names, and why if that can be told.
+def match_patterns(
+    names: tuple[str, ...],
+    values: Mapping[str, float],
+    default: float,
+    everywhere: tuple[str, ...] | None = None,
+    aliases: Aliases = (),
+    spellings: Sequence[str] = (),
+) -> list[float]:
+    """For each component the value of the first pattern, in the mapping's order, that matches its name.
 
-    Args:
-        pattern: the pattern.
-        names: which it might have matched.
-        what: what has these names, in the plural.
-        aliases: other names of tied ones.
+    A pattern may match a component of another rank instead, of those ``everywhere``; ``aliases`` and ``spellings``
+    are those of ``Components``.
+
+    Raises:
+        ValueError: a pattern matches no name, or may be meant with the lost prefix and without.
+
+    Warns:
+        UserWarning: patterns match only an alias of a component, which isn't clipped then.
     """
-    hint = next(_hints(pattern, names, aliases), None)
-    return f"matches none of the {len(names)} {what}{some_of(names)}{'' if hint is None else f'; {hint}'}"
-
-
-_FEW = 10_000  # names that are compared with a misspelt one within a second
-
-
-def _hints(pattern: str, names: Sequence[str], aliases: Aliases) -> Iterator[str]:
+    known = dict.fromkeys((*(everywhere or ()), *names))
+    spelt = {name: with_prefix(name) for name in known} if spellings else {}
+    spelt.update(zip(names, spellings, strict=False))  # there are none where no prefix was lost
+    found: dict[str, float] = {}
+    for pattern, value in values.items():
+        what = f"max_norm: the pattern {pattern!r}"
+        hits, _ = read_pattern(what, pattern, known, spelt, found)
+        if not hits:
+            raise ValueError(f"{what} {no_match(pattern, tuple(known), 'components', aliases)}")
+        for name in hits:
+            found.setdefault(name, value)
+    unmatched = set(names).difference(found)
     for other, first in aliases:
-        if matches(other, pattern) or matches(PREFIX + other, pattern):
-            yield _tied(other, first)
-    bare = without_wrappers(pattern).removeprefix("module.")
+        written = (other, with_prefix(other)) if spellings else (other,)
+        if first in unmatched and any(matches(name, pattern) for pattern in values for name in written):
+            unmatched.remove(first)
+            warn_caller(
+                f"max_norm: {_tied(other, first)}, which no pattern matches: it will not be clipped. "
+                f"Give {first!r} a cap (math.inf if it is not to be clipped)"
+            )
+    return [found.get(name, default) for name in names]
+
+
+def read_pattern(
+    what: str, pattern: str, names: Iterable[str], spelt: Mapping[str, str], settled: Collection[str] = ()
+) -> tuple[set[str], bool]:
+    """The names that a pattern matches, and whether it matches them only as they are ``spelt`` with the lost prefix.
+
+    Raises:
+        ValueError: it matches some names without the prefix and others with it, ``settled`` ones apart.
+    """
+    own = {name for name in names if matches(name, pattern)}
+    others = {name for name in names if matches(spelt[name], pattern)} if spelt else set()
+    difference = sorted((own ^ others).difference(settled))
+    if own and others and difference:
+        raise ValueError(
+            f"{what} may mean two things: all names of the pairs begin with {PREFIX!r}, which is a wrapper's or the "
+            f"model's own, and {difference[0]!r} matches only {'without' if difference[0] in own else 'with'} it; "
+            "pass the Module instead of pairs"
+        )
+    return own or others, bool(others and not own)
+
+
+def no_match(pattern: str, names: Sequence[str], what: str, aliases: Aliases = ()) -> str:
+    """The end of an error message: the pattern matches none of these ``what``, and the likely reason."""
+    shown = f" ({some_of(names)})" if names else ""
+    return f"matches none of the {len(names)} {what}{shown}{_hint(pattern, names, aliases)}"
+
+
+def _hint(pattern: str, names: Sequence[str], aliases: Aliases) -> str:
+    for other, first in aliases:
+        if matches(other, pattern) or matches(with_prefix(other), pattern):
+            return f"; {_tied(other, first)}"
+    bare = without_wrappers(pattern).removeprefix(PREFIX)
     if bare != pattern and any(matches(name, bare) for name in names):
-        yield f"names are those of the model itself, without what wraps it: {bare!r}"
+        return f"; names are those of the model itself, without what wraps it: {bare!r}"
     if not set(pattern).intersection("*?") and len(names) <= _FEW:
         for close in get_close_matches(pattern, names, n=1):
-            yield f"did you mean {close!r}?"
+            return f"; did you mean {close!r}?"
+    return ""
 
 
 def _tied(other: str, first: str) -> str:
     return f"{other!r} is tied to {first!r} and goes by that name"
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few names, in brackets, for an error message."""
-    shown = ", ".join(map(repr, names[:3]))
-    return f" ({shown}{', ...' if len(names) > 3 else ''})" if names else ""

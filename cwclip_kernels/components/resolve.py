@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from torch import Tensor
 
 from ..arguments import type_name
-from ..distributed.shards import Original, is_flat, originals_of
+from ..distributed.shards import is_flat, originals_of
+from .grouping import key_of
 from .membership import Components, Member, Slice
+from .naming import with_prefix
 from .parameters import NamedTensors
 from .spec import ComponentSpec, Grouping
 
 
 def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True) -> Components:
-    """Groups tensors into components.
+    """Groups tensors into components. A callable is called once for each tensor.
 
-    Args:
-        parameters: names and tensors.
-        grouping: one of ``WORDS``, None for "parameter", a ``ComponentSpec``, or a callable that gets (name, tensor)
-            and returns a hashable key, None to leave the tensor alone. It is called once for each tensor.
-        is_all: whether these are all parameters; if other ranks have others, patterns may match those alone.
+    Patterns of a spec may match nothing unless these are all parameters (``is_all``): other ranks may have others.
 
     Raises:
-        TypeError: ``grouping`` is none of these, or returned something unhashable.
-        ValueError: unknown word, a word that needs names where there are none, two keys that look alike, or a spec
-            that doesn't fit the parameters that require grad.
+        TypeError: not a grouping, or a callable returned something unhashable.
+        ValueError: an unknown word, a word that needs names where there are none, two keys that are written alike, or
+            a spec that doesn't fit the parameters that require grad.
     """
     spec = grouping if isinstance(grouping, ComponentSpec) else ComponentSpec(grouping)
-    _check_names(parameters, spec.words)
+    for word in spec.words:
+        if word in ("module", "layer", "type") and parameters.tensors and not parameters.named:
+            raise ValueError(
+                f"components={word!r} needs names: pass the module or module.named_parameters(), not bare tensors"
+            )
     entries = list(_entries(parameters))
     names = [name for _, name, _, _ in entries]
+    spec = spec.read_for(names, parameters.aliases, parameters.lost_prefix, is_all)
     beside = frozenset(names)
-    if is_all:
-        spec.check_patterns(names, parameters.aliases, parameters.prefix)
-    if parameters.prefix:
-        spec = spec.read_for(names, parameters.prefix)
-    order: dict[Hashable, int] = {}
-    written: list[str] = []
-    members: list[Member] = []
-    problems: list[tuple[int, str]] = []
     tied: dict[str, list[str]] = {}
     for other, first in parameters.aliases:
         tied.setdefault(first, []).append(other)
+    order: dict[tuple[Hashable, str], int] = {}
+    members: list[Member] = []
+    problems: list[tuple[int, str]] = []
     aliases: dict[str, str] = {}
-    spellings: dict[str, str] = {}
-
-    def component_of(key: Hashable, name: str) -> int:
-        component = order.setdefault(key, len(order))
-        if component == len(written):
-            written.append(name)
-        return component
-
-    for position, name, tensor, original in entries:
-        key = spec.key_of(name, tensor, beside)
+    by_name: set[int] = set()  # components whose names lack the prefix that parameters' names have lost
+    for position, name, tensor, flat in entries:
+        by, whole = spec.rule_for(name)
+        key = key_of(by, whole, name, tensor, beside)
         if key is None:
             continue
         try:
@@ -64,56 +56,47 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
                 "return a string, number or tuple, or None to leave the parameter alone"
             ) from None
         try:
-            parts = _parts(spec, name, tensor, original)
+            slices = [(label, flat(place)) for label, place in spec.slices_of(name, tensor)]
         except ValueError as error:
             if tensor.requires_grad:
                 raise
             problems.append((position, str(error)))
-            parts = [("", () if original is None else original.flat(()))]
-        for label, box in parts:
-            members.append((position, component_of((key, label), f"{key}{label}"), box))
+            slices = [("", flat(()))]
+        is_by_name = parameters.lost_prefix and by != "all" and not callable(by)
+        for label, place in slices:
+            component = order.setdefault((key, label), len(order))
+            members.append((position, component, place))
+            if is_by_name:
+                by_name.add(component)
         for other in tied.get(name, ()):
-            other_key = spec.key_by_name(other, tensor, beside)
-            if other_key is not None:
-                aliases |= {f"{other_key}{label}": f"{key}{label}" for label, _ in parts}
-        if parameters.prefix:
-            prefixed = spec.prefixed_key(name, key, parameters.prefix)
-            if prefixed is not None:
-                spellings |= {f"{prefixed}{label}": f"{key}{label}" for label, _ in parts}
+            by, whole = spec.rule_for(other)
+            if not callable(by):
+                other_key = key_of(by, whole, other, tensor, beside)
+                aliases |= {f"{other_key}{label}": f"{key}{label}" for label, _ in slices}
+    written = tuple(f"{key}{label}" for key, label in order)
     if len(set(written)) < len(written):
         twice = next(n for i, n in enumerate(written) if n in written[:i])
         raise ValueError(f"components: two different keys are both written {twice!r}; return distinct strings")
     for name in written:
         aliases.pop(name, None)
     return Components(
-        tuple(written),
+        written,
         parameters.names,
         tuple(members),
         tuple(problems),
         tuple(aliases.items()),
-        tuple(spellings.items()),
+        tuple(with_prefix(n) if i in by_name else n for i, n in enumerate(written)) if parameters.lost_prefix else (),
     )
 
 
-def _parts(spec: ComponentSpec, name: str, tensor: Tensor, original: Original | None) -> list[tuple[str, Slice]]:
-    """What a parameter is cut into, with what is appended to its component's name; the whole of it if it isn't."""
-    parts = spec.slices_of(name, tensor) or [("", ())]
-    return parts if original is None else [(label, original.flat(box)) for label, box in parts]
+def _entries(parameters: NamedTensors) -> Iterator[tuple[int, str, Tensor, Callable[[Slice], Slice]]]:
+    """Position, name and tensor of each parameter, and where a slice of it lies in the tensor at that position.
 
-
-def _entries(parameters: NamedTensors) -> Iterator[tuple[int, str, Tensor, Original | None]]:
-    """Position, name and tensor of each parameter; of a flat one all that lie in it, each with its place."""
+    A flat parameter yields all the parameters that lie in it.
+    """
     for position, (name, tensor) in enumerate(zip(parameters.names, parameters.tensors, strict=True)):
-        if not is_flat(tensor):
-            yield position, name, tensor, None
-            continue
-        for original in originals_of(name, tensor, parameters.named):
-            yield position, original.name, original.tensor, original
-
-
-def _check_names(parameters: NamedTensors, groupings: Iterable[object]) -> None:
-    for grouping in groupings:
-        if grouping in ("module", "layer", "type") and not parameters.named and parameters.tensors:
-            raise ValueError(
-                f"components={grouping!r} needs names: pass the module or module.named_parameters(), not bare tensors"
-            )
+        if is_flat(tensor):
+            for original in originals_of(name, tensor, parameters.named):
+                yield position, original.name, original.tensor, original.flat
+        else:
+            yield position, name, tensor, lambda place: place

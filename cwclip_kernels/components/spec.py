@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
-from operator import index as as_index
-from typing import TypeAlias, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 from torch.nn import UninitializedParameter
 
-from ..arguments import type_name
-from .grouping import By, key_function
+from ..arguments import check_type, checked_int
+from .grouping import By, check_grouping
 from .membership import Slice
-from .naming import Aliases
-from .patterns import check_readings, matches, no_match
+from .naming import Aliases, with_prefix
+from .patterns import matches, no_match, read_pattern
 
 
 @dataclass(frozen=True)
@@ -23,19 +22,18 @@ class ComponentSpec:
     """Says what is clipped together, down to slices of one tensor. Immutable: each method returns a new one.
 
     Fused layers keep in one tensor what a model means as several: query, key and value, or all experts of a layer.
-    A slice along dim 0 costs nothing extra; along other dims it is right, and slower. A slice's component is named
-    after what it is cut from: ``h.0.attn.c_attn.weight[q]``.
+    A slice along dim 0 costs nothing extra; along other dims it is slower. A slice's component is named after what
+    it is cut from: ``h.0.attn.c_attn.weight[q]``. A pattern is an ``fnmatch`` pattern or an exact parameter name.
 
-    Frozen parameters are not in the way: tensors of integers, such as packed 4-bit weights, are never cut, and other
-    frozen ones that a split doesn't fit stay whole. Those that it fits are cut, so that freezing changes no name.
+    Frozen parameters are cut where a split fits, so that freezing changes no name, and stay whole where it doesn't.
+    Tensors of integers, such as packed 4-bit weights, are never cut.
 
     Args:
         base: how parameters that no ``group`` matches are grouped: None or "parameter", "module", "layer", "type",
             "all", or a callable (name, tensor) -> hashable key, None to leave the tensor alone.
 
     Raises:
-        TypeError, ValueError: an argument that isn't what it should be; named in the message. Patterns and sizes are
-            held against the parameters when the spec is first used with them.
+        TypeError, ValueError: names the argument. Patterns and sizes are compared with parameters at the first use.
 
     Example:
         >>> import torch
@@ -48,22 +46,21 @@ class ComponentSpec:
     """
 
     base: By = None
-    groups: tuple[_Group, ...] = ()
-    cuts: tuple[_Cut, ...] = ()
+    parts: tuple[_Part, ...] = ()
 
     def __post_init__(self) -> None:
-        key_function(self.base)
+        check_grouping(self.base)
 
     def group(self, pattern: str, by: By) -> ComponentSpec:
-        """Groups the parameters that match otherwise than the base does; the last ``group`` that matches counts.
+        """Groups the parameters that match differently from the base; the last ``group`` that matches counts.
 
         Args:
-            pattern: ``fnmatch`` pattern on parameter names, or one exact name.
-            by: as ``base``. "all" puts everything that matches into one component, named after the pattern.
+            pattern: which parameters.
+            by: as ``base``. "all" puts all that match into one component, which is named after the pattern.
         """
-        _check_pattern(pattern)
-        key_function(by)
-        return replace(self, groups=(*self.groups, _Group(pattern, by)))
+        check_type(pattern, "pattern", str, "a string")
+        check_grouping(by)
+        return replace(self, parts=(*self.parts, _Part("group", pattern, by=by)))
 
     def split(
         self, pattern: str, sizes: int | Sequence[int], names: Sequence[str] | None = None, dim: int = 0
@@ -73,17 +70,30 @@ class ComponentSpec:
         Two splits of one parameter along different dims cut it both ways: ``experts.w[3][gate]``.
 
         Args:
-            pattern: ``fnmatch`` pattern on parameter names, or one exact name.
-            sizes: lengths of the slices along ``dim``, which they must fill; one number for slices of that length
-                each (a head's rows, 1 for experts stacked along ``dim``).
+            pattern: which parameters.
+            sizes: lengths of the slices along ``dim``, which they must fill; or one length of all slices (a head's
+                rows, 1 for experts stacked along ``dim``).
             names: one for each slice, distinct; "0", "1", ... without.
             dim: dimension that is cut; negative ones count from the end.
         """
-        _check_pattern(pattern)
-        return replace(
-            self,
-            cuts=(*self.cuts, _Cut(pattern, _checked_sizes(sizes), _checked_names(names, sizes), _checked_dim(dim))),
-        )
+        check_type(pattern, "pattern", str, "a string")
+        kinds = "a whole number or a sequence of them"
+        if _is_sequence(sizes):
+            sizes = tuple(checked_int(size, "sizes", 1, kinds) for size in sizes)
+            if not sizes:
+                raise ValueError("sizes: expected at least one")
+        else:
+            sizes = checked_int(sizes, "sizes", 1, kinds)
+        if names is not None:
+            if not _is_sequence(names) or not all(isinstance(name, str) for name in names):
+                raise TypeError("names: expected a sequence of strings, one for each slice")
+            names = tuple(names)
+            if len(set(names)) < len(names):
+                raise ValueError(f"names: expected distinct ones, not {names}")
+            if isinstance(sizes, tuple) and len(names) != len(sizes):
+                raise ValueError(f"names: expected {len(sizes)}, one for each of sizes, not {len(names)}")
+        part = _Part("split", pattern, sizes=sizes, names=names, dim=checked_int(dim, "dim"))
+        return replace(self, parts=(*self.parts, part))
 
     def unitwise(self, pattern: str, dim: int = 0) -> ComponentSpec:
         """One component for each index along ``dim`` of every parameter that matches: each output unit of a Linear.
@@ -92,218 +102,110 @@ class ComponentSpec:
         Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171.
 
         Args:
-            pattern: ``fnmatch`` pattern on parameter names, or one exact name.
+            pattern: which parameters.
             dim: 0 for the rows of a Linear or a convolution, 1 for those of a Conv1D of GPT-2.
         """
-        _check_pattern(pattern)
-        return replace(self, cuts=(*self.cuts, _Cut(pattern, 1, None, _checked_dim(dim), unitwise=True)))
+        check_type(pattern, "pattern", str, "a string")
+        return replace(self, parts=(*self.parts, _Part("unitwise", pattern, dim=checked_int(dim, "dim"))))
 
     @property
     def words(self) -> tuple[By, ...]:
-        """Everything that parameters are grouped by."""
-        return (self.base, *(g.by for g in self.groups))
+        """Every word or callable that parameters are grouped by."""
+        return (self.base, *(part.by for part in self.parts))
 
     @property
     def is_static(self) -> bool:
         """Whether names and shapes alone decide: no callable is to be asked."""
         return not any(map(callable, self.words))
 
-    def check_patterns(self, names: Sequence[str], aliases: Aliases = (), prefix: str = "") -> None:
-        """Raises ValueError if a pattern matches none of these parameters, of which tied ones have other names.
-
-        Args:
-            names: of the parameters.
-            aliases: other names of tied ones, for the message.
-            prefix: that the names have lost, and a pattern may begin with.
-        """
-        parts: tuple[_Part, ...] = (*self.groups, *self.cuts)
-        for part in parts:
-            method, pattern = part.method, part.pattern
-            if not any(matches(name, pattern) or (prefix and matches(prefix + name, pattern)) for name in names):
-                raise ValueError(
-                    f"components: {method}({pattern!r}) {no_match(pattern, names, 'parameters', aliases)}"
-                )
-
-    def read_for(self, names: Sequence[str], prefix: str) -> ComponentSpec:
-        """The same, its patterns read without the prefix that these names have lost, or with it if none matches so.
+    def read_for(self, names: Sequence[str], aliases: Aliases, lost_prefix: bool, is_all: bool) -> ComponentSpec:
+        """The same for these parameters: each pattern with the prefix that they have lost, if it matches only so.
 
         Raises:
-            ValueError: a pattern matches names without it and others with it.
+            ValueError: a pattern may be meant in both ways, or matches nothing although these are all parameters.
         """
+        spelt = {name: with_prefix(name) for name in names} if lost_prefix else {}
 
-        def read(part: _AnyPart) -> _AnyPart:
-            own = {name for name in names if matches(name, part.pattern)}
-            prefixed = {name for name in names if matches(prefix + name, part.pattern)}
-            check_readings(f"components: the pattern of {part.method}", part.pattern, own, prefixed)
-            return replace(part, prefix=prefix) if prefixed and not own else part
+        def read(part: _Part) -> _Part:
+            what = f"components: {part.method}({part.pattern!r})"
+            found, prefixed = read_pattern(what, part.pattern, names, spelt)
+            if is_all and not found:
+                raise ValueError(f"{what} {no_match(part.pattern, names, 'parameters', aliases)}")
+            return replace(part, prefixed=prefixed)
 
-        return replace(self, groups=tuple(map(read, self.groups)), cuts=tuple(map(read, self.cuts)))
+        return replace(self, parts=tuple(map(read, self.parts)))
 
-    def key_of(self, name: str, tensor: Tensor, beside: Collection[str] = ()) -> Hashable | None:
-        """The key of the component that a whole parameter would belong to, None to leave it alone."""
-        group = self._group_of(name)
-        if group is None:
-            return key_function(self.base, beside)(name, tensor)
-        return group.pattern if group.by == "all" else key_function(group.by, beside)(name, tensor)
-
-    def key_by_name(self, name: str, tensor: Tensor, beside: Collection[str] = ()) -> Hashable | None:
-        """As ``key_of``, but None where a callable would have to be asked."""
-        group = self._group_of(name)
-        return None if callable(self.base if group is None else group.by) else self.key_of(name, tensor, beside)
-
-    def prefixed_key(self, name: str, key: Hashable, prefix: str) -> str | None:
-        """What a parameter's key would be, had its name kept this prefix; None where that makes no difference."""
-        group = self._group_of(name)
-        by = self.base if group is None else group.by
-        return None if by == "all" or callable(by) else f"{prefix}{key}".removesuffix(".")
-
-    def _group_of(self, name: str) -> _Group | None:
-        return next((group for group in reversed(self.groups) if group.matches(name)), None)
+    def rule_for(self, name: str) -> tuple[By, str]:
+        """What a parameter is grouped by, and the key of its component if that is "all"."""
+        for part in reversed(self.parts):
+            if part.method == "group" and part.matches(name):
+                return part.by, part.pattern
+        return self.base, "all"
 
     def slices_of(self, name: str, tensor: Tensor) -> list[tuple[str, Slice]]:
-        """The slices of a parameter, each with what is appended to its component's name; none if it stays whole.
-
-        Integers, such as the packed weights of a quantized model, have no gradient and stay whole.
+        """The slices of a parameter, each with the end of its component's name: [("", ())] if it stays whole.
 
         Raises:
             ValueError: sizes that don't fill the dimension, a dimension that isn't there or that is cut twice.
         """
-        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-            return []
-        cuts: dict[int, _Cut] = {}
-        for cut in self.cuts:
-            if not cut.matches(name):
+        cuts: dict[int, _Part] = {}
+        for cut in self.parts if tensor.dtype.is_floating_point or tensor.dtype.is_complex else ():
+            if cut.method == "group" or not cut.matches(name):
                 continue
             if isinstance(tensor, UninitializedParameter):  # torch's is_lazy() can't be traced
                 raise ValueError(f"components: {name!r} can't be cut before its shape is known; run the model once")
-            if cut.unitwise and tensor.ndim < 2:
+            if cut.method == "unitwise" and tensor.ndim < 2:
                 continue
-            dim = cut.dim_of(name, tensor)
+            if not -tensor.ndim <= cut.dim < tensor.ndim:
+                raise cut.error(f"{name!r} has shape {list(tensor.shape)}, no dim {cut.dim}")
+            dim = cut.dim % tensor.ndim
             if dim in cuts:
-                raise ValueError(
-                    f"components: {name!r} is cut along dim {dim} twice, by {cuts[dim].pattern!r} and {cut.pattern!r}"
-                )
+                raise cut.error(f"{name!r} is cut along dim {dim} twice, before by {cuts[dim].pattern!r}")
             cuts[dim] = cut
         if not cuts:
-            return []
-        along = [cut.slices(name, tensor, dim) for dim, cut in cuts.items()]
+            return [("", ())]
         return [
-            ("".join(f"[{label}]" for label, _ in chosen), tuple(sorted(part for _, part in chosen)))
-            for chosen in product(*along)
+            ("".join(f"[{label}]" for label, _ in chosen), tuple(sorted(place for _, place in chosen)))
+            for chosen in product(*(cut.slices(name, tensor.shape[dim], dim) for dim, cut in cuts.items()))
         ]
 
 
 @dataclass(frozen=True)
 class _Part:
+    """What one of ComponentSpec's methods was called with, which is named by ``method``."""
+
+    method: str
     pattern: str
-    prefix: str = field(default="", kw_only=True)  # which names get before they are held against the pattern
+    by: By = None
+    sizes: int | tuple[int, ...] = 1
+    names: tuple[str, ...] | None = None
+    dim: int = 0
+    prefixed: bool = False  # whether names get PREFIX before they are compared with the pattern
 
     def matches(self, name: str) -> bool:
-        return matches(self.prefix + name, self.pattern)
+        return matches(with_prefix(name) if self.prefixed else name, self.pattern)
 
-    @property
-    def method(self) -> str:
-        return "group"
-
-
-_AnyPart = TypeVar("_AnyPart", bound=_Part)
-
-
-@dataclass(frozen=True)
-class _Group(_Part):
-    by: By
-
-
-@dataclass(frozen=True)
-class _Cut(_Part):
-    sizes: int | tuple[int, ...]
-    names: tuple[str, ...] | None
-    dim: int
-    unitwise: bool = False
-
-    @property
-    def method(self) -> str:
-        return "unitwise" if self.unitwise else "split"
-
-    def dim_of(self, name: str, tensor: Tensor) -> int:
-        if not -tensor.ndim <= self.dim < tensor.ndim:
-            raise ValueError(
-                f"components: {name!r} has shape {list(tensor.shape)}, no dim {self.dim} (cut by {self.pattern!r})"
-            )
-        return self.dim % tensor.ndim
-
-    def slices(self, name: str, tensor: Tensor, dim: int) -> list[tuple[str, tuple[int, int, int]]]:
-        length = tensor.shape[dim]
-        sizes = self.sizes
+    def slices(self, name: str, length: int, dim: int) -> list[tuple[str, tuple[int, int, int]]]:
+        """Label and (dim, start, size) of each slice."""
+        sizes, what = self.sizes, f"dim {dim} of {name!r} has length {length}"
         if isinstance(sizes, int):
             if length % sizes:
-                raise ValueError(
-                    f"components: dim {dim} of {name!r} has length {length}, which is not a multiple of "
-                    f"sizes={sizes} (cut by {self.pattern!r})"
-                )
+                raise self.error(f"{what}, which is not a multiple of sizes={sizes}")
             sizes = (sizes,) * (length // sizes)
         if sum(sizes) != length:
-            raise ValueError(
-                f"components: dim {dim} of {name!r} has length {length}, but sizes={sizes} add up to {sum(sizes)} "
-                f"(cut by {self.pattern!r})"
-            )
+            raise self.error(f"{what}, but sizes={sizes} add up to {sum(sizes)}")
         labels = self.names or tuple(map(str, range(len(sizes))))
         if len(labels) != len(sizes):
-            raise ValueError(
-                f"components: {name!r} has {len(sizes)} slices along dim {dim}, but there are {len(labels)} names "
-                f"(cut by {self.pattern!r})"
-            )
-        starts = (
-            [sum(sizes[:i]) for i in range(len(sizes))]
-            if len(set(sizes)) > 1
-            else [i * s for i, s in enumerate(sizes)]
-        )
-        return [(label, (dim, start, size)) for label, start, size in zip(labels, starts, sizes, strict=True)]
+            raise self.error(f"{name!r} has {len(sizes)} slices along dim {dim}, but there are {len(labels)} names")
+        starts = accumulate(sizes, initial=0)  # and the end of the last slice
+        return [(label, (dim, start, size)) for label, start, size in zip(labels, starts, sizes, strict=False)]
+
+    def error(self, problem: str) -> ValueError:
+        return ValueError(f"components: {problem} (cut by {self.pattern!r})")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _check_pattern(pattern: object) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern: expected a string, not {type_name(pattern)}")
-
-
-def _checked_length(size: object) -> int:
-    if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise TypeError(f"sizes: expected a whole number or a sequence of them, not {type_name(size)}")
-    length = as_index(size)
-    if length < 1:
-        raise ValueError(f"sizes: expected numbers >= 1, not {length}")
-    return length
-
-
-def _checked_sizes(sizes: int | Sequence[int]) -> int | tuple[int, ...]:
-    if hasattr(sizes, "__index__") or isinstance(sizes, str) or not isinstance(sizes, Sequence):
-        return _checked_length(sizes)
-    if not sizes:
-        raise ValueError("sizes: expected at least one")
-    return tuple(map(_checked_length, sizes))
-
-
-def _checked_names(names: Sequence[str] | None, sizes: int | Sequence[int]) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
-        raise TypeError("names: expected a sequence of strings, one for each slice")
-    if len(set(names)) < len(names):
-        raise ValueError(f"names: expected distinct ones, not {tuple(names)}")
-    if isinstance(sizes, Sequence) and len(names) != len(sizes):
-        raise ValueError(f"names: expected {len(sizes)}, one for each of sizes, not {len(names)}")
-    return tuple(names)
-
-
-def _checked_dim(dim: object) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim: expected a whole number, not {type_name(dim)}")
-    return dim
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 Grouping: TypeAlias = "By | ComponentSpec"

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from ..backends.native import Addresses
 from ..components.membership import Slice
-from .checks import Gradients
 
 
 class Found(NamedTuple):
-    """A bucket's gradients at one call.
-
-    Attributes:
-        own: the gradients.
-        addresses: where they lie, int64 each; None where no native pass has looked at them.
-    """
+    """A bucket's gradients at one call, and their addresses, int64 each; None if no native pass has read these."""
 
     own: list[Tensor]
     addresses: bytes | None
@@ -27,59 +21,33 @@ class Found(NamedTuple):
 
 @dataclass(eq=False)
 class Bucket:
-    """The gradients of one device that one backend serves, in any mix of dtypes.
-
-    Attributes:
-        device: where the gradients live.
-        backend: name of the backend that serves them.
-        reason: why that backend, for ``explain()``.
-        positions: index of each gradient in the call's list of parameters.
-        components: component of each piece, int64 [m] on the CPU, values in [0, count). Pieces are the gradients,
-            unless there are ``boxes``.
-        boxes: gradient (its place in the bucket) and place of each of the m pieces; None if none is cut.
-        count: number of components K of the whole call; every [K] tensor has this length.
-        norm_dtype: float32, or float64 if any gradient of the call is float64.
-        plain: all are real and strided, so that they can be handed over as they are.
-        addresses: reads them off a call's gradients, and notices others; None where only a signature tells.
-        state: what the backend keeps with the bucket, such as tables.
-    """
+    """The gradients of one device that one backend serves, in any mix of dtypes; m pieces, each whole or a slice."""
 
     device: torch.device
     backend: str
-    reason: str
-    positions: tuple[int, ...]
-    components: Tensor
-    boxes: tuple[tuple[int, Slice], ...] | None
-    count: int
-    norm_dtype: torch.dtype
-    plain: bool
-    addresses: Addresses | None = None
-    state: Any = None
-
-    def pick(self, grads: Gradients) -> list[Tensor]:
-        """This bucket's own out of the call's gradients; the list itself where that is all of them."""
-        if len(self.positions) == len(grads) and isinstance(grads, list):
-            return grads
-        return [grads[i] for i in self.positions]  # type: ignore[misc]  # none of these is None
+    reason: str  # why that backend, for ``explain()``
+    positions: tuple[int, ...]  # of each gradient in the call's list of parameters
+    components: Tensor  # of each piece, int64 [m] on the CPU, values in [0, count)
+    slices: tuple[tuple[int, Slice], ...] | None  # of each piece its gradient's index here; None if all are whole
+    count: int  # of components of the whole call: every [K] tensor has this length
+    norm_dtype: torch.dtype  # float32, or float64 if any gradient of the call is
+    plain: bool  # all are real and strided, so that backends take them as they are
+    addresses: Addresses | None = None  # compares a call's gradients with these; None if ``ClipPlan`` does
+    state: Any = None  # what the backend keeps with the bucket, such as tables
 
     def pieces(self, grads: list[Tensor]) -> list[Tensor]:
-        """The m pieces of this bucket's own gradients, as views on them."""
-        if self.boxes is None:
-            return grads
-        return [narrowed(grads[i], box) for i, box in self.boxes]
+        """The m pieces of the bucket's gradients, as views."""
+        return grads if self.slices is None else [narrowed(grads[i], place) for i, place in self.slices]
 
     def cuts(self) -> list[int] | None:
-        """``boxes`` for native code; None if no gradient is cut.
-
-        Of each piece its gradient, how many dims are cut, and of each of these dim, start and size.
-        """
-        if self.boxes is None:
+        """``slices`` for native code: of each piece its gradient, the number of cut dims, each dim, start, size."""
+        if self.slices is None:
             return None
-        return [n for i, box in self.boxes for n in (i, len(box), *(n for part in box for n in part))]
+        return [n for i, place in self.slices for n in (i, len(place), *(n for cut in place for n in cut))]
 
 
-def narrowed(tensor: Tensor, box: Slice) -> Tensor:
+def narrowed(tensor: Tensor, place: Slice) -> Tensor:
     """The slice of a tensor, as a view."""
-    for dim, start, size in box:
+    for dim, start, size in place:
         tensor = tensor.narrow(dim, start, size)
     return tensor

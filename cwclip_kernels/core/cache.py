@@ -1,9 +1,9 @@
 """The function form's cache: sessions for parameters that have been seen before.
 
 Resolving names costs milliseconds and a plan more. The keys are made of ids, which another tensor may have when the
-first is gone. But a session depends on names and on what the parameters look like, not on which they are: so that is
-compared at every call, and no weak reference to a tensor is needed. (A tensor that has one can't be swapped, which
-moving a model may take.)
+first is gone. But a session depends on names and on what parameters look like, not on which they are: so that is
+compared at every call, and no weak references to tensors are needed. (A tensor with one can't be swapped, as moving a
+model may do.)
 """
 
 from __future__ import annotations
@@ -29,24 +29,16 @@ from .session import ClipSession
 
 @dataclass(frozen=True)
 class _Entry:
-    """A session for parameters seen before. It keeps none of them alive.
-
-    Attributes:
-        session: components and plans.
-        form: what the parameters looked like.
-        positions: of each parameter's first occurrence in the caller's list; None if each occurs once.
-        module: where the tensors came from, if from a module; with it the entry goes.
-        storage: where the first tensor's data lies, if not from a module.
-    """
+    """A session for parameters seen before. It keeps none of them alive."""
 
     session: ClipSession
-    form: object
-    positions: tuple[int, ...] | None
-    module: weakref.ref[nn.Module] | None
-    storage: StorageWeakRef | None
+    form: object  # what the parameters looked like
+    positions: list[int]  # of the first occurrence of each parameter in the caller's list
+    module: weakref.ref[nn.Module] | None  # whose parameters they are; removes the entry when it dies
+    storage: StorageWeakRef | None  # of the first parameter, if no module was given
 
-    def is_over(self) -> bool:
-        """Whether the parameters' memory is gone, so that the entry is hardly of use any more."""
+    def is_dead(self) -> bool:
+        """Whether the parameters' memory is gone, so that the entry is hardly of use."""
         return self.storage is not None and bool(self.storage.expired())  # type: ignore[no-untyped-call]
 
     def is_for(self, tensors: Sequence[Tensor], form: object) -> bool:
@@ -55,15 +47,15 @@ class _Entry:
             return False
         if self.session.spread is None or self.storage is None:
             return True
-        # Ranks make their sessions together, and ids are reused on one rank and not on another, by chance.
+        # Ranks make their sessions together, but an id may be reused on one rank and not on another.
         now = _storage_of(tensors)
-        return now is not None and not self.is_over() and now.cdata == self.storage.cdata
+        return now is not None and not self.is_dead() and now.cdata == self.storage.cdata
 
 
 _KEPT = 1024  # enough for a program that calls once for each parameter
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
-_next_look = 8  # for entries that are over, in so many insertions
+_until_purge = 8  # insertions until dead entries are removed
 
 
 def session_for(
@@ -75,61 +67,54 @@ def session_for(
 ) -> tuple[Sequence[Tensor], ClipSession]:
     """The tensors of ``parameters``, each once, and their session.
 
-    ``settings`` tells what all ranks have to choose alike; it is called where a session is made, not at every call.
+    ``settings`` describes what all ranks must have alike; called where a session is made, not at every call.
     """
     source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
     key, given = _identify(source, grouping)
-    form = entry = None
+    form = None
     if key is not None:
         # Not by the ids of meshes: mesh["pp"] is another object each time, and an id may be that of a later one.
         key = key, as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
+        form = form_of(given)
         with _lock:
             entry = _entries.get(key)
             if entry is not None:
                 _entries.move_to_end(key)
-        form = form_of(given)
-    if entry is not None:
-        tensors = given if entry.positions is None else [given[i] for i in entry.positions]
-        if entry.is_for(tensors, form):
-            return tensors, entry.session
+        if entry is not None:
+            is_all = len(entry.positions) == len(given)
+            tensors = given if is_all else [given[i] for i in entry.positions]
+            if entry.is_for(tensors, form):
+                return tensors, entry.session
     check_parts(source, process_group)
     named = named_tensors(source)
     session = ClipSession.of(named, grouping, process_group, pp_mesh, settings())
     if key is not None:
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(given)))}
         module = storage = None
         if isinstance(source, nn.Module):
             module = weakref.ref(source, lambda _: _entries.pop(key, None))
         else:
             storage = _storage_of(named.tensors)
-        _remember(key, _Entry(session, form, _positions(given), module, storage))
+        _remember(key, _Entry(session, form, sorted(first.values()), module, storage))
     return named.tensors, session
 
 
 def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
-    if not tensors:
-        return None
-    first: Any = local_value(tensors[0])
+    first: Any = local_value(tensors[0]) if tensors else None
     if type(first) not in (Tensor, nn.Parameter) or first.layout != torch.strided or first.is_nested:
         return None
     return StorageWeakRef(first.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _positions(given: Sequence[Tensor]) -> tuple[int, ...] | None:
-    first: dict[int, int] = {}
-    for position, tensor in enumerate(given):
-        first.setdefault(id(tensor), position)
-    return None if len(first) == len(given) else tuple(first.values())
-
-
 def _remember(key: Hashable, entry: _Entry) -> None:
-    global _next_look
+    global _until_purge
     with _lock:
         _entries[key] = entry
-        _next_look -= 1
-        if _next_look <= 0:  # rarely, so that it costs each entry little however many there are
-            for over in [known for known, other in _entries.items() if other.is_over()]:
-                del _entries[over]
-            _next_look = max(8, len(_entries) // 2)
+        _until_purge -= 1
+        if _until_purge <= 0:  # rarely, so that it costs each entry little however many there are
+            for dead in [known for known, other in _entries.items() if other.is_dead()]:
+                del _entries[dead]
+            _until_purge = max(8, len(_entries) // 2)
         while len(_entries) > _KEPT:
             _entries.popitem(last=False)
 
@@ -137,8 +122,8 @@ def _remember(key: Hashable, entry: _Entry) -> None:
 def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashable, list[Tensor]]:
     """A key that no other living set of parameters has, and its tensors, repetitions included.
 
-    The key is None for what must be resolved at every call: a grouping function, which may answer differently, and
-    what isn't a set of parameters, where reading its names raises.
+    None where names must be resolved at every call: for a grouping function, which may answer differently, and for
+    what isn't a set of parameters, which then raises.
     """
     is_static = isinstance(grouping, ComponentSpec) and grouping.is_static
     if not (grouping is None or isinstance(grouping, str) or is_static):
@@ -160,7 +145,7 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
 
 
 def _walk(module: nn.Module, names: list[str], tensors: list[Tensor], seen: set[int]) -> None:
-    # named_parameters() puts every full name together anew: three times the cost of the walk.
+    # named_parameters() composes every full name: three times the cost of this walk.
     seen.add(id(module))
     for name, parameter in module._parameters.items():
         if parameter is not None:

@@ -1,61 +1,102 @@
-"""What can be clipped: every gradient is looked at here when a plan is made, and refused by its parameter's name."""
+"""What can be clipped: a plan checks every gradient when it is made, and names the parameter of one that can't be."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..arguments import type_name
+from ..backends.served import COMPLEX_DTYPES, DTYPES
 from ..components.membership import Components
+from .modes import is_traced
 
 Gradients = Sequence[Tensor | None]
 
-WIDE_DTYPES = (torch.float64, torch.complex128)  # whose norms are returned as float64
-
-_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-)
+WIDE_DTYPES = (torch.float64, torch.complex128)  # their norms are float64
+_DTYPES = (*DTYPES, *COMPLEX_DTYPES)
 
 
 class WithoutData(Exception):
-    """The gradients are fake tensors, or on the meta device: shapes and dtypes are all that can be computed.
+    """All gradients are fake or meta tensors, so that only device and dtype of the norms are known."""
 
-    Attributes:
-        device: of the first gradient.
-        norm_dtype: of the norms.
-    """
-
-    def __init__(self, device: torch.device, norm_dtype: torch.dtype) -> None:
+    def __init__(self, grads: Sequence[Tensor]) -> None:
         super().__init__()
-        self.device = device
-        self.norm_dtype = norm_dtype
+        self.device, self.norm_dtype = grads[0].device, norm_dtype_of(grads)
+
+
+def norm_dtype_of(grads: Iterable[Tensor]) -> torch.dtype:
+    """Dtype of a call's norms: float64 if any gradient is, or else float32."""
+    return torch.float64 if any(g.dtype in WIDE_DTYPES for g in grads) else torch.float32
 
 
 def values_of(grad: Tensor) -> Tensor:
-    """What a gradient keeps in memory: itself, or a sparse one's values."""
+    """A gradient's tensor in memory: itself, or the values of a sparse one."""
     return grad._values() if grad.is_sparse else grad
 
 
-def check_gradient(grad: Tensor, name: str, *, cut: bool = False, writes: bool = True) -> None:
-    """Raises unless ``grad`` is something that can be clipped in place, or slice by slice if it is ``cut``.
+def has_no_data(tensor: Tensor) -> bool:
+    """Whether it is a fake tensor, or on the meta device."""
+    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
+    return tensor.is_meta or (fake is not None and isinstance(tensor, fake))
+
+
+def check_gradients(
+    components: Components, grads: Mapping[int, Tensor], what: str = "the gradient of", *, writes: bool = True
+) -> None:
+    """Raises unless gradients, by position, can be measured and, if it ``writes``, scaled in place.
 
     Raises:
         TypeError: dtype, layout or tensor subclass that isn't served.
-        ValueError: a parameter set as gradient, if it ``writes``; elements on one memory place; a meta tensor.
+        ValueError: several elements in one place, no data; or if it ``writes``, a parameter or an inference tensor.
     """
-    where = f"the gradient of {name!r}"
-    if writes:
-        check_not_leaf(grad, where)
-    check_tensor(grad, where, cut=cut)
+    names, cut, problems = components.tensor_names, components.cut, dict(components.problems)
+    for position, grad in grads.items():
+        where = f"{what} {names[position]!r}"
+        if position in problems:
+            raise ValueError(
+                f"{where}, which was frozen when components were looked up: {problems[position]}. "
+                "Make the clipper after parameters have been unfrozen"
+            )
+        if writes:
+            check_not_leaf(grad, where)
+        _check_type(grad, where, cut=position in cut)
+        values = values_of(grad)
+        if grad.is_meta:
+            raise ValueError(f"{where} is on the meta device: there is no data to clip")
+        if overlaps(values):
+            raise ValueError(
+                f"{where} has several elements on one place in memory (shape {list(values.shape)}, strides "
+                f"{list(values.stride())}), which would be scaled more than once; use .contiguous()"
+            )
+        if writes and not is_traced() and grad.is_inference():
+            raise ValueError(f"{where} was made in inference mode, and can't be written to outside of it; clone() it")
+
+
+def _check_type(grad: Tensor, where: str, *, cut: bool) -> None:
+    problem = None
+    if type(grad) is not Tensor:
+        problem = (
+            f"is a {type_name(grad)}: of tensor subclasses only DTensor is served, where the parameter is one, "
+            "outside of torch.compile; set p.grad to a plain tensor"
+        )
+    elif grad.is_nested:
+        problem = "is a nested tensor, which is not served; set p.grad to a dense or sparse_coo tensor"
+    elif grad.dtype not in _DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        problem = f"is {grad.dtype}: only {served} are served; convert it first"
+    elif grad.layout not in (torch.strided, torch.sparse_coo):
+        problem = f"has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()"
+    elif cut and grad.is_sparse:
+        problem = (
+            "is sparse and can't be clipped slice by slice: leave it whole in the ComponentSpec, or make the layer "
+            "with sparse=False"
+        )
+    if problem is not None:
+        raise TypeError(f"{where} {problem}")
 
 
 def check_not_leaf(grad: Tensor, where: str) -> None:
@@ -65,65 +106,6 @@ def check_not_leaf(grad: Tensor, where: str) -> None:
             f"{where} is itself a parameter (or a leaf that requires grad): clipping would change the parameter's "
             "own data; set p.grad to its gradient, or detach it first"
         )
-
-
-def was_frozen(name: str, problem: str) -> ValueError:
-    """The error where a parameter has a gradient that could not be clipped when it was frozen; see ``Components``."""
-    return ValueError(
-        f"the gradient of {name!r}, which was frozen when components were looked up: {problem}. "
-        "Make the clipper after parameters have been unfrozen"
-    )
-
-
-def check_tensor(grad: Tensor, where: str, *, cut: bool = False) -> None:
-    """Raises unless backends can read ``grad``; ``where`` says what it is. Errors as for ``check_gradient``."""
-    if type(grad) is not Tensor:
-        raise TypeError(
-            f"{where} is a {type_name(grad)}: of tensor subclasses only DTensor is served, where the parameter is "
-            "one, outside of torch.compile; set p.grad to a plain tensor"
-        )
-    if grad.is_nested:
-        raise TypeError(
-            f"{where} is a nested tensor, which is not served; set p.grad to a dense or sparse_coo tensor"
-        )
-    if grad.dtype not in _DTYPES:
-        raise TypeError(
-            f"{where} is {grad.dtype}: only {', '.join(map(_short, _DTYPES))} are served; convert it first"
-        )
-    if grad.layout not in (torch.strided, torch.sparse_coo):
-        raise TypeError(f"{where} has layout {grad.layout}: only strided and sparse_coo are served; use .to_dense()")
-    if cut and grad.is_sparse:
-        raise TypeError(
-            f"{where} is sparse and can't be clipped slice by slice: leave it whole in the ComponentSpec, or make "
-            "the layer with sparse=False"
-        )
-    if grad.device.type == "meta":
-        raise ValueError(f"{where} is on the meta device: there is no data to clip")
-    values = values_of(grad)
-    if overlaps(values):
-        raise ValueError(
-            f"{where} has several elements on one place in memory (shape {list(values.shape)}, strides "
-            f"{list(values.stride())}), which would be scaled more than once; use .contiguous()"
-        )
-
-
-def check_data(components: Components, grads: Gradients) -> None:
-    """Raises WithoutData if no gradient has data; where only some have none, ``check_gradient`` names the first."""
-    clipped = components.clipped
-    own = [g for i, g in enumerate(grads) if g is not None and i in clipped]
-    if own and all(map(has_no_data, own)):
-        wide = any(g.dtype in WIDE_DTYPES for g in own)
-        raise WithoutData(own[0].device, torch.float64 if wide else torch.float32)
-
-
-def has_no_data(tensor: Tensor) -> bool:
-    """Whether it is a fake tensor, or on the meta device."""
-    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", None)
-    return tensor.is_meta or (fake is not None and isinstance(tensor, fake))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def overlaps(grad: Tensor) -> bool:
@@ -138,19 +120,14 @@ def overlaps(grad: Tensor) -> bool:
     return False
 
 
-def check_distinct(components: Components, grads: Gradients) -> None:
-    """Raises if two gradients share memory. Those with gaps may interleave, but not begin at the same place."""
+def share_memory(grads: Gradients) -> tuple[int, int] | None:
+    """Indices of two gradients that share memory, or None. Those with gaps may interleave, but not begin together."""
     places = []
-    clipped = components.clipped
-    for position, grad in enumerate(grads):
-        if grad is not None and position in clipped and (values := values_of(grad)).numel():
-            start, gaps = values.data_ptr(), not values.is_contiguous()
-            places.append((str(values.device), start, start + (1 if gaps else values.nbytes), position))
-    places.sort()
-    for (device, _, end, one), (other_device, start, _, other) in pairwise(places):
+    for i, grad in enumerate(grads):
+        if grad is not None and not grad.is_meta and (values := values_of(grad)).numel():
+            start = values.data_ptr()
+            places.append((str(values.device), start, start + (values.nbytes if values.is_contiguous() else 1), i))
+    for (device, _, end, one), (other_device, start, _, other) in pairwise(sorted(places)):
         if device == other_device and start < end:
-            names = components.tensor_names[one], components.tensor_names[other]
-            raise ValueError(
-                f"the gradients of {names[0]!r} and {names[1]!r} share memory, which would be scaled twice; "
-                "give each its own, or pass one of them"
-            )
+            return one, other
+    return None

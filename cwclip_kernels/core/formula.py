@@ -1,7 +1,4 @@
-"""From power sums to norms to coefficients, in torch operations on whatever device holds them.
-
-The kernels carry the same few lines in their own language; the tests hold all of them to these.
-"""
+"""Power sums to norms to coefficients, in torch operations on any device; the kernels are tested against these."""
 
 from __future__ import annotations
 
@@ -17,61 +14,46 @@ POLICIES = ("propagate", "zero", "skip", "error")
 
 @dataclass(frozen=True)
 class ClipRule:
-    """How a norm becomes a coefficient: the scalars of a call, already checked.
-
-    Attributes:
-        norm_type: order p of the norm; ``inf`` for the largest absolute value.
-        eps: added to the norm before the division.
-        nonfinite: one of ``POLICIES``; "error" is decided before anything is scaled.
-    """
+    """How a norm becomes a coefficient: the scalars of a call, already checked."""
 
     norm_type: float = 2.0
     eps: float = 1e-6
-    nonfinite: str = "propagate"
+    nonfinite: str = "propagate"  # one of POLICIES; "error" is decided before anything is scaled
 
     @property
     def zero_fill(self) -> bool:
-        """Whether a coefficient of 0 writes zeros, so that inf and NaN vanish, rather than multiplies."""
+        """Whether a coefficient of 0 writes zeros, which erases inf and NaN, instead of multiplying."""
         return self.nonfinite == "zero"
 
     @cached_property
     def without_eps(self) -> ClipRule:
-        """The same with ``eps`` 0: coef = cap / norm, the same at any scale of the loss that the cap follows."""
+        """The same with ``eps`` 0: then a cap that follows the norms gives the same coefficient at any loss scale."""
         return self if self.eps == 0.0 else replace(self, eps=0.0)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, the dtype of power sums and of the coefficient's arithmetic, where the device has it."""
+    """The dtype of power sums and of the coefficient's arithmetic: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def merge(sums: Tensor, more: Tensor, norm_type: float) -> Tensor:
-    """Power sums of two disjoint parts of the same components, as one (NaN wins in both branches)."""
-    if norm_type == math.inf:
-        return torch.maximum(sums, more)
-    if norm_type == -math.inf:
-        return torch.minimum(sums, more)
-    return sums + more
-
-
 def merged(sums: Tensor, norm_type: float) -> Tensor:
-    """``merge`` of all along the last dimension, in a fixed order."""
+    """Power sums of disjoint parts, along the last dimension, as one: added in a fixed order; NaN wins."""
     if math.isinf(norm_type):
         return sums.amax(-1) if norm_type > 0 else sums.amin(-1)
     return sums.sum(-1)
 
 
 def total(norms: Tensor, norm_type: float) -> Tensor:
-    """The power sum of all components together, [], from their norms; one without elements has norm 0."""
+    """The power sum of all components together, [], from their norms."""
     wide = norms.to(wide_dtype(norms.device))
     powers = wide if norm_type == 0.0 or math.isinf(norm_type) else wide**norm_type
-    if norm_type < 0:
+    if norm_type < 0:  # a component without elements has norm 0
         powers = torch.where(norms == 0, neutral(norm_type), powers)
     return merged(torch.cat((powers, powers.new_full((1,), neutral(norm_type)))), norm_type)
 
 
 def neutral(norm_type: float) -> float:
-    """What ``merge`` leaves as it is: the power sum of nothing."""
+    """The power sum of no elements, which ``merged`` ignores."""
     return math.inf if norm_type == -math.inf else 0.0
 
 
@@ -85,17 +67,10 @@ def root(sums: Tensor, norm_type: float) -> Tensor:
 
 
 def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
-    """coef = min(1, cap / (norm + eps)), with the edges spelled out.
+    """coef = min(1, cap / (norm + eps)), [K] in the norms' dtype, from ``caps`` [] or [K] in ``wide_dtype``.
 
-    Args:
-        norms: [K], float32 or float64, as returned to the user.
-        caps: [] or [K] in ``wide_dtype``.
-        rule: eps and the non-finite policy.
-
-    Returns:
-        [K] in the norms' dtype. A cap of inf gives 1 whatever the norm, a norm of 0 gives 1 whatever the cap:
-        there is nothing to clip. A norm of inf gives 0 and NaN gives NaN under "propagate". A cap that is
-        negative or NaN gives NaN: on a device it can't be refused without a sync, so it is made loud.
+    A cap of inf gives 1 whatever the norm, a norm of 0 gives 1 whatever the cap. Under "propagate" a norm of inf
+    gives 0 and NaN gives NaN. A cap that is negative or NaN gives NaN, since refusing it would need a host sync.
     """
     padded = norms.to(caps.dtype) + rule.eps
     coefs = torch.where(padded <= caps, 1.0, caps / padded)

@@ -1,4 +1,4 @@
-"""The modes of autograd and of the compiler that a call runs in, whatever mode its caller is in."""
+"""Modes of autograd and of the compiler."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ Result = TypeVar("Result")
 
 
 def is_traced() -> bool:
-    """Whether ``torch.compile`` is tracing this call rather than running it."""
+    """Whether ``torch.compile`` is tracing this call instead of running it."""
     return torch.compiler.is_dynamo_compiling()
 
 
 def is_recorded() -> bool:
-    """Whether this call only becomes part of a compiled function or CUDA graph, so that the host counts no step."""
+    """Whether this call is traced or captured into a CUDA graph, so that the host can't count steps."""
     return is_traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def outside_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Records nothing for a backward pass, and leaves inference mode.
+    """Runs the function without autograd and outside of inference mode.
 
     Tensors made in inference mode can't be written to outside of it, but tables and thresholds outlive the call.
     """
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
+        if not torch.is_inference_mode_enabled():
+            with torch.no_grad():
                 return function(*args, **kwargs)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
     return call

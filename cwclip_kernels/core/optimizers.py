@@ -1,4 +1,4 @@
-"""torch's optimizers: what they own, whether their steps run hooks, and who clips there already."""
+"""torch's optimizers: which parameters they own, whether their steps run hooks, and which clippers are attached."""
 
 from __future__ import annotations
 
@@ -14,22 +14,62 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..arguments import type_name
-from .parameter_clipper import parameters_of
+from .parameter_clipper import ParameterClipper
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimizers that hold others
-# ------------------------------------------------------------------------------------------------------------
+
+def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
+    """The parameters of an optimizer, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class OptimizerPart:
+    """The part of a clipper that an optimizer owns: a clipper for what is clipped, if anything is, and the others."""
+
+    def __init__(self, whole: ParameterClipper, parameters: Sequence[Tensor]) -> None:
+        part = whole.part(parameters)
+        self.clipped = part.parameters
+        self.clipper = part if self.clipped else None
+        clipped = set(map(id, self.clipped))
+        self.others = tuple(p for p in parameters if id(p) not in clipped)
+        self._turn = 0
+
+    def check_not_in_backward(self) -> None:
+        """Raises if a gradient is clipped by ``clip_in_backward`` as well.
+
+        Looks at all parameters first and then at one each time, since all would take longer than the clipping.
+        """
+        if self.clipper is not None:
+            turn, self._turn = self._turn, self._turn + 1
+            some = (self.clipped[turn % len(self.clipped)],) if turn else self.clipped
+            self.clipper.check_not_in_backward(some)
+
+
+class OptimizerParts:
+    """The parts of a clipper that optimizers own, made again when their ``param_groups`` change."""
+
+    def __init__(self, clipper: ParameterClipper) -> None:
+        self._clipper = clipper
+        self._parts: dict[int, tuple[tuple[int, ...], OptimizerPart]] = {}
+
+    def of(self, optimizer: Optimizer) -> OptimizerPart:
+        """What this optimizer owns now: the same object as long as that stays."""
+        parameters = parameters_of(optimizer)
+        ids = tuple(map(id, parameters))
+        known = self._parts.get(id(optimizer))
+        if known is None or known[0] != ids:
+            known = self._parts[id(optimizer)] = ids, OptimizerPart(self._clipper, parameters)
+        return known[1]
 
 
 def inner_optimizers(outer: object, seen: tuple[object, ...] = ()) -> Iterator[tuple[str, Optimizer]]:
-    """The optimizers that an object holds in attributes, and that these hold, each with its path."""
+    """The optimizers in the attributes of an object, and in these optimizers' attributes, each with its path."""
     seen = (*seen, outer)
     for name, value in tuple(getattr(outer, "__dict__", {}).items()):
         held = [("", value)]
         if isinstance(value, list | tuple):
             held = [(f"[{i}]", item) for i, item in enumerate(value)]
         for place, inner in held:
-            # By type: isinstance asks an object for its __class__, and proxies may do anything then.
+            # Not isinstance, which reads __class__ and may run a proxy's code.
             if issubclass(type(inner), Optimizer) and all(inner is not known for known in seen):
                 path = f".{_public(outer, name, value)}{place}"
                 yield path, inner
@@ -41,34 +81,26 @@ def _public(outer: object, name: str, value: object) -> str:
     public = name.lstrip("_")
     try:
         return public if getattr(outer, public, None) is value else name
-    except Exception:  # a property of somebody's
+    except Exception:  # of a property
         return name
 
 
 def inside_of(outer: object) -> str:
-    """How to get at the optimizer that another one wraps: ": its .optimizer (AdamW)"; "" if there is none."""
+    """Where a wrapper holds an optimizer that runs hooks: ": its .optimizer (AdamW)"; "" if there is none."""
     return next((f": its {path} ({type_name(o)})" for path, o in inner_optimizers(outer) if runs_hooks(o)), "")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hooks on steps
-# ------------------------------------------------------------------------------------------------------------
-
-
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether every ``optimizer.step()`` runs this optimizer's hooks.
-
-    torch puts the function that does so around the class's ``step``, in ``Optimizer.__init__``, and marks it as
-    hooked. An instance's own ``step``, such as a learning rate scheduler puts there, has the mark if it was made with
-    functools.wraps.
-    """
+    """Whether every ``optimizer.step()`` runs this optimizer's hooks."""
+    # ``Optimizer.__init__`` wraps the class's ``step`` in a function that runs them and is marked as hooked. One that
+    # replaces it on an instance, as by a learning rate scheduler, has the mark if made with functools.wraps.
     step = optimizer.step
     is_own = getattr(step, "__self__", optimizer) is optimizer
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and is_own and getattr(step, "hooked", False) is True
 
 
 def check_runs_hooks(optimizer: object) -> None:
-    """Raises TypeError or ValueError unless each of its steps is certain to run its hooks."""
+    """Raises TypeError or ValueError unless every step runs the optimizer's hooks."""
     inner = inside_of(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -98,32 +130,25 @@ def check_runs_hooks(optimizer: object) -> None:
 
 def may_step_within_step(optimizer: Optimizer) -> bool:
     """Whether a step may call another one that runs hooks too: its base class's, or that of an inner optimizer."""
-    # torch puts a function of its own around a class's step when the class is first used.
+    # torch wraps a class's step when the class is first used.
     steps = {inspect.unwrap(c.__dict__["step"]) for c in type(optimizer).__mro__[:-1] if "step" in c.__dict__}
     steps.discard(Optimizer.step)
     return len(steps) > 1 or any(True for _ in inner_optimizers(optimizer))
 
 
 def outer_steps() -> Iterator[Optimizer]:
-    """The optimizers whose steps have called the one whose hook runs now.
-
-    Read off the stack, because a step that raised an error tells nobody that it is over.
-    """
-    is_own = True
-    for frame in _stack():
-        if frame.f_code is runner_of_hooks():
-            if not is_own:
-                yield frame.f_locals["self"]
-            is_own = False
+    """The optimizers whose steps have called the one whose hook runs now."""
+    # Read off the stack, since nothing is called when a step ends by an error.
+    runner = runner_of_hooks()
+    running = [frame for frame in _stack() if frame.f_code is runner]
+    yield from (frame.f_locals["self"] for frame in running[1:])
 
 
 def is_compiled_in_parts() -> bool:
-    """Whether a step around this one continues in a function that Dynamo made of it, which hides the optimizer."""
+    """Whether a step around this one runs in a function that Dynamo made of it, which hides the optimizer."""
     known = runner_of_hooks()
-    return any(
-        code is not known and code.co_filename == known.co_filename and known.co_name in code.co_name
-        for code in (frame.f_code for frame in _stack())
-    )
+    codes = [frame.f_code for frame in _stack() if frame.f_code is not known]
+    return any(code.co_filename == known.co_filename and known.co_name in code.co_name for code in codes)
 
 
 def _stack() -> Iterator[FrameType]:
@@ -135,47 +160,26 @@ def _stack() -> Iterator[FrameType]:
 
 @cache
 def runner_of_hooks() -> CodeType:
-    """The code of the function that torch puts around every ``step`` and that runs the hooks.
-
-    Raises:
-        RuntimeError: this version of torch has none.
-    """
+    """The code of the function in which torch wraps every ``step``, and which runs the hooks."""
     try:
-        code = Optimizer.profile_hook_step(lambda: None).__code__
+        return Optimizer.profile_hook_step(lambda: None).__code__
     except AttributeError:
-        code = None
-    if isinstance(code, CodeType):
-        return code
-    raise RuntimeError(
-        f"attach isn't made for the Optimizer of torch {torch.__version__}; clip by hand: clip_() before step()"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Clippers attached to optimizers
-# ------------------------------------------------------------------------------------------------------------
+        raise RuntimeError(
+            f"attach isn't made for the Optimizer of torch {torch.__version__}; clip by hand: clip_() before step()"
+        ) from None
 
 
 def attached_clippers(
     optimizer: Optimizer, parameters: Sequence[Tensor], *, but: object = None
 ) -> list[tuple[Any, str]]:
-    """The ``Attachment`` objects that clip one of these parameters at an optimizer's steps, each with its name.
-
-    Args:
-        optimizer: with those that it holds.
-        parameters: to look for.
-        but: an attachment that doesn't count.
-    """
+    """The attachments, except ``but``, that clip one of these parameters at steps of an optimizer or of one in it."""
     found = []
     for owner in (optimizer, *(inner for _, inner in inner_optimizers(optimizer))):
-        hooks = getattr(owner, "_optimizer_step_pre_hooks", None) or {}
-        for hook in hooks.values():
+        for hook in (getattr(owner, "_optimizer_step_pre_hooks", None) or {}).values():
             attachment: Any = getattr(hook, "__self__", None)
-            if attachment is but or not getattr(type(attachment), "clips_by_component", False):
-                continue
-            clipper = attachment.clipper
-            clipped = set(map(id, clipper.parameters)) & set(map(id, parameters_of(owner)))
-            shared = next((p for p in parameters if id(p) in clipped), None)
-            if shared is not None:
-                found.append((attachment, clipper.name_of(shared)))
+            if attachment is not but and getattr(type(attachment), "clips_by_component", False):
+                clipper = attachment.clipper
+                clipped = set(map(id, clipper.parameters)) & set(map(id, parameters_of(owner)))
+                shared = next((p for p in parameters if id(p) in clipped), None)
+                found += [] if shared is None else [(attachment, clipper.name_of(shared))]
     return found

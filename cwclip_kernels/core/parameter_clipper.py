@@ -1,15 +1,13 @@
-"""Clipping a fixed set of parameters: what ``ComponentClipper`` is built on, and what clips at optimizers' steps."""
+"""Clipping a fixed set of parameters: the base of ``ComponentClipper``, which optimizers' hooks use as well."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..result import ClipResult
 from ..thresholds import Threshold
@@ -25,27 +23,22 @@ Self = TypeVar("Self", bound="ParameterClipper")
 
 
 class ParameterClipper:
-    """Parameters with their session, caps and options.
+    """Parameters with their session, caps and options; ``names`` and ``max_norm`` are ``ComponentClipper``'s."""
 
-    Attributes:
-        names: the K component names, in the order of every [K] tensor.
-        max_norm: as given.
-    """
-
-    _watches = False  # whether the parameters may have to be looked at before each clip
+    _watches = False  # whether ``_before_clip`` is called
 
     def __init__(
         self, tensors: tuple[Tensor, ...], session: ClipSession, max_norm: MaxNorm, options: Options
     ) -> None:
         self.names: tuple[str, ...] = session.components.names
-        # As given; a mapping as it is now, like the caps.
+        # A mapping as it is now, like the caps.
         self.max_norm: MaxNorm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._session = session
         self._tensors = tensors
         self._options = options
-        self._whole: ParameterClipper | None = None  # that this is a part of, with its caps
+        self._whole: ParameterClipper | None = None  # the clipper that this is a part of, whose caps it uses
         self._fixed: StepCaps | None = None
-        caps = self._caps()  # checks max_norm, and gives a threshold the state that it needs
+        caps = self._caps()  # checks max_norm, and binds a threshold
         if not isinstance(max_norm, Threshold):
             self._fixed = caps
 
@@ -59,12 +52,7 @@ class ParameterClipper:
         return self._tensors
 
     def clip(self, scale: LossScale, *, learns: bool = True) -> ClipResult:
-        """Clips the gradients that are there now, in place.
-
-        Args:
-            scale: of the loss.
-            learns: whether a threshold learns from this step now; otherwise ``learn`` is called if it is taken.
-        """
+        """Clips the gradients that are there now, in place; unless it ``learns``, call ``learn`` later."""
         if is_traced():
             traced.refuse_ranks(self.is_spread)
             outcome = traced.clip_(self._all(), self._session.components, self.max_norm, self._options, scale)
@@ -76,22 +64,19 @@ class ParameterClipper:
         return ClipResult(self.names, *outcome)
 
     def _before_clip(self) -> None:
-        """Called before each clip while ``_watches``; may replace the tensors."""
+        """May replace the tensors."""
 
     @torch.no_grad()
     def learn(self, result: ClipResult) -> None:
-        """Lets a threshold learn from a result of ``clip(learns=False)``."""
+        """Updates a threshold with a result of ``clip(learns=False)``."""
         if isinstance(self.max_norm, Threshold):
             self.max_norm.update_(result.norms, result.coefs)
 
     def part(self: Self, parameters: Iterable[Tensor]) -> Self:
-        """A clipper for some of the parameters, with the same components, caps and state.
+        """A clipper for those of its parameters that are among ``parameters``, with the same components and caps.
 
-        For parameters that become ready at different times, such as those of several optimizers. Its results have the
-        same K, with norm 0 and coefficient 1 where a component is not among them.
-
-        Args:
-            parameters: some of this clipper's; any others are ignored.
+        For gradients that are complete at different times, such as those of several optimizers. Its results have the
+        same K; a component outside of this part has norm 0 and coefficient 1.
 
         Raises:
             ValueError: a component has trainable parameters inside and outside, so that its norm would not be whole.
@@ -132,18 +117,14 @@ class ParameterClipper:
         return self._options.raise_nonfinite
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on as if nothing had happened: what ``max_norm`` has learnt.
-
-        Returns:
-            {"max_norm": ``Threshold.state_dict()``}; {} where nothing is learnt, as by a number.
-        """
+        """What ``max_norm`` has learnt: {"max_norm": ``Threshold.state_dict()``}, or {} if it doesn't learn."""
         return learnt(self.max_norm)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict()``, of a clipper with the same components and kind of ``max_norm``.
+        """Loads the ``state_dict()`` of a clipper with the same components and kind of ``max_norm``.
 
         Raises:
-            TypeError, ValueError: that of another threshold, or for other components. Nothing is changed.
+            TypeError, ValueError: of another threshold, or for other components. Nothing is changed.
         """
         load_learnt(self.max_norm, state_dict)
 
@@ -161,57 +142,3 @@ class ParameterClipper:
                     f"the gradient of {self.name_of(p)!r} is clipped in the backward pass already "
                     "(clip_in_backward), and would be again at the step; remove() one of the two"
                 )
-
-
-@dataclass
-class OptimizerPart:
-    """What one optimizer owns.
-
-    Attributes:
-        ids: of its parameters.
-        clipper: of those that are clipped; None if none is.
-        clipped: these.
-        others: the optimizer's other parameters.
-    """
-
-    ids: tuple[int, ...]
-    clipper: ParameterClipper | None
-    clipped: tuple[Tensor, ...]
-    others: tuple[Tensor, ...]
-    _turn: int = 0
-
-    def check_not_in_backward(self) -> None:
-        """Raises if a gradient is clipped by ``clip_in_backward`` as well: looks at all first, then at one each time.
-
-        Looking at all at every step would cost more than the rest of the host's work.
-        """
-        if self.clipper is not None:
-            turn, self._turn = self._turn, self._turn + 1
-            some = self.clipped if turn == 0 else (self.clipped[turn % len(self.clipped)],)
-            self.clipper.check_not_in_backward(some)
-
-
-class OptimizerParts:
-    """The parts of a clipper that optimizers own, found anew when their ``param_groups`` change."""
-
-    def __init__(self, clipper: ParameterClipper) -> None:
-        self.clipper = clipper
-        self._parts: dict[int, OptimizerPart] = {}
-
-    def of(self, optimizer: Optimizer) -> OptimizerPart:
-        """What this optimizer owns now: the same object as long as that stays."""
-        parameters = parameters_of(optimizer)
-        ids = tuple(map(id, parameters))
-        known = self._parts.get(id(optimizer))
-        if known is None or known.ids != ids:
-            part = self.clipper.part(parameters)
-            clipped = part.parameters
-            own = set(map(id, clipped))
-            others = tuple(p for p in parameters if id(p) not in own)
-            known = self._parts[id(optimizer)] = OptimizerPart(ids, part if clipped else None, clipped, others)
-        return known
-
-
-def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
-    """What an optimizer owns, group by group."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

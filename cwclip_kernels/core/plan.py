@@ -1,8 +1,7 @@
-"""From components and gradients to device buckets: what one call has to do, worked out once.
+"""Which backend serves which gradients of a call, worked out once.
 
-A plan depends on which gradients exist and on their type, dtype, device and layout, never on their values or
-addresses. Plans are kept for as many sets of gradients as come in turn, and compared with the gradients in one native
-pass, which also yields their addresses: that is the only look that a call takes at them.
+A plan depends on which gradients exist, their types, dtypes, devices and layouts, never on values or addresses.
+``Plans`` compares several with a call's gradients, in one native pass, which also reads the addresses.
 """
 
 from __future__ import annotations
@@ -10,116 +9,97 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import attrgetter
-from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import native, registry
-from ..components.membership import Components, Slice
+from ..components.membership import Components, Member
 from .bucket import Bucket, Found
 from .checks import (
-    WIDE_DTYPES,
     Gradients,
-    check_data,
-    check_distinct,
-    check_gradient,
-    check_tensor,
+    WithoutData,
+    check_gradients,
+    has_no_data,
+    norm_dtype_of,
     overlaps,
+    share_memory,
     values_of,
-    was_frozen,
 )
 
 
 def home_of(tensors: Sequence[Tensor]) -> torch.device:
     """Where results go if there is no gradient: to the first parameter that is trained."""
-    for tensor in tensors:
-        if tensor.requires_grad:
-            return tensor.device
-    return tensors[0].device if tensors else torch.device("cpu")
+    first = tensors[0].device if tensors else torch.device("cpu")
+    return next((tensor.device for tensor in tensors if tensor.requires_grad), first)
 
 
 @dataclass(frozen=True, eq=False)
 class ClipPlan:
-    """Everything about a call that its gradients' values do not decide.
-
-    Attributes:
-        components: names and members.
-        buckets: disjoint; none where no gradient exists.
-        device: where norms and coefficients are returned.
-        norm_dtype: their dtype.
-        sparse: whether any gradient is sparse.
-        leaves: of each gradient whether it is a leaf that requires grad; None if none requires grad.
-        signature: what the gradients looked like in every respect that matters; None where the buckets' addresses
-            tell.
-    """
+    """Everything about a call that its gradients' values do not decide."""
 
     components: Components
-    buckets: tuple[Bucket, ...]
-    device: torch.device
+    buckets: tuple[Bucket, ...]  # disjoint; none where no gradient exists
+    device: torch.device  # of norms and coefficients
     norm_dtype: torch.dtype
-    sparse: bool
-    leaves: object
-    signature: object
+    sparse: bool  # whether any gradient is
+    is_native: bool  # whether the buckets' ``addresses`` compare everything but autograd's attributes
+    signature: object  # what else is compared; None if nothing is
 
     def look(self, grads: list[Tensor | None], parameters: Sequence[Tensor], writes: bool) -> list[Found] | None:
         """What each bucket finds among these gradients; None if the plan is for others, or they share memory."""
-        if (_any_requires_grad(*grads) or self.leaves is not None) and self.leaves != _leaves(grads):
-            return None
-        if self.signature is not None and self.signature != _signature(grads):
+        is_simple = self.signature is None and not torch._C._any_requires_grad(*grads)
+        if not is_simple and self.signature != _signature(grads, self.is_native):
             return None
         if not self.buckets and self.device != home_of(parameters):
             return None
         found = []
         for bucket in self.buckets:
+            positions = bucket.positions
+            own: Any = grads if len(positions) == len(grads) else [grads[i] for i in positions]
             addresses = None
             if bucket.addresses is not None:
                 addresses = bucket.addresses.of(grads, writes=writes)
                 if addresses is None:
                     return None
-            positions = bucket.positions
-            own: Any = grads if len(positions) == len(grads) else [grads[i] for i in positions]
             found.append(Found(own, addresses))
         return found
 
-    def explain(self, grads: Sequence[Tensor | None]) -> str:
-        """In words: one line for each bucket, with the reason for its backend."""
+    def explain(self, grads: Gradients) -> str:
+        """One line for each bucket, with the reason for its backend."""
         lines = [f"{len(self.components.names)} components over {len(self.components.tensor_names)} tensors"]
         for bucket in self.buckets:
-            own = bucket.pick(grads)
+            own = [g for g in map(grads.__getitem__, bucket.positions) if g is not None]
             dtypes = Counter(str(g.dtype).removeprefix("torch.") for g in own)
             what = ", ".join(f"{n} {dtype}" for dtype, n in sorted(dtypes.items()))
             size = sum(g.nbytes for g in own if not g.is_sparse)
             lines.append(f"  {bucket.device}: {what}, {size / 1e6:.1f} MB -> {bucket.backend!r} ({bucket.reason})")
-        if len(self.buckets) > 1 or self.sparse:
-            why = "sparse gradients" if self.sparse else "several devices or backends"
+        why = None
+        if self.sparse:
+            why = "sparse gradients"
+        elif len(self.buckets) > 1:
+            why = "several devices or backends"
+        elif self.buckets and self.buckets[0].backend not in registry.FUSED:
+            why = "a backend without a fused kernel"
+        if why is not None:
             lines.append(f"  in two passes, norms first, because of {why}")
         elif self.buckets:
             lines.append("  in one fused call")
         return "\n".join(lines)
 
 
-_KINDS, _SETS = 8, 4  # plans kept: for orders and backends; and for sets of gradients in turn
+_KINDS, _SETS = 8, 4  # plans kept: for orders of norm and backends; and for sets of gradients
 
 
 class Plans:
-    """Keeps the plans of one set of components; makes another one when gradients change.
+    """The plans of one set of components, for gradients of several looks; errors begin with ``what`` and a name."""
 
-    Args:
-        components: what belongs together.
-        kind: what is measured, for error messages: "gradient" or "parameter".
-
-    Attributes:
-        made: how many plans so far.
-    """
-
-    def __init__(self, components: Components, kind: str = "gradient") -> None:
+    def __init__(self, components: Components, what: str = "the gradient of") -> None:
         self.components = components
-        self.made = 0
-        self._kind = kind
+        self.made = 0  # how many plans so far
+        self._what = what
         self._kept: dict[tuple[float, str | None, bool], list[ClipPlan]] = {}
 
     def get(
@@ -131,17 +111,10 @@ class Plans:
         *,
         writes: bool = True,
     ) -> tuple[ClipPlan, list[Found]]:
-        """The plan for these gradients, and where they lie.
-
-        Args:
-            grads: one for each tensor of the components, None where there is none.
-            parameters: whose they are.
-            norm_type: order of the norm.
-            backend: the user's choice or None.
-            writes: whether they are to be clipped: then they may not share memory, or be parameters.
+        """The plan for the gradients of these parameters, and what each of its buckets finds.
 
         Raises:
-            TypeError, ValueError: a gradient that can't be clipped in place; names the parameter.
+            TypeError, ValueError: a gradient that can't be measured or, if it ``writes``, clipped in place.
             RuntimeError: the named backend refuses.
             WithoutData: no gradient has any.
         """
@@ -166,11 +139,7 @@ class Plans:
     def measured(
         self, grads: list[Tensor | None], parameters: Sequence[Tensor], norm_type: float, backend: str | None
     ) -> tuple[ClipPlan, list[Found]]:
-        """The same for gradients that are only measured: with the plan that writes, if that serves.
-
-        It doesn't serve gradients that share memory, or that are parameters or leaves; an expanded one is measured as
-        a copy.
-        """
+        """The same for gradients that are only measured: by the plan that clips, if these could be clipped."""
         if (norm_type, backend, False) not in self._kept:
             try:
                 return self.get(grads, parameters, norm_type, backend)
@@ -180,126 +149,89 @@ class Plans:
         return self.get(readable, parameters, norm_type, backend, writes=False)
 
     def _build(
-        self,
-        grads: Gradients,
-        parameters: Sequence[Tensor],
-        norm_type: float,
-        backend: str | None,
-        writes: bool,
+        self, grads: Gradients, parameters: Sequence[Tensor], norm_type: float, backend: str | None, writes: bool
     ) -> ClipPlan:
-        components = self.components
-        check_data(components, grads)
-        served: dict[int, tuple[torch.device, str, str]] = {}
-        present: list[Tensor] = []
-        clipped = components.clipped
-        for position, grad in enumerate(grads):
-            if grad is not None and position in clipped:
-                self._check(position, grad, writes)
-                present.append(grad)
-                served[position] = grad.device, *registry.choose(grad.device, grad.dtype, norm_type, backend)
-        if writes:
-            check_distinct(components, grads)
-        members: dict[tuple[torch.device, str, str], list[tuple[int, int, Slice]]] = {}
+        components, clipped = self.components, self.components.clipped
+        present = {i: grad for i, grad in enumerate(grads) if grad is not None and i in clipped}
+        values = list(present.values())
+        if values and all(map(has_no_data, values)):
+            raise WithoutData(values)
+        check_gradients(components, present, self._what, writes=writes)
+        shared = share_memory(values) if writes else None
+        if shared is not None:
+            one, other = (components.tensor_names[list(present)[i]] for i in shared)
+            raise ValueError(
+                f"the gradients of {one!r} and {other!r} share memory, which would be scaled twice; give each its "
+                "own, or pass one of them"
+            )
+        chosen = {i: (g.device, *registry.choose(g.device, g.dtype, norm_type, backend)) for i, g in present.items()}
+        members: dict[tuple[torch.device, str, str], list[Member]] = {}  # by device, backend and reason
         for member in components.members:
-            if member[0] in served:
-                members.setdefault(served[member[0]], []).append(member)
-        norm_dtype = torch.float64 if any(g.dtype in WIDE_DTYPES for g in present) else torch.float32
+            if member[0] in chosen:
+                members.setdefault(chosen[member[0]], []).append(member)
+        norm_dtype = norm_dtype_of(values)
         buckets = []
-        for (device, served_by, reason), own in members.items():
+        for key, own in members.items():
             positions = tuple(dict.fromkeys(position for position, _, _ in own))
             index = {position: i for i, position in enumerate(positions)}
-            is_cut = any(place for _, _, place in own)
+            slices = tuple((index[position], place) for position, _, place in own)
             buckets.append(
                 Bucket(
-                    device=device,
-                    backend=served_by,
-                    reason=reason,
-                    positions=positions,
+                    *key,
+                    positions,
                     components=torch.tensor([component for _, component, _ in own], dtype=torch.int64, device="cpu"),
-                    boxes=tuple((index[position], place) for position, _, place in own) if is_cut else None,
+                    slices=slices if any(place for _, place in slices) else None,
                     count=len(components.names),
                     norm_dtype=norm_dtype,
-                    plain=not any(_is_special(grads[i]) for i in positions),
+                    plain=not any(_is_special(present[i]) for i in positions),
                 )
             )
-        signature = None
-        if buckets and all(bucket.plain for bucket in buckets) and native.unavailable() is None:
+        is_native = bool(buckets) and all(bucket.plain for bucket in buckets) and native.unavailable() is None
+        if is_native:
             for bucket in buckets:
-                bucket.addresses = native.Addresses(_entries(bucket, clipped, grads))
-        else:
-            signature = _signature(grads)
-        device = present[0].device if present else home_of(parameters)
-        sparse = any(g.is_sparse for g in present)
-        return ClipPlan(components, tuple(buckets), device, norm_dtype, sparse, _leaves(grads), signature)
-
-    def _check(self, position: int, grad: Tensor, writes: bool) -> None:
-        """Raises unless this gradient, or parameter, can be served; names the parameter."""
-        components = self.components
-        name, cut = components.tensor_names[position], position in components.cut
-        problem = dict(components.problems).get(position)
-        if problem is not None:
-            raise was_frozen(name, problem)
-        if self._kind != "gradient":
-            check_tensor(grad, f"the {self._kind} {name!r}", cut=cut)
-            return
-        check_gradient(grad, name, cut=cut, writes=writes)
-        if writes and grad.is_inference():  # not asked under torch.compile, which can't trace it
-            raise ValueError(
-                f"the gradient of {name!r} was made in inference mode, and can't be written to outside of it; "
-                "clone() it"
-            )
+                # Its own gradients, and that there are none where there were none.
+                compared = {*bucket.positions, *(i for i in clipped if i not in present)}
+                bucket.addresses = native.Addresses([g if i in compared else ... for i, g in enumerate(grads)])
+        is_simple = is_native and not torch._C._any_requires_grad(*grads)
+        return ClipPlan(
+            components,
+            tuple(buckets),
+            device=values[0].device if values else home_of(parameters),
+            norm_dtype=norm_dtype,
+            sparse=any(g.is_sparse for g in values),
+            is_native=is_native,
+            signature=None if is_simple else _signature(grads, is_native),
+        )
 
 
-def _python_any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
-_any_requires_grad = getattr(torch._C, "_any_requires_grad", _python_any_requires_grad)  # six times as fast
-
-
-def _leaves(grads: Gradients) -> object:
-    # What requires grad is either a gradient with a graph of its own (create_graph=True), or a parameter by mistake.
-    if not _any_requires_grad(*grads):
-        return None
-    return [g is not None and g.requires_grad and g.is_leaf for g in grads]
+def _is_special(grad: Tensor) -> bool:
+    return grad.is_complex() or grad.is_sparse or grad.is_neg()
 
 
 _METADATA = tuple(map(attrgetter, ("dtype", "device", "layout", "shape")))
 
 
-def _signature(grads: Gradients) -> object:
-    # An attribute of a tensor costs Python 50 ns and more, and there may be thousands of tensors.
-    types = list(map(type, grads))  # None's among them
+def _signature(grads: Gradients, is_native: bool) -> object:
+    """What a plan compares in Python: of autograd's attributes, and of all others where no native code does.
+
+    A gradient that requires grad has a graph of its own (create_graph=True), or is a parameter by mistake.
+    """
+    leaves = torch._C._any_requires_grad(*grads) and [g is not None and g.requires_grad and g.is_leaf for g in grads]
+    if is_native:
+        return leaves
+    # By attribute, since reading one in Python takes 50 ns or more, and there may be thousands of gradients.
     present = [g for g in grads if g is not None]
-    if any(g.is_nested for g in present):  # which have no shape to compare, and aren't served
+    if any(g.is_nested for g in present):  # have no shape to compare, and aren't served
         return object()
     dense = [values_of(g) for g in present if g.layout in (torch.strided, torch.sparse_coo)]
-    strides = [g.stride() for g in dense]
-    shared = _share_memory(dense)
-    return [types, *(list(map(get, present)) for get in _METADATA), strides, [g.is_neg() for g in dense], shared]
-
-
-def _share_memory(tensors: list[Tensor]) -> bool:
-    places = sorted((str(t.device), t.data_ptr(), t.nbytes) for t in tensors if t.numel() and not t.is_meta)
-    return any(one[0] == two[0] and one[1] + one[2] > two[1] for one, two in pairwise(places))
-
-
-def _entries(bucket: Bucket, clipped: set[int], grads: Gradients) -> list[Tensor | EllipsisType | None]:
-    """The gradients that a bucket looks at: its own, and that there are none where there were none."""
-    own = set(bucket.positions)
-    return [
-        grad if position in own or (grad is None and position in clipped) else ...
-        for position, grad in enumerate(grads)
-    ]
+    metadata = [list(map(get, present)) for get in _METADATA]
+    signs = [g.is_neg() for g in dense]
+    return [leaves, list(map(type, grads)), metadata, [g.stride() for g in dense], signs, share_memory(dense)]
 
 
 def _readable(grad: Tensor) -> Tensor:
-    """Of a gradient that could not be written to, something with the same norm."""
+    """A tensor with the same norm as a gradient that can't be written to: detached, an expanded one as a copy."""
     if isinstance(grad, torch.nn.Parameter):
         grad = grad.detach()
     has_strides = type(grad) is Tensor and not grad.is_nested and grad.layout == torch.strided
     return grad.contiguous() if has_strides and overlaps(grad) else grad
-
-
-def _is_special(grad: Tensor | None) -> bool:
-    return grad is not None and (grad.is_complex() or grad.is_sparse or grad.is_neg())

@@ -1,4 +1,4 @@
-"""One call carried out: a plan, the gradients of this step, and nothing else."""
+"""One call carried out on this rank: a plan, and the gradients of this step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.registry import BACKENDS
+from ..arguments import some_of
+from ..backends.registry import BACKENDS, FUSED
 from ..thresholds.base import StepCaps
 from . import formula
 from .bucket import Bucket, Found, narrowed
@@ -19,7 +20,7 @@ from .plan import ClipPlan
 
 
 def norms_of(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor:
-    """The K norms, gradients untouched. No host sync."""
+    """The K norms; changes nothing. No host sync."""
     return _norms(plan, found, power_sums(plan, found, norm_type), norm_type)
 
 
@@ -33,110 +34,93 @@ def clip_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clips in place; norms before and coefficients, both [K], and the caps. Syncs for ``raise_nonfinite`` only.
 
-    One bucket takes its backend's fused path. Anything else goes in two steps, power sums first: several
-    devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is), errors on
-    non-finite norms, which must come before the first write, and caps that depend on the norms.
+    One bucket takes its backend's fused path, if there is one. Anything else takes two steps, power sums first:
+    several devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is),
+    errors on non-finite norms, which must come before the first write, and caps that depend on the norms.
     """
     order = rule.norm_type
     tells = loss_scale.found_inf is None or sums_tell_nonfinite(order)
     in_steps = plan.sparse or raise_nonfinite or policy.needs_norms or order <= 0 or not tells
-    if len(plan.buckets) == 1 and not in_steps:
+    fused = FUSED.get(plan.buckets[0].backend) if len(plan.buckets) == 1 and not in_steps else None
+    if fused is not None:
         bucket, (own, addresses) = plan.buckets[0], found[0]
         targets = own if bucket.plain else _targets(bucket, own, order)
         caps = policy.caps(bucket.device, None)
         torch.autograd.graph.increment_version(own)
-        norms, coefs = BACKENDS[bucket.backend].clip_(bucket, targets, caps, rule, loss_scale, addresses)
+        norms, coefs = fused.clip_(bucket, targets, caps, rule, loss_scale, addresses)
         return norms, coefs, caps
     sums = power_sums(plan, found, order)
     norms = _norms(plan, found, sums, order, loss_scale)
     if raise_nonfinite:
-        _raise_if_nonfinite(plan, norms, order)
+        finite = norms.isfinite().tolist()  # the one host sync, asked for by the caller
+        if not all(finite):
+            bad = [name for name, ok in zip(plan.components.names, finite, strict=True) if not ok]
+            raise RuntimeError(nonfinite_message(bad, len(finite), order))
     caps = policy.caps(plan.device, norms if policy.needs_norms else None)
     coefs = formula.coefficients(norms, caps, rule)
-    if not tells:
-        sums = power_sums(plan, found, math.inf)
-    loss_scale.report(sums)
+    loss_scale.report(sums if tells else power_sums(plan, found, math.inf))
     scale_(plan, found, loss_scale.factors(coefs), rule)
     return norms, coefs, caps
 
 
 def sums_tell_nonfinite(norm_type: float) -> bool:
-    """Whether a power sum is inf or NaN just where an element is: those of other orders overflow, or lose an inf."""
+    """Whether power sums are inf or NaN exactly where an element is; other orders' overflow, or lose an inf."""
     return norm_type in (1.0, 2.0, math.inf)
 
 
 def power_sums(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tensor:
     """Power sums of the K components over all buckets, in ``wide_dtype``."""
-    sums: Tensor | None = None
+    parts: list[Tensor] = []
     for bucket, (own, addresses) in zip(plan.buckets, found, strict=True):
-        sources = _sources(bucket, own, norm_type)
-        part = BACKENDS[bucket.backend].power_sums(bucket, sources, norm_type, addresses).to(plan.device)
-        sums = part if sums is None else formula.merge(sums, part, norm_type)
-    if sums is None:
-        shape = (len(plan.components.names),)
-        return torch.full(shape, neutral(norm_type), dtype=wide_dtype(plan.device), device=plan.device)
-    return sums
+        sources = _targets(bucket, own, norm_type, coalesce=True)
+        parts.append(BACKENDS[bucket.backend].power_sums(bucket, sources, norm_type, addresses).to(plan.device))
+    if len(parts) == 1:
+        return parts[0]
+    shape, device = (len(plan.components.names),), plan.device
+    nothing = torch.full(shape, neutral(norm_type), dtype=wide_dtype(device), device=device)
+    return formula.merged(torch.stack([*parts, nothing], -1), norm_type)
 
 
 def scale_(plan: ClipPlan, found: Sequence[Found], factors: Tensor, rule: ClipRule) -> None:
     """g <- factor * g in place, by the K components' factors."""
-    targets = [_targets(bucket, own, rule.norm_type) for bucket, (own, _) in zip(plan.buckets, found, strict=True)]
-    for own, _ in found:
+    for bucket, (own, addresses) in zip(plan.buckets, found, strict=True):
+        targets = _targets(bucket, own, rule.norm_type)
         torch.autograd.graph.increment_version(own)
-    for bucket, tensors, (_, addresses) in zip(plan.buckets, targets, found, strict=True):
-        BACKENDS[bucket.backend].scale_(bucket, tensors, factors.to(bucket.device), rule.zero_fill, addresses)
+        BACKENDS[bucket.backend].scale_(bucket, targets, factors.to(bucket.device), rule.zero_fill, addresses)
 
 
 def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:
-    """Of each component, whether it has any gradient's element: what a norm of negative order can't tell."""
-    grads = {
-        i: g
-        for bucket, (own, _) in zip(plan.buckets, found, strict=True)
-        for i, g in zip(bucket.positions, own, strict=True)
-    }
+    """Of each component, whether its gradients have any element; norms of negative order don't tell."""
+    pairs = zip(plan.buckets, found, strict=True)
+    grads = {i: g for bucket, (own, _) in pairs for i, g in zip(bucket.positions, own, strict=True)}
     has = [False] * len(plan.components.names)
-    for position, component, box in plan.components.members:
-        grad = grads.get(position)
-        has[component] = has[component] or (grad is not None and narrowed(grad, box).numel() > 0)
+    for position, component, place in plan.components.members:
+        has[component] |= position in grads and narrowed(grads[position], place).numel() > 0
     return has
 
 
 def _norms(
     plan: ClipPlan, found: Sequence[Found], sums: Tensor, norm_type: float, loss_scale: LossScale = UNSCALED
 ) -> Tensor:
-    """The K norms, of components without elements 0, rounded to what the user gets."""
     norms = loss_scale.unscaled(formula.root(sums, norm_type)).to(plan.norm_dtype)
-    if norm_type < 0:  # the root of an empty sum is inf there
+    if norm_type < 0:  # where there are no elements, the root of the sum is inf
         norms[[c for c, has in enumerate(has_elements(plan, found)) if not has]] = 0.0
     return norms
 
 
-def _raise_if_nonfinite(plan: ClipPlan, norms: Tensor, norm_type: float) -> None:
-    finite = norms.isfinite().tolist()  # the one host sync, asked for by the caller
-    if not all(finite):
-        bad = [name for name, ok in zip(plan.components.names, finite, strict=True) if not ok]
-        raise RuntimeError(nonfinite_message(bad, len(finite), norm_type))
-
-
 def nonfinite_message(bad: Sequence[str], count: int, norm_type: float) -> str:
-    """What the error says of these components."""
-    shown = ", ".join(map(repr, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    """The error that names these of ``count`` components."""
     return (
-        f"The norm of order {norm_type:g} is non-finite for {len(bad)} of {count} components: {shown}. "
+        f"The norm of order {norm_type:g} is non-finite for {len(bad)} of {count} components: {some_of(bad, 8)}. "
         "No gradient was changed. nonfinite='propagate', 'zero' or 'skip' goes on without this error."
     )
 
 
-def _targets(bucket: Bucket, own: list[Tensor], norm_type: float) -> list[Tensor]:
-    """What is scaled of the bucket's own gradients: strided tensors on their memory."""
-    return own if bucket.plain else [_memory(values_of(g), norm_type) for g in own]
-
-
-def _sources(bucket: Bucket, own: list[Tensor], norm_type: float) -> list[Tensor]:
-    """What is measured: as the targets, but duplicate indices of sparse gradients added up."""
+def _targets(bucket: Bucket, own: list[Tensor], norm_type: float, *, coalesce: bool = False) -> list[Tensor]:
+    """The strided tensors that a backend reads or scales; ``coalesce`` adds up duplicate indices, for measuring."""
     if bucket.plain:
         return own
-    return _targets(bucket, [g.coalesce() if g.is_sparse else g for g in own], norm_type)
+    return [_memory(values_of(g.coalesce() if coalesce and g.is_sparse else g), norm_type) for g in own]
 
 
 def _memory(grad: Tensor, norm_type: float) -> Tensor:

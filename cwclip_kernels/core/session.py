@@ -30,22 +30,10 @@ from .plan import Plans, home_of
 
 
 class ClipSession:
-    """Components with their plans and caps: one step's work on tensors that the caller holds.
+    """Components of one set of parameters, with their plans and caps.
 
-    It keeps no reference to the tensors themselves, so that a cache of sessions keeps no model alive.
-
-    Args:
-        components: what belongs together.
-        tensors: the parameters; if any is sharded, all ranks that share it make their sessions together.
-        process_group: as for ``fused_component_clip_``, like ``pp_mesh``.
-        settings: other arguments, which all ranks must have alike, in words.
-
-    Attributes:
-        components: as given.
-        ranks: ``process_group`` and ``pp_mesh`` as given.
-        spread: how components are sharded over ranks; None if they aren't.
-        plans: one for each set of gradients.
-        bound: the last threshold, bound to these components; None before there is one.
+    It keeps no reference to the parameters, so that a cache of sessions keeps no model alive. All ranks that share
+    a parameter make it together; ``settings`` describes other arguments, which they must have alike.
     """
 
     def __init__(
@@ -57,35 +45,29 @@ class ClipSession:
         settings: str = "",
     ) -> None:
         self.ranks = process_group, pp_mesh
+        # ``spread``: how components are sharded over ranks; None if they aren't.
         self.components, self.spread = spread_of(components, tensors, process_group, pp_mesh, settings)
-        self.plans = Plans(self._local)
-        self._values: Plans | None = None
+        self.plans = Plans(self.components if self.spread is None else self.spread.local)
+        self.bound: BoundThreshold | None = None  # the last threshold
+        self._parameter_plans = Plans(self.components, "the parameter")
         self._last_fixed: tuple[object, StepCaps] | None = None
-        self.bound: BoundThreshold | None = None
 
     @classmethod
     def of(
         cls, parameters: NamedTensors, grouping: Grouping, process_group: object, pp_mesh: object, settings: str
     ) -> ClipSession:
-        """From parameters and a grouping.
-
-        Raises:
-            TypeError, ValueError: these, or the ranks, don't fit together.
-        """
-        is_all = pp_mesh is None or any(map(is_flat, parameters.tensors))  # whose originals other ranks don't know
+        """A session of named parameters and a grouping; raises if these, or the ranks, don't fit together."""
+        # Other ranks know neither a stage's names nor what a flat parameter was made of.
+        is_all = pp_mesh is None or any(map(is_flat, parameters.tensors))
         components = resolve(parameters, grouping, is_all=is_all)
         session = cls(components, parameters.tensors, process_group, pp_mesh, settings)
         if not is_all and isinstance(grouping, ComponentSpec):
             names = parameters.names if session.spread is None else session.spread.all_parameters
-            grouping.check_patterns(names, parameters.aliases, parameters.prefix)
+            grouping.read_for(names, parameters.aliases, parameters.lost_prefix, is_all=True)
         return session
 
-    @property
-    def _local(self) -> Components:
-        return self.components if self.spread is None else self.spread.local
-
     def caps_for(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> StepCaps:
-        """``max_norm``, checked, matched with the component names and brought to its device once while it stays."""
+        """The caps that ``max_norm`` stands for, checked. Those of numbers are kept until these change."""
         if isinstance(max_norm, Threshold):
             if self.bound is None or not self.bound.is_for(max_norm, rule):
                 self.bound = BoundThreshold(max_norm, self.components, self.spread, rule)
@@ -109,26 +91,31 @@ class ClipSession:
         scale: LossScale = UNSCALED,
         learns: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clips the tensors' gradients in place: norms before and coefficients, [K] each, and the caps.
+        """Clips the gradients of ``tensors`` in place: norms before and coefficients, [K] each, and the caps.
 
-        Args:
-            tensors: the parameters.
-            policy: from ``caps_for``.
-            options: the scalar arguments.
-            scale: of the loss.
-            learns: whether caps that learn do so now; otherwise ``policy.update_`` is the caller's to call.
+        ``policy`` is from ``caps_for``; unless ``learns``, its ``update_`` is left to the caller.
         """
         rule = options.rule if policy.adds_eps else options.rule.without_eps
+        raise_nonfinite, spread = options.raise_nonfinite, self.spread
+        asks = raise_nonfinite or scale.found_inf is not None
         try:
-            if self.spread is None:
-                grads = [t.grad for t in tensors]
+            if spread is not None and (not spread.is_local or (spread.asks and asks)):
+                job = over_ranks.Job(spread, self.plans, options.backend, home_of(tensors))
+                outcome = over_ranks.clip_(job, tensors, policy, rule, raise_nonfinite, scale)
+            else:
+                if spread is None:
+                    grads = [t.grad for t in tensors]
+                else:
+                    held = spread.gradients(tensors)
+                    held.check_not_leaves()
+                    grads = held.local
                 plan, found = self.plans.get(grads, tensors, rule.norm_type, options.backend)
                 used = scale if scale is UNSCALED else scale.on(plan.device)
-                outcome = run.clip_(plan, found, policy, rule, options.raise_nonfinite, used)
+                outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used)
+                if spread is not None:
+                    held.touched()
                 if scale is not UNSCALED:
                     scale.deliver(used)
-            else:
-                outcome = self._clip_shards(tensors, policy, rule, options, scale)
         except WithoutData as missing:
             norms = self._without_data(missing)
             return norms, torch.empty_like(norms), norms.new_empty(norms.shape, dtype=wide_dtype(norms.device))
@@ -136,34 +123,14 @@ class ClipSession:
             policy.update_(outcome[0], outcome[1])
         return outcome
 
-    def _clip_shards(
-        self, tensors: Sequence[Tensor], policy: StepCaps, rule: ClipRule, options: Options, scale: LossScale
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        spread = self.spread
-        assert spread is not None
-        raise_nonfinite = options.raise_nonfinite
-        if not spread.is_local or (spread.asks and (raise_nonfinite or scale.found_inf is not None)):
-            job = over_ranks.Job(spread, self.plans, options.backend, home_of(tensors))
-            return over_ranks.clip_(job, tensors, policy, rule, raise_nonfinite, scale)
-        held = spread.gradients(tensors)
-        held.check_not_leaves()
-        plan, found = self.plans.get(held.local, tensors, rule.norm_type, options.backend)
-        held.touched()
-        used = scale.on(plan.device)
-        outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used)
-        scale.deliver(used)
-        return outcome
-
     @outside_autograd
     def parameter_norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        """Norms [K] of the tensors themselves, of which no other rank has a part."""
-        if self._values is None:
-            self._values = Plans(self.components, kind="parameter")
-        return norms_of_trained(self._values, tensors, norm_type)
+        """Norms [K] of the tensors themselves, where other ranks have no part of them."""
+        return norms_of_trained(self._parameter_plans, tensors, norm_type)
 
     @outside_autograd
     def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
-        """Norms [K] of the tensors' gradients, which stay as they are."""
+        """Norms [K] of the tensors' gradients; changes nothing."""
         try:
             if self.spread is not None and not self.spread.is_local:
                 job = over_ranks.Job(self.spread, self.plans, backend, home_of(tensors))
@@ -174,7 +141,7 @@ class ClipSession:
             return self._without_data(missing)
 
     def _without_data(self, found: WithoutData) -> Tensor:
-        """What norms of fake and meta gradients look like, for those who estimate memory: [K], without values."""
+        """Norms of fake and meta gradients, [K] without values, for memory estimates."""
         return torch.empty(len(self.components.names), dtype=found.norm_dtype, device=found.device)
 
     @outside_autograd
@@ -189,15 +156,15 @@ class ClipSession:
 
     @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
-        """Which backend serves what, and why; the tensors themselves stand in for gradients not there yet."""
+        """Which backend serves what, and why; tensors stand in for gradients that don't exist yet."""
         grads = self._held(tensors).local
         shown = [_stand_in(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
-        text = Plans(self._local).get(shown, tensors, norm_type, backend)[0].explain(shown)
+        text = Plans(self.plans.components).get(shown, tensors, norm_type, backend)[0].explain(shown)
         return text if self.spread is None else f"{text}\n{self.spread.explain()}"
 
 
 def _stand_in(tensor: Tensor) -> Tensor | None:
-    # None for what has no data yet, or is frozen and never has a gradient.
+    """None for what has no data yet, or is frozen and never has a gradient."""
     if not tensor.requires_grad or is_lazy(tensor) or tensor.is_meta or tensor.is_nested:
         return None
     return local_value(tensor).detach()

@@ -1,9 +1,8 @@
-"""Under torch.compile: a whole call as one operator.
+"""Under torch.compile: a whole call as one custom operator.
 
-Caches, locks and kernels are nothing Dynamo can trace, and functionalization has to be told what is written. So
-while a function is being traced, the public functions come here: the gradients that are there, and all that is static
-about the call, go to one operator whose schema says that it writes those gradients. When the compiled function runs,
-that operator goes the way of any other call, through plan and backends, to the same bits.
+Dynamo can't trace caches, locks and kernels, and functionalization has to know what is written. So the traced public
+functions end here: the gradients, and all that is static about the call, go to one operator, whose schema says that
+it writes the gradients. When the compiled function runs, the operator does what an eager call does, to the same bits.
 """
 
 from __future__ import annotations
@@ -19,18 +18,14 @@ from torch import Tensor
 from ..components.membership import Components
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
-from ..thresholds.constant import MaxNorm, checked_cap, checked_pattern
+from ..thresholds.constant import MaxNorm, checked_cap, checked_caps
 from . import run
-from .caps import fixed_caps
-from .checks import WIDE_DTYPES, check_gradient, was_frozen
+from .caps import fixed_caps, is_trained
+from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
 from .options import Options
-from .plan import Plans
-
-# ------------------------------------------------------------------------------------------------------------
-# What Dynamo traces
-# ------------------------------------------------------------------------------------------------------------
+from .plan import Plans, home_of
 
 
 def clip_(
@@ -40,76 +35,45 @@ def clip_(
     options: Options,
     scale: LossScale = UNSCALED,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Clips the tensors' gradients in place, while being traced: norms before and coefficients, [K] each, and caps.
+    """Clips the tensors' gradients in place: norms before and coefficients, [K] each, and caps.
 
     A number or mapping as ``max_norm`` becomes part of the compiled function; a tensor is read whenever that runs.
-    What ``thresholds`` compute is traced too; those that want norms cost one more reading of the gradients.
+    Thresholds are traced as well; those that need the norms take one more pass over the gradients.
 
     Raises:
         TypeError, ValueError: a cap or a gradient that isn't what it should be.
     """
-    rule, backend, inv_scale = options.rule, options.backend, scale.inverse
+    rule, backend, inverse = options.rule, options.backend, scale.inverse
     grads, text = _present(tensors, components)
-    device = grads[0].device if grads else tensors[0].device if tensors else torch.device("cpu")
+    device = grads[0].device if grads else home_of(tensors)
     threshold = max_norm if isinstance(max_norm, Threshold) else None
-    eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
-    if threshold is not None:
-        _check(threshold, tensors)
     with torch.no_grad():
         if threshold is not None:
+            _check(threshold, tensors)
             norms = None
             if threshold.needs_norms:
-                norms = norms_of(tensors, components, rule.norm_type, backend)
-                norms = norms if inv_scale is None else norms * inv_scale
+                norms = scale.unscaled(norms_of(tensors, components, rule.norm_type, backend))
             max_norm = threshold.caps(device, norms)
         caps, patterns, values = _split(max_norm)
         if grads:
+            if inverse is not None and not isinstance(inverse, Tensor):
+                inverse = torch.full((), inverse, dtype=wide_dtype(device), device=device)
+            eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
             policy = "error" if options.raise_nonfinite else rule.nonfinite
-            inverse = _as_tensor(inv_scale, device)
-            norms, coefs, caps_used = torch.ops.cwclip_kernels.component_clip_(
+            norms, coefs, used = torch.ops.cwclip_kernels.component_clip_(
                 grads, text, caps, patterns, values, inverse, scale.found_inf, rule.norm_type, eps, policy, backend
             )
         else:
             norms = _no_norms(tensors, components)
             coefs = torch.ones_like(norms)
-            caps_used = torch.full((), math.inf, dtype=wide_dtype(device), device=device)
+            used = torch.full((), math.inf, dtype=wide_dtype(device), device=device)
         if threshold is not None:
             threshold.update_(norms, coefs)
-    return norms, coefs, caps_used
-
-
-def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
-    """Raises if the threshold can't be traced, or was bound to parameters in another state.
-
-    Dynamo traces anew where they change.
-    """
-    if threshold.untraceable is not None:
-        raise RuntimeError(f"max_norm: {threshold.untraceable}")
-    trained = tuple(t.requires_grad or t.grad is not None for t in tensors)
-    if threshold.setting.trained != (() if all(trained) else trained):
-        raise RuntimeError(
-            "max_norm: parameters have been frozen or unfrozen since the threshold was bound to them; clip once "
-            "outside of the compiled function, and then call it again"
-        )
-
-
-def refuse_ranks(spread: bool) -> None:
-    """Raises RuntimeError for what takes other ranks: their order of calls is not the compiler's to change."""
-    if spread:
-        raise RuntimeError(
-            "parameters: components that are spread over ranks can't be clipped in a compiled function; compile the "
-            "model, and clip outside"
-        )
-
-
-def _as_tensor(inv_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
-    if inv_scale is None or isinstance(inv_scale, Tensor):
-        return inv_scale
-    return torch.full((), inv_scale, dtype=wide_dtype(device), device=device)
+    return norms, coefs, used
 
 
 def norms_of(tensors: Sequence[Tensor], components: Components, norm_type: float, backend: str | None) -> Tensor:
-    """Norms [K] of the tensors' gradients, while being traced."""
+    """Norms [K] of the tensors' gradients."""
     grads, text = _present(tensors, components)
     if not grads:
         return _no_norms(tensors, components)
@@ -118,55 +82,60 @@ def norms_of(tensors: Sequence[Tensor], components: Components, norm_type: float
     return norms
 
 
-def _split(max_norm: MaxNorm) -> tuple[Tensor | None, list[str], list[float]]:
-    """The cap as operators take it: a tensor, or one number for each pattern, or one number and no pattern."""
+def refuse_ranks(spread: bool) -> None:
+    """Raises RuntimeError for communication between ranks, whose order the compiler might change."""
+    if spread:
+        raise RuntimeError(
+            "parameters: components that are spread over ranks can't be clipped in a compiled function; compile the "
+            "model, and clip outside"
+        )
+
+
+def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
+    """Raises if the threshold can't be traced, or was bound to parameters in another state."""
+    if threshold.untraceable is not None:
+        raise RuntimeError(f"max_norm: {threshold.untraceable}")
+    trained = tuple([is_trained(t) for t in tensors])
+    if threshold.setting.trained != (() if all(trained) else trained):
+        raise RuntimeError(
+            "max_norm: parameters have been frozen or unfrozen since the threshold was bound to them; clip once "
+            "outside of the compiled function, and then call it again"
+        )
+
+
+def _split(max_norm: MaxNorm) -> tuple[Tensor | None, str, list[float]]:
+    """The caps as operators take them: a tensor, or patterns as text and a number for each, or "" and one number."""
     if isinstance(max_norm, Tensor):
-        return max_norm.detach(), [], []
+        return max_norm.detach(), "", []
     if not isinstance(max_norm, Mapping):
-        return None, [], [checked_cap(max_norm, "max_norm")]
-    patterns = [checked_pattern(pattern) for pattern in max_norm]
-    return None, patterns, [checked_cap(value, f"max_norm[{pattern!r}]") for pattern, value in max_norm.items()]
+        return None, "", [checked_cap(max_norm, "max_norm")]
+    caps = checked_caps(max_norm)
+    return None, repr(list(caps)), list(caps.values())
 
 
 def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
-    """The gradients that count, and their components as text: Dynamo guards on which there are.
-
-    Text, because an operator takes no objects, and 400 strings cost it three times what one long string does.
-    """
-    grads: list[Tensor] = []
-    names: list[str] = []
-    moved: dict[int, int] = {}
-    problems = dict(components.problems)
-    clipped, cut = components.clipped, components.cut
-    for position, tensor in enumerate(tensors):
-        grad, name = tensor.grad, components.tensor_names[position]
-        if grad is None or position not in clipped:
-            continue
-        if position in problems:
-            raise was_frozen(name, problems[position])
-        # Here, because the operator may get a copy, which shows no longer what is wrong with the original.
-        check_gradient(grad, name, cut=position in cut)
-        moved[position] = len(grads)
-        grads.append(grad)
-        names.append(name)
-    members = tuple((moved[position], *rest) for position, *rest in components.members if position in moved)
-    return grads, repr((components.names, tuple(names), members, (), components.aliases, components.spellings))
+    """The gradients that are clipped, and their components as text. Dynamo guards on which gradients there are."""
+    # Text, because an operator takes no objects, and 400 strings cost it three times as much as a long one.
+    clipped = components.clipped
+    grads = {i: t.grad for i, t in enumerate(tensors) if t.grad is not None and i in clipped}
+    # Here, because the operator may get a copy, which no longer shows what is wrong with the original.
+    check_gradients(components, grads)
+    own = components.only(list(grads))
+    return list(grads.values()), repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
-    return torch.zeros(len(components.names), device=tensors[0].device if tensors else "cpu", dtype=torch.float32)
+    return torch.zeros(len(components.names), device=home_of(tensors), dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The operators
-# ------------------------------------------------------------------------------------------------------------
+# The operators themselves, which Dynamo doesn't look into.
 
 
 def _component_clip_(
     grads: list[Tensor],
     components: str,
     caps: Tensor | None,
-    patterns: list[str],
+    patterns: str,
     values: list[float],
     inv_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -176,21 +145,30 @@ def _component_clip_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, found = _plans_for(grads, components).get(list(grads), grads, norm_type, backend)
-    if caps is None:
-        fixed = _fixed_of(components, tuple(patterns), tuple(values))
-    else:
-        fixed = fixed_caps(caps, plan.components)
+    policy = _fixed(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
     scale = LossScale.of(inv_scale, found_inf)
     scale_here = scale.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
-    norms, coefs, used = run.clip_(plan, found, fixed, rule, nonfinite == "error", scale_here)
+    norms, coefs, used = run.clip_(plan, found, policy, rule, nonfinite == "error", scale_here)
     scale.deliver(scale_here)
-    return norms, coefs, used.clone()  # what an operator returns must be new
+    return norms, coefs, used.clone()  # an operator may not return what is kept
+
+
+def _fake_component_clip_(
+    grads: list[Tensor], components: str, caps: Tensor | None, patterns: str, values: list[float], *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    norms = _fake_component_norms(grads, components)
+    shape = (norms.shape if patterns else ()) if caps is None else caps.shape
+    return norms, torch.empty_like(norms), norms.new_empty(shape, dtype=wide_dtype(norms.device))
 
 
 def _component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
     plan, found = _plans_for(grads, components).measured(list(grads), grads, norm_type, backend)
     return run.norms_of(plan, found, norm_type)
+
+
+def _fake_component_norms(grads: list[Tensor], components: str, *_: object) -> Tensor:
+    return grads[0].new_empty(len(_read(components).names), dtype=norm_dtype_of(grads))
 
 
 def _plans_for(grads: list[Tensor], components: str) -> Plans:
@@ -205,8 +183,8 @@ def _plans(components: str, device: torch.device, dtype: torch.dtype, shape: tor
 
 
 @lru_cache(maxsize=64)
-def _fixed_of(components: str, patterns: tuple[str, ...], values: tuple[float, ...]) -> StepCaps:
-    max_norm = dict(zip(patterns, values, strict=True)) if patterns or not values else values[0]
+def _fixed(components: str, patterns: str, values: tuple[float, ...]) -> StepCaps:
+    max_norm = dict(zip(literal_eval(patterns), values, strict=True)) if patterns else values[0]
     return fixed_caps(max_norm, _read(components))
 
 
@@ -215,50 +193,15 @@ def _read(components: str) -> Components:
     return Components(*literal_eval(components))
 
 
-def _fake_component_clip_(
-    grads: list[Tensor],
-    components: str,
-    caps: Tensor | None,
-    patterns: list[str],
-    values: list[float],
-    inv_scale: Tensor | None,
-    found_inf: Tensor | None,
-    norm_type: float,
-    eps: float,
-    nonfinite: str,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    norms = _fake_component_norms(grads, components, norm_type, backend)
-    shape = (norms.shape if patterns or not values else ()) if caps is None else caps.shape
-    return norms, torch.empty_like(norms), norms.new_empty(shape, dtype=wide_dtype(norms.device))
-
-
-def _fake_component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
-    wide = any(g.dtype in WIDE_DTYPES for g in grads)
-    return grads[0].new_empty(len(_read(components).names), dtype=torch.float64 if wide else torch.float32)
-
-
 # Not in CUDA graphs that inductor captures: plans and caps stay on the device from call to call, and would lie in the
 # memory of the graph that happened to be captured first.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe
 
-# Its registrations live as long as this does.
-_library = torch.library.Library("cwclip_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-for _signature, _operator, _fake in (
-    (
-        "component_clip_(Tensor(a!)[] grads, str components, Tensor? caps, str[] patterns, float[] values, "
-        "Tensor? inv_scale, Tensor(b!)? found_inf, float norm_type, float eps, str nonfinite, str? backend) "
-        "-> (Tensor norms, Tensor coefs, Tensor caps)",
-        _component_clip_,
-        _fake_component_clip_,
-    ),
-    (
-        "component_norms(Tensor[] grads, str components, float norm_type, str? backend) -> Tensor",
-        _component_norms,
-        _fake_component_norms,
-    ),
+# Not by torch.library.custom_op, whose wrappers around a call take longer than the call itself.
+for _name, _function, _fake, _mutated in (
+    ("cwclip_kernels::component_clip_", _component_clip_, _fake_component_clip_, ("grads", "found_inf")),
+    ("cwclip_kernels::component_norms", _component_norms, _fake_component_norms, ()),
 ):
-    _name = _library.define(_signature, tags=_TAGS)  # type: ignore[no-untyped-call]
-    _library.impl(_name, _operator, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"cwclip_kernels::{_name}", _fake, lib=_library)
+    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=_mutated), tags=_TAGS)
+    torch.library.impl(_name, "default", _function)
+    torch.library.register_fake(_name, _fake)

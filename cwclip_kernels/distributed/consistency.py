@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from ..arguments import some_of
 from .groups import Group
 
 T = TypeVar("T")
@@ -71,8 +72,7 @@ def _what(first: Statement, second: Statement, one: str, two: str) -> str:
     for theirs, others, rank in ((first, second, one), (second, first, two)):
         missing = [name for name in theirs if name not in others]
         if missing:
-            shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            parts.append(f"only {rank} has {shown}")
+            parts.append(f"only {rank} has {some_of(missing)}")
     if parts:
         return ", ".join(parts)
     for name, members in first.items():

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arguments import some_of
 from ..backends.memory import upload
 from ..components.membership import Components
 from ..core import formula
@@ -260,4 +261,4 @@ def _widest(groups: Sequence[Group]) -> list[Group]:
 
 
 def _shown(ranks: Sequence[int]) -> str:
-    return f"{len(ranks)} ranks ({', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''})"
+    return f"{len(ranks)} ranks ({some_of(ranks, 8)})"

@@ -13,8 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ..arguments import type_name
 from ..components.parameters import NamedTensors
-from ..core.optimizers import attached_clippers, inside_of, runs_hooks
-from ..core.parameter_clipper import parameters_of
+from ..core.optimizers import attached_clippers, inside_of, parameters_of, runs_hooks
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
 

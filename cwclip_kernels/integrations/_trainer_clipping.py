@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import type_name
+from ..arguments import check_type, type_name
 from ..clipper import ComponentClipper
 from ..components.naming import Aliases
 from ..components.parameters import named_tensors
@@ -66,8 +66,7 @@ class TrainerClipping:
         log_norms: str | None = None,
         on_clip: Callable[[ClipResult], object] | None = None,
     ) -> None:
-        if log_norms is not None and not isinstance(log_norms, str):
-            raise TypeError(f"log_norms: expected a pattern of component names or None, not {type_name(log_norms)}")
+        check_type(log_norms, "log_norms", str | None, "a pattern of component names or None")
         check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
         self._max_norm = max_norm
         self._options: dict[str, Any] = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import check_type
 from ..components.parameters import Parameters
 from ..components.spec import Grouping
 from ..core.cache import session_for
@@ -80,10 +80,8 @@ def clip_grad_norm_(
     References:
         https://github.com/pytorch/torchtitan, ``torchtitan/distributed/utils.py`` (0.3.0).
     """
-    if foreach is not None and not isinstance(foreach, bool):
-        raise TypeError(f"foreach: expected a bool or None, not {type_name(foreach)}")
-    if not isinstance(ep_enabled, bool):
-        raise TypeError(f"ep_enabled: expected a bool, not {type_name(ep_enabled)}")
+    check_type(foreach, "foreach", bool | None, "a bool or None")
+    check_type(ep_enabled, "ep_enabled", bool, "a bool")
     options = check_options(norm_type, error_if_nonfinite, 1e-6, nonfinite, backend)
     tensors, session = session_for(
         parameters, components, partial(options.in_words, max_norm, pp_mesh), pp_mesh=pp_mesh

@@ -37,7 +37,7 @@ def combine_kernel(partials, spans, sums, ORDER: tl.constexpr, CHUNK: tl.constex
         partials: float64, contiguous for each j.
         spans: int64 [programs + 1], offsets into ``partials``.
         sums: float64 [programs], written.
-        ORDER: order of the norm: 1.0, 2.0 or inf.
+        ORDER: 1.0, 2.0 or inf.
         CHUNK: partials read at a time, a power of two.
     """
     j = tl.program_id(0).to(tl.int64)

@@ -33,16 +33,7 @@ def power_sums_kernel(
 
     Accuracy: float32 adds up ROWS terms and no more; columns, tiles and components add up in float64.
 
-    Args:
-        pointers: int64 [n], addresses of the gradients.
-        tiles: int64 [programs, 5]: gradient, start, length, slot, layout.
-        layouts: int64, see ``gapped_lanes``; read only if DIMS > 0.
-        partials: float64, written at the slots of this launch.
-        DTYPE: element type of the gradients of this launch.
-        DIMS: 0 for runs without gaps.
-        ORDER: p, one of 1.0, 2.0 and inf.
-        ROWS: terms added in float32.
-        COLUMNS: sums kept in float64.
+    Further columns of ``tiles``: slot among the ``partials`` (float64), layout. The rest is ``tile``'s.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 5
     if DIMS == 0:

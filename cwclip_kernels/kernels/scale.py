@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""g <- coef * g in place, with coefficients handed over or computed from partial power sums on the way."""
+"""g <- coef * g in place, with given coefficients or with those of partial power sums."""
 
 import triton
 import triton.language as tl
@@ -25,16 +25,7 @@ def scale_kernel(
     Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: none of the gradient where coef is 1,
     otherwise each element read once and written once. Deterministic: elementwise.
 
-    Args:
-        pointers: int64 [n], addresses of the gradients.
-        tiles: int64 [programs, 6]: gradient, start, length, component, 1 for the first tile of a component, layout.
-        layouts: int64, see ``gapped_lanes``; read only if DIMS > 0.
-        coefs: float32 or float64 [K].
-        DTYPE: element type of the gradients of this launch.
-        DIMS: 0 for runs without gaps.
-        ZERO_FILL: whether 0 erases.
-        ROWS: with COLUMNS, the size of a block.
-        COLUMNS: 16 bytes for each thread.
+    Further columns of ``tiles``: component, 1 for the component's first tile, layout. coefs: float32 or float64 [K].
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
     coef = tl.load(coefs + tl.load(row + 3))
@@ -66,16 +57,12 @@ def clip_kernel(
 ):
     """``norm = (sum of partials)^(1/p); coef = min(1, cap / (norm + eps)); g <- coef * g`` over one tile.
 
-    Program: one tile, as in ``scale_kernel``. Each works its coefficient out for itself, which repeats at
-    most a few KB of reads from L2, and saves a launch and any hand-over between programs: it is enough
-    that all ``power_sums_kernel`` launches of the bucket come before on the same stream. Bytes: as
-    ``scale_kernel``, and 8 for each of the component's partials. Deterministic: fixed order, so that all
-    programs of a component get the same bits; the first one stores them.
+    Program: one tile, as in ``scale_kernel``. Each computes its component's coefficient again, which repeats at most
+    a few KB of reads from L2 and saves a launch; it needs the bucket's ``power_sums_kernel`` launches to come before
+    on the same stream. Bytes: as ``scale_kernel``, and 8 for each of the component's partials. Deterministic:
+    fixed order, so that all programs of a component get the same bits; the first one stores them.
 
-    Args:
-        pointers: int64 [n], addresses of the gradients.
-        tiles: int64 [programs, 6]: gradient, start, length, component, 1 for the first tile of a component, layout.
-        layouts: int64, see ``gapped_lanes``; read only if DIMS > 0.
+    Args, beside those of ``scale_kernel``:
         partials: float64, contiguous for each component.
         spans: int64 [K + 1]: component c has partials[spans[c] : spans[c + 1]].
         caps: float64 [] or [K].
@@ -84,14 +71,9 @@ def clip_kernel(
         norms: float32 or float64 [K], written.
         coefs: as norms, written.
         found_inf: float32 [], set to 1 if a component has an element that is inf or NaN; or None.
-        DTYPE: element type of the gradients of this launch.
-        DIMS: 0 for runs without gaps.
-        ORDER: p, one of 1.0, 2.0 and inf.
         EPS: added to the norm. Compiled in: a float argument would arrive rounded to float32.
         NONFINITE: "propagate", "zero" or "skip".
         CHUNK: partials read at a time, a power of two.
-        ROWS: with COLUMNS, the size of a block.
-        COLUMNS: 16 bytes for each thread.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
     component = tl.load(row + 3)
@@ -141,35 +123,20 @@ def scale_tile(
 ):
     """``g <- coef * g`` over the tile of one table row; with ZERO_FILL, g <- 0 if ``is_zero``."""
     if DIMS == 0:
-        scale_dense(pointers, row, coef, is_zero, DTYPE, ZERO_FILL, ROWS, COLUMNS)
+        first, aligned, head, body, length = locate(pointers, row, DTYPE)
+        edge, inside = edge_lanes(first, head, body, length)
+        tl.store(edge, scaled(tl.load(edge, mask=inside, other=0.0), coef, is_zero, ZERO_FILL), mask=inside)
+        block, offsets = body_lanes(aligned, ROWS, COLUMNS)
+        for at in range(0, body, ROWS * COLUMNS):
+            mask = at + offsets < body
+            values = tl.load(block + at, mask=mask, other=0.0)
+            tl.store(block + at, scaled(values, coef, is_zero, ZERO_FILL), mask=mask)
     else:
         layout = layouts + tl.load(row + 5)
         for at in range(0, tl.load(row + 2), COLUMNS):
             element, mask = gapped_lanes(pointers, row, layout, at, DTYPE, DIMS, COLUMNS)
             values = tl.load(element, mask=mask, other=0.0)
             tl.store(element, scaled(values, coef, is_zero, ZERO_FILL), mask=mask)
-
-
-@triton.jit
-def scale_dense(
-    pointers,
-    row,
-    coef,
-    is_zero,
-    DTYPE: tl.constexpr,
-    ZERO_FILL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """``scale_tile`` for a tile without gaps."""
-    first, aligned, head, body, length = locate(pointers, row, DTYPE)
-    edge, mask = edge_lanes(first, head, body, length)
-    tl.store(edge, scaled(tl.load(edge, mask=mask, other=0.0), coef, is_zero, ZERO_FILL), mask=mask)
-    block, offsets = body_lanes(aligned, ROWS, COLUMNS)
-    for at in range(0, body, ROWS * COLUMNS):
-        inside = at + offsets < body
-        values = tl.load(block + at, mask=inside, other=0.0)
-        tl.store(block + at, scaled(values, coef, is_zero, ZERO_FILL), mask=inside)
 
 
 @triton.jit

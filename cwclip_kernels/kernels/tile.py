@@ -1,13 +1,19 @@
 # mypy: ignore-errors
-"""A tile: a run of elements of one gradient, found through two tables and walked in 16-byte steps.
+"""A tile: a run of elements of one gradient, found through tables and walked in 16-byte steps.
 
-A launch has one program for each row of a static tile table (int64: gradient, start, length, ...). Addresses
-come from a second table, int64 [n], as gradients move from step to step. So one launch serves any number of
-tensors, and what differs between launches is data, not code.
+A launch has one program for each row of a static tile table. So one launch serves any number of tensors, and what
+differs between launches is data, not code. All kernels have these arguments in common:
 
-A run with gaps between its elements is taken by index, through a third table (``gapped_lanes``). All else here is
-for runs without. These may start anywhere: each tile peels off the few elements before its first and after its last
-16-byte boundary, and everything between, its body, moves in aligned 16-byte loads and stores.
+    pointers        int64 [n], addresses of the gradients' first elements, which change from step to step
+    tiles           int64 [programs, 5 or 6]: gradient, start, length (in elements), two or three columns more
+    layouts         int64, for tiles with gaps between their elements: see ``gapped_lanes``
+    DTYPE           element type of the gradients of this launch
+    DIMS            dimensions of the layouts, 0 where there are no gaps
+    ORDER           order p of the norm: 1.0, 2.0 or inf
+    ROWS, COLUMNS   size of the block that a program works on at a time; a column is 16 bytes for each thread
+
+Tiles without gaps may start anywhere: each peels off the few elements before its first and after its last 16-byte
+boundary, and everything between, its body, moves in aligned 16-byte loads and stores.
 """
 
 import triton
@@ -22,11 +28,6 @@ INF = tl.constexpr(float("inf"))
 @triton.jit
 def locate(pointers, row, DTYPE: tl.constexpr):
     """Where the tile of one table row lies.
-
-    Args:
-        pointers: int64 [n], addresses of the gradients' first elements.
-        row: pointer to the tile's row: gradient, start, length (in elements), and more the caller knows.
-        DTYPE: element type of the gradient.
 
     Returns:
         ``first``, ``aligned``: pointers to the tile's first element and to its first 16-byte boundary.
@@ -66,15 +67,8 @@ def edge_lanes(first, head, body, length):
 def gapped_lanes(pointers, row, layout, at, DTYPE: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to and mask of elements [at, at + COLUMNS) of the tile of one table row, where memory has gaps.
 
-    Args:
-        pointers: int64 [n], addresses of the gradients' first elements.
-        row: pointer to the tile's row: gradient, start (by index), length, and more the caller knows.
-        layout: pointer to the run's offset from the gradient's first element and then size and stride of each
-            dimension, innermost first.
-        at: first element, counted from the tile's first.
-        DTYPE: element type of the gradient.
-        DIMS: how many dimensions there are.
-        COLUMNS: how many elements.
+    ``layout`` points to the offset of the tile's run from the gradient's first element, and then size and stride of
+    each dimension, innermost first. The tile's start is an index into that run.
     """
     lane = at + tl.arange(0, COLUMNS)
     index = tl.load(row + 1) + lane

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import index as as_index
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import checked_int
 from ..core.modes import outside_autograd
 from .writers import WRITERS, Row, TensorBoard, Writer
 
@@ -62,14 +61,10 @@ class ClipRecorder:
     """
 
     def __init__(self, path: str | Path, *, every: int = 100, formats: Sequence[str] = ("jsonl",)) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every: expected a whole number, not {type_name(every)}")
-        if every < 1:
-            raise ValueError(f"every: expected a whole number >= 1, not {every}")
         if isinstance(formats, str) or not formats or not set(formats) <= set(WRITERS):
             raise ValueError(f"formats: expected some of {', '.join(WRITERS)}, not {formats!r}")
         self._path = Path(path)
-        self._every = every
+        self._every = checked_int(every, "every", 1)
         self._formats = tuple(dict.fromkeys(formats))
         self._names: tuple[str, ...] | None = None
         self._step = 0
@@ -94,7 +89,7 @@ class ClipRecorder:
         """
         if self._closed:
             raise RuntimeError(f"this ClipRecorder ({self._path}) is closed")
-        given = None if step is None else _checked_step(step)  # before files are made
+        given = None if step is None else checked_int(step, "step")  # before files are made
         if self._ring is None:
             self._open(result)
         elif result.names != self._names:
@@ -161,16 +156,6 @@ class ClipRecorder:
         self._at_exit = weakref.finalize(self, _Ring.flush, ring)
 
 
-def _checked_step(step: object) -> int:
-    """The step as int: what isn't one would be found when it is written, with all steps before it."""
-    try:
-        if isinstance(step, bool) or (isinstance(step, Tensor) and step.dtype == torch.bool):
-            raise TypeError
-        return as_index(step)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"step: expected a whole number, not {step!r}") from None
-
-
 @dataclass
 class _Half:
     """One of the two buffers.
@@ -197,7 +182,7 @@ class _Ring:
     def __init__(self, every: int, result: ClipResult, writers: list[Writer]) -> None:
         device, count = result.norms.device, len(result.names)
         is_cuda = device.type == "cuda"
-        self._every = every
+        self._every = checked_int(every, "every", 1)
         self.writers = writers
         self._halves = []
         for _ in range(2):

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import checked_int, checked_number
 from ..core.formula import root
 from ..core.modes import is_recorded, is_traced
-from .base import Threshold, as_wide, checked_count, checked_number, observed
+from .base import Threshold, as_wide, observed
 
 
 class ParamRelative(Threshold):
@@ -96,11 +97,10 @@ class EMA(Threshold):
         self, ratio: float = 1.05, decay: float = 0.98, warmup_steps: int = 100, warmup_norm: float = 1.0
     ) -> None:
         super().__init__()
-        self._ratio = checked_number(ratio, "ratio", open_low=True)
+        self._ratio = checked_number(ratio, "ratio", above_low=True)
         self._decay = checked_number(decay, "decay", high=1.0)
-        self._warmup_steps = checked_count(warmup_steps, "warmup_steps")
-        infinite = isinstance(warmup_norm, float) and warmup_norm == math.inf
-        self._warmup_norm = math.inf if infinite else checked_number(warmup_norm, "warmup_norm", open_low=True)
+        self._warmup_steps = checked_int(warmup_steps, "warmup_steps", 0)
+        self._warmup_norm = checked_number(warmup_norm, "warmup_norm", above_low=True, finite=False)
         # On the host, to know without asking the device. Steps of compiled functions and graphs are counted on the
         # device alone: this may lag behind, and then the device decides.
         self._steps = 0
@@ -190,8 +190,8 @@ class ZScore(Threshold):
     def __init__(self, decay: float = 0.97, threshold: float = 2.5, warmup_steps: int = 25) -> None:
         super().__init__()
         self._decay = checked_number(decay, "decay", high=1.0)
-        self._threshold = checked_number(threshold, "threshold", open_low=True)
-        self._warmup_steps = checked_count(warmup_steps, "warmup_steps", low=1)
+        self._threshold = checked_number(threshold, "threshold", above_low=True)
+        self._warmup_steps = checked_int(warmup_steps, "warmup_steps", 1)
 
     @property
     def needs_norms(self) -> bool:
@@ -268,7 +268,7 @@ class Percentile(Threshold):
     def __init__(self, percentile: float = 10.0, window: int = 1000) -> None:
         super().__init__()
         self._percentile = checked_number(percentile, "percentile", high=100.0)
-        self._window = checked_count(window, "window", low=1)
+        self._window = checked_int(window, "window", 1)
 
     @property
     def needs_norms(self) -> bool:

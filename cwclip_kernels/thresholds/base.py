@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import some_of, type_name
 from ..components.naming import Aliases, are_same_names
 from ..core.formula import wide_dtype
 
@@ -39,7 +37,7 @@ class Setting:
         parameter_norms: the norms of the parameters as they are now, [K] on their device, without a sync; 0 for
             frozen ones. To be called in ``caps`` only.
         trained: of each parameter whether it is trained; () if all are.
-        spellings: other ways in which a pattern may write names, each with the name that it stands for.
+        spellings: the names as a pattern may write them too: with the prefix that parameters have lost; or ().
         aliases: names of tied components that don't count, each with the one that does.
         everywhere: names of the components of all ranks, where other ranks have others.
     """
@@ -51,7 +49,7 @@ class Setting:
     device: torch.device
     parameter_norms: Callable[[], Tensor]
     trained: tuple[bool, ...] = ()
-    spellings: Aliases = ()
+    spellings: tuple[str, ...] = ()
     aliases: Aliases = ()
     everywhere: tuple[str, ...] | None = None
 
@@ -148,7 +146,7 @@ class Threshold(ABC):
                 for name in missing:
                     del self._state[name]
                 raise ValueError(
-                    f"{kind} has loaded a state without {', '.join(map(repr, missing))}. "
+                    f"{kind} has loaded a state without {some_of(missing)}. "
                     "torch.distributed.checkpoint fills the tensors that are in a state_dict(), and there are none "
                     "before a clipper has bound the threshold: make the clipper first, and load then"
                 )
@@ -245,7 +243,7 @@ class Threshold(ABC):
                 self._check_shape(name, tensor.shape, self._state[name].shape)
         missing = sorted(set(self._state) - set(tensors))
         if missing and names is not None:  # without names the threshold had learnt nothing yet
-            raise ValueError(f"state: has no {', '.join(map(repr, missing))}, which belong to a {type_name(self)}")
+            raise ValueError(f"state: has no {some_of(missing)}, which belong to a {type_name(self)}")
         self._loaded_names = names
         self.load_host_state(dict(host))
         self._loaded = {name: tensor.clone() for name, tensor in tensors.items() if name not in self._state}
@@ -305,42 +303,10 @@ def as_wide(norms: Tensor) -> Tensor:
     return norms.to(wide_dtype(norms.device))
 
 
-def checked_number(
-    value: object,
-    name: str,
-    low: float = 0.0,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> float:
-    """A finite number between ``low`` and ``high``, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, not {type_name(value)}")
-    number = float(value)
-    too_low = number <= low if open_low else number < low
-    too_high = number >= high if open_high else number > high
-    if not math.isfinite(number) or too_low or too_high:
-        wanted = f"{'>' if open_low else '>='} {low:g}"
-        if high < math.inf:
-            wanted += f" and {'<' if open_high else '<='} {high:g}"
-        raise ValueError(f"{name}: expected a finite number {wanted}, not {number:g}")
-    return number
-
-
-def checked_count(value: object, name: str, low: int = 0) -> int:
-    """A whole number from ``low`` up, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, not {type_name(value)}")
-    if value < low:
-        raise ValueError(f"{name}: expected a whole number >= {low}, not {value}")
-    return value
-
-
 def _difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
     """How two lists of component names differ, in a few words."""
     missing = [name for name in ours if name not in set(theirs)]
     extra = [name for name in theirs if name not in set(ours)]
-    parts = [f"no {', '.join(map(repr, missing[:3]))}{' ...' if len(missing) > 3 else ''}"] if missing else []
-    parts += [f"but {', '.join(map(repr, extra[:3]))}{' ...' if len(extra) > 3 else ''}"] if extra else []
+    parts = [f"no {some_of(missing)}"] if missing else []
+    parts += [f"but {some_of(extra)}"] if extra else []
     return f" ({' '.join(parts)})" if parts else " (the same names in another order)"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import check_float_tensor, check_type, checked_number
 from ..components.patterns import match_patterns
 from ..core.formula import wide_dtype
 from .base import Setting, Threshold
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 MaxNorm: TypeAlias = float | Tensor | Mapping[str, float] | Threshold
 
@@ -48,9 +45,11 @@ class Fixed(Threshold):
         super().__init__()
         self._cap: float | Tensor | dict[str, float]
         if isinstance(cap, Tensor):
-            self._cap = _checked_tensor(cap)
+            check_float_tensor(cap, "max_norm")
+            _check_values(cap)
+            self._cap = cap
         elif isinstance(cap, Mapping):
-            self._cap = {checked_pattern(p): checked_cap(value, f"max_norm[{p!r}]") for p, value in cap.items()}
+            self._cap = checked_caps(cap)
         else:
             self._cap = checked_cap(cap, "cap")
         self._matched: list[float] = []  # the caps of a mapping
@@ -90,38 +89,17 @@ class Fixed(Threshold):
 
 def checked_cap(value: object, name: str) -> float:
     """A cap as float, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        wanted = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
-        raise TypeError(f"{name}: expected {wanted if name == 'max_norm' else 'a number'}, not {type_name(value)}")
-    cap = as_float(value, name, "; use math.inf to leave norms uncapped")
-    if not cap >= 0.0:
-        raise ValueError(f"{name}: expected a number >= 0, not {cap}")
-    return cap
+    kinds = "a number"
+    if name == "max_norm":
+        kinds = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
+    return checked_number(value, name, finite=False, kinds=kinds)
 
 
-def as_float(value: Real, name: str, way_out: str = "") -> float:
-    """Any real number as float, or a ValueError that names it."""
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: {value} is too large for a float{way_out}") from None
-
-
-def checked_pattern(pattern: object) -> str:
-    """A pattern of a mapping, or an error."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"max_norm: patterns are strings, not {type_name(pattern)}")
-    return pattern
-
-
-def _checked_tensor(cap: Tensor) -> Tensor:
-    if cap.dtype not in FLOATS or cap.layout != torch.strided:
-        kind = cap.dtype if cap.layout == torch.strided else cap.layout
-        raise TypeError(f"max_norm: expected a floating-point tensor, not {kind}")
-    if cap.is_meta:
-        raise ValueError("max_norm: is on the meta device, where it has no value")
-    _check_values(cap)
-    return cap
+def checked_caps(by_pattern: Mapping[str, float]) -> dict[str, float]:
+    """The caps of a mapping, or an error that names the pattern."""
+    for pattern in by_pattern:
+        check_type(pattern, "max_norm", str, "strings as patterns")
+    return {pattern: checked_cap(cap, f"max_norm[{pattern!r}]") for pattern, cap in by_pattern.items()}
 
 
 def _check_values(cap: Tensor) -> None:

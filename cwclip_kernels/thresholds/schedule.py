@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import type_name
+from ..arguments import checked_int, checked_number, type_name
 from ..core.formula import wide_dtype
 from ..core.modes import is_recorded
-from .base import Setting, Threshold, checked_count, checked_number
+from .base import Setting, Threshold
 from .constant import checked_cap
 
 
@@ -57,7 +57,7 @@ class Schedule(Threshold):
 
     def at(self, step: int) -> None:
         """Goes to a step; what captured graphs read is set to its cap."""
-        self._step = checked_count(step, "step")
+        self._step = checked_int(step, "step", 0)
         self._evaluate()
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:

@@ -16,10 +16,11 @@ from unittest import mock
 import pytest
 
 from cwclip_kernels.backends import cuda, native
+from cwclip_kernels.backends.served import unserved
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "g++").split()[0]
-CSRC = [ROOT / "csrc" / name for name in ("segments.cpp", "cuda/tables.cpp")]
+CSRC = [ROOT / "csrc" / name for name in ("common/pieces.cpp", "cuda/program.cpp")]
 KERNELS = ["-x", "c++", ROOT / "csrc/cuda/launch.cu"]
 FLAGS = ["-std=c++20", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
@@ -43,7 +44,10 @@ def module() -> Any:
     folder = Path(tempfile.mkdtemp(prefix="cwclip_cuda_on_host"))
     target = folder / "cwclip_cuda_on_host.so"
     native = [ROOT / "tests/_support/native" / name for name in ("cuda_on_host.cpp", "blocks_as_fibers.cpp")]
-    csrc = [*CSRC, ROOT / "csrc/tensors.cpp", ROOT / "csrc/cuda/calls.cpp"]
+    csrc = [
+        *CSRC,
+        *(ROOT / "csrc" / name for name in ("common/python.cpp", "common/tensor_list.cpp", "cuda/clip.cpp")),
+    ]
     python = ["-DPy_LIMITED_API=0x030a0000", f"-I{sysconfig.get_path('include')}"]
     compile_("-O2", "-fPIC", "-shared", *python, *native, *csrc, "-o", target)
     spec = importlib.util.spec_from_file_location("cwclip_cuda_on_host", target)
@@ -63,10 +67,10 @@ def in_place_of_a_gpu() -> Iterator[Any]:
     stand_in.set_machine(2, 4, 0)
 
     def refuses(device, dtype, norm_type):
-        return native.unserved(dtype, norm_type) if device.type == "cpu" else f"serves no {device.type} here"
+        return unserved(dtype, norm_type) if device.type == "cpu" else f"serves no {device.type} here"
 
     with (
-        mock.patch.object(native, "module", return_value=stand_in),
+        mock.patch.object(native, "_C", stand_in),
         mock.patch.object(cuda, "refuses", refuses),
         mock.patch.dict(os.environ, {"CWCLIP_CUDA_BLOCKS_PER_SM": "2"}),
     ):

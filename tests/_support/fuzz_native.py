@@ -76,16 +76,18 @@ def wrong(rng, packed):
 
 
 def one_call(rng):
-    extension = native.module()
+    extension = native._C
     grads = [gradient(rng) for _ in range(rng.randrange(5))]
     entries = [rng.choice([None, ..., g]) if rng.random() < 0.1 else g for g in grads]
-    layout = extension.layout_of(entries)
+    signature = extension.signature_of(entries)
+    if signature is None:
+        return "others"
     if grads and rng.random() < 0.03:
         entries.append(entries[0])
     if rng.random() < 0.05 and entries:
         entries[rng.randrange(len(entries))] = gradient(rng)
     addresses = extension.addresses_of(
-        [None if e is ... else e for e in entries], wrong(rng, layout), None, rng.random() < 0.8
+        [None if e is ... else e for e in entries], wrong(rng, signature), None, rng.random() < 0.8
     )
     if addresses is None:
         return "others"
@@ -95,7 +97,7 @@ def one_call(rng):
     pieces = rng.randrange(6) if cut else len(own) + (rng.random() < 0.05)
     owners = native.packed([number(rng, 0, min(max(count - 1, 0), 4)) for _ in range(pieces)])
     program = extension.cpu_program(
-        wrong(rng, layout), wrong(rng, owners), cuts(rng, own, pieces) if cut else None, count
+        wrong(rng, signature), wrong(rng, owners), cuts(rng, own, pieces) if cut else None, count, False
     )
     if rng.random() < 0.02:
         program = wrong(rng, rng.choice([None, b"", object()])) if rng.random() < 0.5 else object()
@@ -108,10 +110,11 @@ def one_call(rng):
     elif which == 1:
         extension.cpu_scale(program, places, doubles.data_ptr(), rng.random() < 0.5)
     else:
+        rule = extension.rule(order, 1e-6, number(rng, 0, 2))
         inverse, found = torch.rand((), dtype=torch.float64), torch.zeros(())
         norms, coefs = torch.empty(max(count, 1)), torch.empty(max(count, 1))
         extension.cpu_clip(
-            program, places, order, 1e-6, number(rng, 0, 2), False, doubles.data_ptr(), int(rng.random() < 0.5),
+            program, places, rule, doubles.data_ptr(), int(rng.random() < 0.5),
             inverse.data_ptr() if rng.random() < 0.4 else 0, found.data_ptr() if rng.random() < 0.4 else 0,
             norms.data_ptr(), coefs.data_ptr(),
         )  # fmt: skip

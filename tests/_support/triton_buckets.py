@@ -21,7 +21,7 @@ def bucket_of(grads, owners, count=None, norm_dtype=None, plain=True):
         reason="test",
         positions=tuple(range(len(grads))),
         components=torch.tensor(owners, dtype=torch.int64),
-        boxes=None,
+        slices=None,
         count=max(owners) + 1 if count is None else count,
         norm_dtype=norm_dtype,
         plain=plain,
@@ -56,7 +56,7 @@ def check_clip(grads, owners, caps, rule, count=None):
     """One clip: norms within tolerance, coefficients by the formula, and gradients to the bit."""
     bucket = bucket_of(grads, owners, count)
     before = [g.clone() for g in grads]
-    norms, coefs = backend.clip_(bucket, grads, caps, rule)
+    norms, coefs = backend.clip_(bucket, grads, caps, rule, formula.UNSCALED, None)
     sums = expected_sums(before, owners, bucket.count, rule.norm_type)
     exact = torch.float64 if {g.dtype for g in grads} == {torch.float64} else torch.float32
     assert norms.dtype == coefs.dtype == bucket.norm_dtype

@@ -24,7 +24,7 @@ from seed import SEED
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="about a machine that a GPU isn't; see test_cuda_gpu.py")
 
-TILE_BYTES = 32 * 1024  # csrc/cuda/tables.h
+TILE_BYTES = 32 * 1024  # csrc/cuda/program.h
 FEW, MANY = 464, 4048  # gradients that one launch can address
 
 # Processors, two blocks on each, and how many run at a time: a block by itself; more blocks than run; all at once.
@@ -81,9 +81,8 @@ def assert_zeroed(clipper):
     ((plan,),) = clipper._session.plans._kept.values()
     (bucket,) = plan.buckets
     state = bucket.state
-    partials_at = struct.unpack_from("8q", state.program)[6]  # csrc/cuda/tables.h: Program
     (workspace,) = state.workspaces.values()
-    assert not workspace[:partials_at].any()
+    assert not workspace[: native._C.partials_at(state.program)].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -234,9 +233,9 @@ def test_refusals_say_what_to_do(monkeypatch):
     assert "not AMD GPUs" in cuda.refuses(gpu, torch.float32, 2.0)
     monkeypatch.setattr(torch.version, "hip", None)
     assert "norm_type 1, 2 and inf, not 3" in cuda.refuses(gpu, torch.float32, 3.0)
-    monkeypatch.setattr(native, "module", lambda: object())
+    monkeypatch.setattr(native, "_C", object(), raising=False)
     assert "CWCLIP_BUILD=cuda pip install" in unavailable(gpu)
-    monkeypatch.setattr(native, "module", lambda: Mock(cuda_obstacle=lambda device: "no kernel image"))
+    monkeypatch.setattr(native, "_C", Mock(cuda_obstacle=lambda device: "no kernel image"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of the future")
     assert "can't run on a GPU of the future (no kernel image); reinstall with TORCH_CUDA" in unavailable(gpu)
@@ -244,17 +243,21 @@ def test_refusals_say_what_to_do(monkeypatch):
     assert unavailable(gpu) == "is missing"
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 class TestCalls:
     """What Python hands over, checked before anything is launched."""
 
-    def test_layouts(self, gpu):
+    def test_signatures(self, gpu):
         grads = [random_grad((3, 4)), random_grad((5,), torch.bfloat16), random_grad(()), random_grad((2, 0))]
-        layout = gpu.layout_of(grads)
-        addresses = gpu.addresses_of(grads, layout, None)
+        signature = gpu.signature_of(grads)
+        addresses = gpu.addresses_of(grads, signature, None, True)
         assert struct.unpack("4Q", addresses) == tuple(g.data_ptr() for g in grads)
-        assert gpu.addresses_of(grads, layout, addresses) is addresses
+        assert gpu.addresses_of(grads, signature, addresses, True) is addresses
         moved = [grads[0].clone(), *grads[1:]]
-        assert gpu.addresses_of(moved, layout, addresses) != addresses
+        assert gpu.addresses_of(moved, signature, addresses, True) != addresses
         for other in (
             grads[:-1],
             [*grads, grads[0]],
@@ -265,32 +268,41 @@ class TestCalls:
             [None, *grads[1:]],
             [grads[0].to_sparse(), *grads[1:]],
         ):
-            assert gpu.addresses_of(other, layout, addresses) is None
+            assert gpu.addresses_of(other, signature, addresses, True) is None
         twice = [grads[0], grads[0]]
-        assert gpu.addresses_of(twice, gpu.layout_of(twice), None) is None
+        assert gpu.addresses_of(twice, gpu.signature_of(twice), None, True) is None
 
     def test_errors(self, gpu):
-        layout = gpu.layout_of([random_grad((3,))])
-        with pytest.raises(TypeError, match="not a subclass"):
-            gpu.layout_of([torch.nn.Parameter(torch.zeros(1))])
-        with pytest.raises(TypeError, match="grads: list"):
-            gpu.layout_of((torch.zeros(1),))
-        with pytest.raises(TypeError, match="layout: bytes"):
-            gpu.addresses_of([], "layout", None)
+        signature = gpu.signature_of([random_grad((3,))])
+        for other in (random_grad((3,)).to_sparse(), random_grad((3,)).as_subclass(Subclass), 7):
+            assert gpu.signature_of([other]) is None
+            with pytest.raises(TypeError, match="not a subclass"):
+                native.Addresses([other])
+        with pytest.raises(TypeError, match="a list"):
+            gpu.signature_of((torch.zeros(1),))
+        with pytest.raises(TypeError, match="expected bytes"):
+            gpu.addresses_of([], "signature", None, True)
         with pytest.raises(RuntimeError, match=r"outside \[0, 1\)"):
-            gpu.cuda_program(layout, struct.pack("q", 1), None, 1)
+            gpu.cuda_program(signature, struct.pack("q", 1), None, 1, False)
         with pytest.raises(RuntimeError, match="too short"):
-            gpu.cuda_program(layout[:-1], struct.pack("q", 0), None, 1)
+            gpu.cuda_program(signature[:-1], struct.pack("q", 0), None, 1, False)
         with pytest.raises(RuntimeError, match="one for each of the 2 gradients"):
-            gpu.cuda_program(layout + layout, struct.pack("q", 0), None, 1)
+            gpu.cuda_program(signature + signature, struct.pack("q", 0), None, 1, False)
         with pytest.raises(RuntimeError, match="expected float32, bfloat16, float16 or float64"):
-            gpu.cuda_program(gpu.layout_of([torch.zeros(3, dtype=torch.int32)]), struct.pack("q", 0), None, 1)
-        _, program, _ = gpu.cuda_program(layout, struct.pack("q", 0), None, 1)
-        rest = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, False, 0, 0)
+            gpu.cuda_program(
+                gpu.signature_of([torch.zeros(3, dtype=torch.int32)]), struct.pack("q", 0), None, 1, False
+            )
+        program, _, _ = gpu.cuda_program(signature, struct.pack("q", 0), None, 1, False)
         with pytest.raises(ValueError, match="one for each gradient"):
-            gpu.cuda_enqueue(0, 2.0, program, b"", *rest)
+            gpu.cuda_power_sums(program, b"", 0, 0, 2.0, 0)
+        with pytest.raises(ValueError, match="call cuda_place"):
+            gpu.cuda_power_sums(program, bytes(8), 0, 0, 2.0, 0)
         with pytest.raises(ValueError, match="expected 1, 2 or inf"):
-            gpu.cuda_enqueue(0, 3.0, program, bytes(8), *rest)
+            gpu.rule(3.0, 1e-6, 0)
+        with pytest.raises(ValueError, match="expected 0, 1 or 2"):
+            gpu.rule(2.0, 1e-6, 3)
+        with pytest.raises(TypeError, match=r"expected cuda_clip\(program"):
+            gpu.cuda_clip(program)
 
 
 @pytest.mark.skipif(shutil.which(cuda_on_host.CXX) is None, reason="no C++ compiler")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "tests/_support/native/queue_stress.cpp",
     ROOT / "csrc/cpu/queue.cpp",
-    *ROOT.glob("csrc/cpu/kernels*.cpp"),
+    *ROOT.glob("csrc/cpu/simd/*.cpp"),
 ]
 CXX = os.environ.get("CXX", "g++").split()[0]
 

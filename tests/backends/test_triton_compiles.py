@@ -1,6 +1,6 @@
 """The Triton kernels compiled for real targets, without running, in a process of their own:
 
-python tests/test_triton_compiles.py cuda:90
+python tests/backends/test_triton_compiles.py cuda:90
 """
 
 import json
@@ -70,7 +70,7 @@ def compile_all(target):
     merge = {"partials": "*fp64", "spans": "*i64", "sums": "*fp64"}
     jobs = []
     for dtype in COMPILED:
-        block = backend._configuration(dtype, 0)
+        block = backend._block(dtype, 0)
         block = {k: block[k] for k in ("DTYPE", "DIMS", "ROWS", "COLUMNS")}
         fused = {"ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero", "CHUNK": triton_tables.CHUNK}
         jobs.append((kernels.power_sums_kernel, sums, {"ORDER": 2.0, **block}))

@@ -8,7 +8,7 @@ import torch
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.backends import triton_tables
 from cwclip_kernels.backends.native import packed
-from cwclip_kernels.core.formula import ClipRule
+from cwclip_kernels.core.formula import UNSCALED, ClipRule
 from helpers import DEVICE, DTYPES, NORM_TOLERANCE, assert_norms, random_grad, same_bits
 from triton_buckets import ORDERS, bucket_of, cap, check_clip, expected_scaled, expected_sums, one_each
 
@@ -27,7 +27,7 @@ def test_power_sums_and_clip(dtype, p):
     grads = [random_grad((n,), dtype) for n in sizes(dtype)]
     owners = list(range(len(grads)))
     torch.testing.assert_close(
-        backend.power_sums(one_each(grads), grads, p),
+        backend.power_sums(one_each(grads), grads, p, None),
         expected_sums(grads, owners, len(grads), p),
         rtol=2 * NORM_TOLERANCE[dtype],
         atol=0,
@@ -57,12 +57,12 @@ def test_no_gradient_no_elements_no_components():
     empty = [torch.zeros(0, device=DEVICE), torch.zeros((3, 0), device=DEVICE)]
     for grads, owners in ((empty, [0, 2]), ([], [])):
         bucket = bucket_of(grads, owners, count=3)
-        norms, coefs = backend.clip_(bucket, grads, cap(0.0), ClipRule())
+        norms, coefs = backend.clip_(bucket, grads, cap(0.0), ClipRule(), UNSCALED, None)
         assert norms.tolist() == [0.0] * 3
         assert coefs.tolist() == [1.0] * 3
-        assert backend.power_sums(bucket, grads, 2.0).tolist() == [0.0] * 3
-        backend.scale_(bucket, grads, coefs, False)
-    assert backend.power_sums(bucket_of([], [], count=0), [], 2.0).shape == (0,)
+        assert backend.power_sums(bucket, grads, 2.0, None).tolist() == [0.0] * 3
+        backend.scale_(bucket, grads, coefs, False, None)
+    assert backend.power_sums(bucket_of([], [], count=0), [], 2.0, None).shape == (0,)
 
 
 def test_dense_layouts_are_clipped_in_place():
@@ -76,7 +76,7 @@ def test_dense_layouts_are_clipped_in_place():
     bucket = one_each(grads)
     pointers = packed(g.data_ptr() for g in grads)
     check_clip(grads, list(range(len(grads))), cap(0.5), ClipRule())
-    backend.power_sums(bucket, grads, 2.0)
+    backend.power_sums(bucket, grads, 2.0, None)
     assert {group.dims for group in bucket.state.tables.sum_tiles} == {0}
     assert [call.pointers for call in bucket.state.calls.values()] == [pointers]
 
@@ -85,12 +85,12 @@ def test_layouts_with_gaps():
     memory = random_grad((40, 50))
     before = memory.clone()
     views = [memory[:, ::2], memory[1:30:3, 1::2]]
-    norms, coefs = backend.clip_(one_each(views), views, cap(0.5), ClipRule())
+    norms, coefs = backend.clip_(one_each(views), views, cap(0.5), ClipRule(), UNSCALED, None)
     assert_norms(norms, torch.stack([before[:, ::2].norm(), before[1:30:3, 1::2].norm()]), torch.float32)
     before[:, ::2] *= coefs[0]
     before[1:30:3, 1::2] *= coefs[1]
     assert same_bits(memory, before)
-    backend.scale_(one_each(views), views, torch.tensor([1.0, 0.5], device=DEVICE), False)
+    backend.scale_(one_each(views), views, torch.tensor([1.0, 0.5], device=DEVICE), False, None)
     before[1:30:3, 1::2] *= 0.5
     assert same_bits(memory, before)
 
@@ -115,7 +115,7 @@ def test_bad_caps_are_loud_and_stay_with_their_component():
 def test_eps_is_not_rounded_to_float32():
     for eps in (1e-6, 0.1):
         grad = torch.full((1,), 2.0**-30, dtype=torch.float64, device=DEVICE)
-        _, coefs = backend.clip_(one_each([grad]), [grad], cap(1e-8), ClipRule(eps=eps))
+        _, coefs = backend.clip_(one_each([grad]), [grad], cap(1e-8), ClipRule(eps=eps), UNSCALED, None)
         assert coefs.item() == 1e-8 / (2.0**-30 + eps)
 
 
@@ -148,7 +148,7 @@ def test_scale(dtype):
         grads[2][:3] = torch.tensor([math.inf, math.nan, -1.0])
         for zero_fill in (False, True):
             scaled = [g.clone() for g in grads]
-            backend.scale_(one_each(grads), scaled, coefs.to(kind), zero_fill)
+            backend.scale_(one_each(grads), scaled, coefs.to(kind), zero_fill, None)
             assert same_bits(scaled[0], grads[0])
             for i in (1, 3, 4):
                 assert same_bits(scaled[i], expected_scaled(grads[i], coefs[i].to(kind)))
@@ -166,7 +166,7 @@ def test_every_half_precision_value_is_rounded_once_to_nearest_even(dtype, coef)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).to(DEVICE)
     scaled = every.clone()
     factor = torch.tensor([coef], device=DEVICE)
-    backend.scale_(one_each([every]), [scaled], factor, False)
+    backend.scale_(one_each([every]), [scaled], factor, False, None)
     expected = expected_scaled(every, factor)
     torch.testing.assert_close(scaled, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -186,7 +186,7 @@ def test_extreme_magnitudes(dtype, magnitudes, p):
     grads = [(torch.rand(3001, dtype=torch.float64) * m).to(DEVICE, dtype) for m in magnitudes]
     grads.append(torch.cat([g[:600] for g in grads]))
     owners = list(range(len(grads)))
-    sums = backend.power_sums(one_each(grads), grads, p)
+    sums = backend.power_sums(one_each(grads), grads, p, None)
     expected = expected_sums(grads, owners, len(grads), p)
     torch.testing.assert_close(sums, expected, rtol=2 * NORM_TOLERANCE[dtype], atol=0)
 
@@ -198,7 +198,7 @@ def test_equal_values_do_not_drift(dtype, value):
     grad = torch.full((100_003,), value, dtype=dtype, device=DEVICE)
     for p in (1.0, 2.0):
         exact = grad[0].double().item() ** p * grad.numel()
-        assert backend.power_sums(one_each([grad]), [grad], p).item() == pytest.approx(
+        assert backend.power_sums(one_each([grad]), [grad], p, None).item() == pytest.approx(
             exact, rel=2 * NORM_TOLERANCE[dtype] if dtype != torch.float64 else 1e-12
         )
 
@@ -209,7 +209,9 @@ def test_same_bits_every_run(p):
     runs = []
     for _ in range(2):
         copies = [g.clone() for g in grads]
-        results = backend.clip_(bucket_of(copies, [0, 1, 0, 1, 2, 2, 0, 1]), copies, cap(0.5), ClipRule(p))
+        results = backend.clip_(
+            bucket_of(copies, [0, 1, 0, 1, 2, 2, 0, 1]), copies, cap(0.5), ClipRule(p), UNSCALED, None
+        )
         runs.append([*results, *copies])
     assert all(same_bits(a, b) for a, b in zip(*runs, strict=True))
 
@@ -227,7 +229,7 @@ def test_more_partials_than_a_chunk(monkeypatch, p, sum_tile, scale_tile):
     check_clip(grads, [1, 1, 0, 3], cap(0.5), ClipRule(p), count=4)
     grads[0][123] = math.nan
     bucket = bucket_of(grads, [1, 1, 0, 3])
-    assert backend.power_sums(bucket, grads, p).isnan().tolist() == [False, True, False, False]
+    assert backend.power_sums(bucket, grads, p, None).isnan().tolist() == [False, True, False, False]
     assert scale_tile > 256 or bucket.state.tables.chunks is not None
 
 

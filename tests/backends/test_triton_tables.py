@@ -35,12 +35,12 @@ def test_tables_of_huge_gradients():
                 assert torch.equal((start[1:] - start[:-1]).unique(), length.max().view(1)) or len(start) == 1
                 assert length.sum() == grads[i].numel()
     slots = torch.cat([group[:, 3] for *_, group in tables.sum_tiles])
-    assert torch.equal(slots.sort().values, torch.arange(tables.tiles))
+    assert torch.equal(slots.sort().values, torch.arange(tables.count))
     leaders = torch.cat([group[group[:, 4] == 1, 3] for *_, group in tables.scale_tiles])
     assert sorted(leaders.tolist()) == [0, 2]
     assert tables.chunks is not None
     assert (tables.chunks.diff() <= triton_tables.CHUNK).all()
-    assert tables.chunks[-1] == tables.tiles
+    assert tables.chunks[-1] == tables.count
     assert tables.spans[-1] == len(tables.chunks) - 1
     assert tables.spans.diff()[0] <= triton_tables.CHUNK  # 64 MB
     assert not tables.covers_all
@@ -54,10 +54,10 @@ def test_offsets_beyond_32_bits():
         far = call.addresses - 2**33 * grad.element_size()
         tiles = []
         for group in call.tables.sum_tiles:
-            moved_tiles = group.tiles.clone()
+            moved_tiles = group.rows.clone()
             moved_tiles[:, 1] += 2**33
-            tiles.append(group._replace(tiles=moved_tiles))
-        moved = replace(call, addresses=far, tables=replace(call.tables, tiles=len(grads), sum_tiles=(tiles[i],)))
+            tiles.append(group._replace(rows=moved_tiles))
+        moved = replace(call, addresses=far, tables=replace(call.tables, count=len(grads), sum_tiles=[tiles[i]]))
         with backend._launching_on(bucket.device):
             partials = backend._partials(moved, 1.0)
         assert partials[i].item() == pytest.approx(grad.double().abs().sum().item(), rel=1e-6)
@@ -66,14 +66,14 @@ def test_offsets_beyond_32_bits():
 def test_gradients_move_between_calls():
     grads = [random_grad((300,)), random_grad((9,), torch.bfloat16)]
     bucket = one_each(grads)
-    first = backend.power_sums(bucket, grads, 2.0)
+    first = backend.power_sums(bucket, grads, 2.0, None)
     tables = bucket.state.tables
     (before,) = bucket.state.calls.values()
-    assert same_bits(backend.power_sums(bucket, grads, 2.0), first)
+    assert same_bits(backend.power_sums(bucket, grads, 2.0, None), first)
     (again,) = bucket.state.calls.values()
     assert again is before
     moved = [g.clone() for g in grads]
-    assert same_bits(backend.power_sums(bucket, moved, 2.0), first)
+    assert same_bits(backend.power_sums(bucket, moved, 2.0, None), first)
     (after,) = bucket.state.calls.values()
     assert after.pointers == packed(g.data_ptr() for g in moved)
     assert bucket.state.tables is tables
@@ -84,14 +84,14 @@ def test_values_of_sparse_gradients_change_size():
     for n in (10, 20_000, 3):
         values = random_grad((n,))
         expected = expected_sums([values], [0], 1, 2.0)
-        torch.testing.assert_close(backend.power_sums(bucket, [values], 2.0), expected, rtol=2e-6, atol=0)
+        torch.testing.assert_close(backend.power_sums(bucket, [values], 2.0, None), expected, rtol=2e-6, atol=0)
 
 
 def test_default_device_does_not_matter():
     grad = random_grad((100,))
     bucket = one_each([grad])
     with torch.device("meta"):
-        sums = backend.power_sums(bucket, [grad], 2.0)
+        sums = backend.power_sums(bucket, [grad], 2.0, None)
     torch.testing.assert_close(sums, expected_sums([grad], [0], 1, 2.0), rtol=2e-6, atol=0)
 
 

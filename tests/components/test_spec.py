@@ -321,7 +321,7 @@ def test_stacked_experts():
         (lambda: ComponentSpec().group("*", "word"), ValueError, "not 'word'"),
         (lambda: ComponentSpec().group(1, "all"), TypeError, "pattern: expected a string, not int"),
         (lambda: ComponentSpec().split("*", ()), ValueError, "sizes: expected at least one"),
-        (lambda: ComponentSpec().split("*", (1, 0)), ValueError, "sizes: expected numbers >= 1, not 0"),
+        (lambda: ComponentSpec().split("*", (1, 0)), ValueError, "sizes: expected a whole number >= 1, not 0"),
         (lambda: ComponentSpec().split("*", 1.5), TypeError, "sizes: expected a whole number"),
         (lambda: ComponentSpec().split("*", True), TypeError, "sizes: .* not bool"),
         (lambda: ComponentSpec().split("*", "12"), TypeError, "sizes: .* not str"),

@@ -319,7 +319,7 @@ class TestArguments:
             (lambda: EMA(decay=1.5), ValueError, "decay: expected a finite number >= 0 and <= 1"),
             (lambda: EMA(warmup_steps=1.5), TypeError, "warmup_steps: expected a whole number, not float"),
             (lambda: EMA(warmup_steps=-1), ValueError, "warmup_steps: expected a whole number >= 0"),
-            (lambda: EMA(warmup_norm=math.nan), ValueError, "warmup_norm: expected a finite number"),
+            (lambda: EMA(warmup_norm=math.nan), ValueError, "warmup_norm: expected a number > 0, not nan"),
             (lambda: ZScore(threshold="2"), TypeError, "threshold: expected a number, not str"),
             (lambda: ZScore(warmup_steps=0), ValueError, "warmup_steps: expected a whole number >= 1"),
             (lambda: Percentile(101), ValueError, "percentile: expected a finite number >= 0 and <= 100"),

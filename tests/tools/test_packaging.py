@@ -58,7 +58,7 @@ def test_one_abi3_wheel_with_types_and_one_binary(wheel):
     assert "-cp310-abi3-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if n.endswith(".so")] == ["cwclip_kernels/_C.abi3.so"]
-    assert "cwclip_kernels/py.typed" in names
+    assert {"cwclip_kernels/py.typed", "cwclip_kernels/_C.pyi"} <= set(names)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"cwclip_kernels"}
 
 

@@ -22,15 +22,16 @@ TRAINERS = ("accelerate", "lightning", "timm", "torchtitan", "transformers")
 ORDER = [
     name
     for line in """
-    _version arguments result
+    _C _version arguments result
     core/modes core/formula
     components/naming components/grouping components/patterns components/membership components/parameters
     components/spec
     thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/scale
-    backends/memory backends/native core/checks core/bucket core/loss_scale
-    reference backends/foreach backends/cpu backends/cuda backends/triton_tables backends/triton backends/registry
+    backends/memory backends/served core/loss_scale backends/native core/checks core/bucket
+    reference backends/foreach backends/programs backends/cpu backends/cuda
+    backends/triton_tables backends/triton backends/registry
     core/options core/plan core/run
     distributed/groups distributed/consistency distributed/reduction distributed/local distributed/reduction_plan
     distributed/set_up distributed/run

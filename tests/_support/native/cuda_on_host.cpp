@@ -1,6 +1,6 @@
 // csrc/cuda/ as a Python module for CPU tensors: what cwclip_kernels/backends/cuda.py calls, down to the kernels.
-#include "../../../csrc/cuda/calls.h"
-#include "../../../csrc/tensors.h"
+#include "../../../csrc/common/tensor_list.h"
+#include "../../../csrc/cuda/program.h"
 #include "blocks.h"
 
 namespace {
@@ -21,25 +21,29 @@ PyObject* launches(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(ma
 
 PyObject* stream(PyObject*, PyObject*) { return Py_BuildValue("(iO)", 0, Py_False); }
 
+// partials_at(program): where the part of the workspace ends that is zero between calls
+PyObject* partials_at(PyObject*, PyObject* capsule) {
+  using cwclip::cuda::Program;
+  const auto* const program = static_cast<const Program*>(PyCapsule_GetPointer(capsule, Program::kCapsule));
+  return program == nullptr ? nullptr : PyLong_FromLongLong(program->partials_at);
+}
+
 PyMethodDef methods[] = {
-    {"layout_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_layout_of)), METH_FASTCALL,
-     nullptr},
-    {"form_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_form_of)), METH_FASTCALL, nullptr},
-    {"addresses_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cwclip::py_addresses_of)),
-     METH_FASTCALL, nullptr},
-    {"cuda_program", &cwclip::cuda::py_program, METH_VARARGS, nullptr},
-    {"cuda_enqueue", &cwclip::cuda::py_enqueue, METH_VARARGS, nullptr},
     {"cuda_stream", &stream, METH_O, nullptr},
-    {"cuda_obstacle", &cwclip::cuda::py_obstacle, METH_O, nullptr},
     {"set_machine", &set_machine, METH_VARARGS, nullptr},
     {"launches", &launches, METH_NOARGS, nullptr},
+    {"partials_at", &partials_at, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit_cwclip_cuda_on_host() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "cwclip_cuda_on_host", nullptr, -1, methods, nullptr, nullptr, nullptr,
-                               nullptr};
-  return cwclip::find_torch() ? PyModule_Create(&module) : nullptr;
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "cwclip_cuda_on_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr};
+  if (!cwclip::find_torch()) return nullptr;
+  PyObject* const module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  for (PyMethodDef* some : {cwclip::methods, cwclip::cuda::methods, methods}) PyModule_AddFunctions(module, some);
+  return module;
 }

@@ -29,7 +29,7 @@ int64_t between(int64_t low, int64_t high) { return std::uniform_int_distributio
 
 void one_case(long number) {
   const int64_t components = between(1, 12);
-  std::vector<Segment> gradients;
+  std::vector<Piece> gradients;
   std::vector<std::vector<float>> values;
   for (int64_t i = between(1, 40); i > 0; --i) {
     const int64_t numel = between(0, 3) == 0 ? between(0, 40000) : between(0, 40);
@@ -38,13 +38,13 @@ void one_case(long number) {
     gradients.push_back({nullptr, numel, DType::f32, static_cast<int32_t>(between(0, components - 1)), {}});
     gradients.back().gradient = static_cast<int32_t>(gradients.size()) - 1;
   }
-  std::vector<void*> addresses;
-  for (size_t i = 0; i < values.size(); ++i) addresses.push_back(values[i].data() + between(0, 3));
+  std::vector<char*> addresses;
+  for (size_t i = 0; i < values.size(); ++i) addresses.push_back(reinterpret_cast<char*>(values[i].data() + between(0, 3)));
 
-  std::string tables, program;
-  write_program(gradients, static_cast<int32_t>(gradients.size()), components, tables, program);
-  const auto* const p = reinterpret_cast<const Program*>(program.data());
-  std::vector<uint64_t> workspace(static_cast<size_t>(p->workspace_bytes + 15) / 8);
+  std::string tables;
+  Program program = make_program(gradients, static_cast<int32_t>(gradients.size()), components, tables);
+  program.tables = tables.data();
+  std::vector<uint64_t> workspace(static_cast<size_t>(program.workspace_bytes + 15) / 8);
   std::vector<double> caps(static_cast<size_t>(components));
   std::vector<double> norms(caps.size()), coefs(caps.size());
 
@@ -59,15 +59,14 @@ void one_case(long number) {
     std::vector<double> sums(caps.size());
     std::vector<std::vector<float>> before = values;
     for (size_t i = 0; i < values.size(); ++i) {
-      const float* const x = static_cast<const float*>(addresses[i]);
+      const float* const x = reinterpret_cast<const float*>(addresses[i]);
       for (int64_t j = 0; j < gradients[i].numel; ++j) sums[static_cast<size_t>(gradients[i].component)] += double{x[j]} * x[j];
     }
     Request request = {};
     request.kind = Kind::clip;
     request.order = Order::two;
-    request.program = p;
+    request.program = &program;
     request.addresses = addresses.data();
-    request.tables = tables.data();
     request.workspace = reinterpret_cast<char*>(workspace.data());
     request.results = {nullptr, norms.data(), coefs.data(), nullptr};
     request.rule = {caps.data(), 1, nullptr, 1e-6, NonFinite::propagate, true};
@@ -79,13 +78,13 @@ void one_case(long number) {
     }
     for (size_t i = 0; i < values.size(); ++i) {
       const float factor = static_cast<float>(coefs[static_cast<size_t>(gradients[i].component)]);
-      const size_t start = static_cast<size_t>(static_cast<float*>(addresses[i]) - values[i].data());
+      const size_t start = static_cast<size_t>(reinterpret_cast<float*>(addresses[i]) - values[i].data());
       for (size_t j = 0; j < values[i].size(); ++j) {
         const bool inside = j >= start && j < start + static_cast<size_t>(gradients[i].numel);
         REQUIRE(values[i][j] == (inside ? before[i][j] * factor : before[i][j]));
       }
     }
-    for (int64_t i = 0; i < p->partials_at / 8; ++i) REQUIRE(workspace[static_cast<size_t>(i)] == 0);
+    for (int64_t i = 0; i < program.partials_at / 8; ++i) REQUIRE(workspace[static_cast<size_t>(i)] == 0);
   }
 }
 

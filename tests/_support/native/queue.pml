@@ -12,7 +12,7 @@
  *
  * Which components are clipped is any choice. A block is a scheduler and a worker that meet at a barrier, as there. What a
  * GPU does one at a time, one atomic or one access to shared memory, is one step here. spin's memory is sequentially
- * consistent; that each release and acquire is where it is needed, ThreadSanitizer judges (tests/native/hand_over.cpp).
+ * consistent; that each release and acquire is where it is needed, ThreadSanitizer judges (hand_over.cpp).
  *
  * -DSAFETY: no block is left waiting (an invalid end state), and the assertions hold: a tile is measured once; a component
  * is added up when all of its tiles have been handed in; what is clipped is scaled once, after its coefficient was

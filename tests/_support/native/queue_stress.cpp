@@ -14,7 +14,7 @@ namespace {
 
 struct Case {
   std::vector<std::vector<float>> grads;
-  std::vector<Segment> segments;
+  std::vector<Piece> pieces;
   int64_t components;
 };
 
@@ -32,21 +32,21 @@ Case make_case(std::mt19937& random) {
   }
   for (auto& grad : c.grads) {
     const int64_t n = static_cast<int64_t>(grad.size());
-    Layout layout;
+    Strides strides;
     // Every fourth has gaps: two rows of the same memory, one element apart.
-    if (n >= 1000 && below(4) == 0) layout = {{n / 4, 2}, {1, n / 2}};
-    const int64_t numel = layout.dense() ? n : n / 4 * 2;
-    c.segments.push_back({grad.data(), numel, DType::f32, static_cast<int32_t>(below(c.components)), layout});
+    if (n >= 1000 && below(4) == 0) strides = {{n / 4, 2}, {1, n / 2}};
+    const int64_t numel = strides.dense() ? n : n / 4 * 2;
+    c.pieces.push_back({grad.data(), numel, DType::f32, static_cast<int32_t>(below(c.components)), strides});
   }
   return c;
 }
 
 template <class Each>
-void for_each(const Segment& s, const Each& each) {
+void for_each(const Piece& s, const Each& each) {
   float* p = static_cast<float*>(s.data);
   for (int64_t i = 0; i < s.numel; ++i) {
-    const Layout& l = s.layout;
-    each(l.dense() ? p[i] : p[i % l.sizes[0] * l.strides[0] + i / l.sizes[0] * l.strides[1]]);
+    const Strides& l = s.strides;
+    each(l.dense() ? p[i] : p[i % l.sizes[0] * l.steps[0] + i / l.sizes[0] * l.steps[1]]);
   }
 }
 
@@ -57,7 +57,7 @@ void fail(const char* what, double got, double want) {
 
 void check(Case& c, Order order, NonFinite policy, int threads, double cap) {
   std::vector<double> sums(c.components), caps(c.components, cap), norms(c.components), coefs(c.components);
-  for (const Segment& s : c.segments) {
+  for (const Piece& s : c.pieces) {
     for_each(s, [&](float g) {
       double& sum = sums[s.component];
       const double a = std::fabs(static_cast<double>(g));
@@ -69,9 +69,9 @@ void check(Case& c, Order order, NonFinite policy, int threads, double cap) {
     });
   }
   const auto before = c.grads;
-  const Rule rule{caps.data(), 1, nullptr, 1e-6, policy, true};
-  const cpu::Tiles tiles(c.segments, c.components);
-  cpu::ClipQueue queue(c.segments, tiles, order, rule, norms.data(), coefs.data(), threads);
+  const CallRule rule{caps.data(), 1, nullptr, 1e-6, policy, true};
+  const cpu::Tiles tiles(c.pieces, c.components);
+  cpu::ClipQueue queue(c.pieces, tiles, order, rule, norms.data(), coefs.data(), threads);
   std::vector<std::thread> crew;
   for (int t = 0; t < threads; ++t) crew.emplace_back([&, t] { queue.work(t); });
   for (auto& t : crew) t.join();
@@ -89,8 +89,8 @@ void check(Case& c, Order order, NonFinite policy, int threads, double cap) {
     if (coefs[k] != wanted[k] && !(std::isnan(coefs[k]) && std::isnan(wanted[k]))) fail("coef", coefs[k], wanted[k]);
   }
   std::vector<std::vector<float>> expected = before;
-  for (size_t i = 0; i < c.segments.size(); ++i) {
-    Segment s = c.segments[i];
+  for (size_t i = 0; i < c.pieces.size(); ++i) {
+    Piece s = c.pieces[i];
     s.data = expected[i].data();
     const double coef = wanted[s.component];
     if (coef == 1) continue;

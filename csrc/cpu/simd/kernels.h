@@ -1,7 +1,7 @@
 // Power sums and scaling of one contiguous run of elements. Single-threaded, vectorised, no torch header.
 #pragma once
 
-#include "../plan.h"
+#include "../../common/types.h"
 
 namespace cwclip::cpu {
 

@@ -1,4 +1,4 @@
-#include "segments.h"
+#include "pieces.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -10,20 +10,9 @@ namespace {
 
 std::string named(size_t index) { return "grads[" + std::to_string(index) + "]"; }
 
-// Whether the elements lie in memory without gaps, last dimension innermost.
-bool is_contiguous(const int64_t* sizes, const int64_t* strides, int64_t dims) {
-  int64_t expected = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-// Reads one piece of a gradient, `numbers` being what is left of the cuts, and moves past it.
-Segment piece_of(const std::vector<Segment>& gradients, const std::vector<Shape>& shapes, const int64_t** numbers,
-                 const int64_t* end) {
+// Reads one piece of a gradient from the numbers of the cuts, and moves past it.
+Piece piece_of(const std::vector<Piece>& gradients, const std::vector<Shape>& shapes, const int64_t** numbers,
+               const int64_t* end) {
   const auto next = [&] {
     if (*numbers == end) throw std::runtime_error("cuts: too short");
     return *(*numbers)++;
@@ -32,7 +21,7 @@ Segment piece_of(const std::vector<Segment>& gradients, const std::vector<Shape>
   if (gradient < 0 || gradient >= static_cast<int64_t>(gradients.size())) {
     throw std::runtime_error("cuts: there is no gradient " + std::to_string(gradient));
   }
-  Segment piece = gradients[gradient];
+  Piece piece = gradients[gradient];
   piece.gradient = static_cast<int32_t>(gradient);
   const int64_t dims = next();
   if (dims == 0) return piece;
@@ -50,15 +39,13 @@ Segment piece_of(const std::vector<Segment>& gradients, const std::vector<Shape>
   }
   piece.numel = 1;
   for (int64_t d = 0; d < shape.dims; ++d) piece.numel *= sizes[d];
-  piece.layout = is_contiguous(sizes, shape.strides, shape.dims) ? Layout{}
-                                                                : layout_of(sizes, shape.strides, shape.dims, gradient);
-  if (piece.data != nullptr) piece.data = static_cast<char*>(piece.data) + piece.offset * size_of(piece.dtype);
+  piece.strides = strides_of(sizes, shape.strides, shape.dims, gradient);
   return piece;
 }
 
 }  // namespace
 
-Layout layout_of(const int64_t* sizes, const int64_t* strides, int64_t dims, size_t index) {
+Strides strides_of(const int64_t* sizes, const int64_t* strides, int64_t dims, size_t index) {
   std::vector<std::pair<int64_t, int64_t>> by_stride;  // stride, size
   for (int64_t d = 0; d < dims; ++d) {
     if (sizes[d] == 0) return {};
@@ -68,25 +55,25 @@ Layout layout_of(const int64_t* sizes, const int64_t* strides, int64_t dims, siz
     throw std::runtime_error(named(index) + " has more than " + std::to_string(kMaxDims) + " dimensions");
   }
   std::sort(by_stride.begin(), by_stride.end());
-  Layout layout;
+  Strides result;
   int64_t span = 0;
   for (const auto& [stride, size] : by_stride) {
     if (stride <= span) throw std::runtime_error(named(index) + " has several elements on one place in memory");
     span += stride * (size - 1);
-    if (!layout.sizes.empty() && stride == layout.strides.back() * layout.sizes.back()) {
-      layout.sizes.back() *= size;
+    if (!result.sizes.empty() && stride == result.steps.back() * result.sizes.back()) {
+      result.sizes.back() *= size;
     } else {
-      layout.sizes.push_back(size);
-      layout.strides.push_back(stride);
+      result.sizes.push_back(size);
+      result.steps.push_back(stride);
     }
   }
-  const bool dense = layout.sizes.empty() || (layout.sizes.size() == 1 && layout.strides[0] == 1);
-  return dense ? Layout{} : layout;
+  const bool dense = result.sizes.empty() || (result.sizes.size() == 1 && result.steps[0] == 1);
+  return dense ? Strides{} : result;
 }
 
-std::vector<Segment> cut(std::vector<Segment> gradients, const std::vector<Shape>& shapes, const Cuts& cuts,
+std::vector<Piece> cut(std::vector<Piece> gradients, const std::vector<Shape>& shapes, const Cuts& cuts,
                          int64_t count) {
-  std::vector<Segment> pieces;
+  std::vector<Piece> pieces;
   if (cuts.numbers == nullptr) {
     if (cuts.pieces != static_cast<int64_t>(gradients.size())) {
       throw std::runtime_error("components: expected one for each of the " + std::to_string(gradients.size()) + " gradients");
@@ -113,25 +100,19 @@ std::vector<Segment> cut(std::vector<Segment> gradients, const std::vector<Shape
   return pieces;
 }
 
-void check_distinct(const std::vector<Segment>& segments) {
-  struct Place {
-    const char *start, *end;
-    size_t index;
-  };
-  std::vector<Place> places;
-  places.reserve(segments.size());
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const Segment& s = segments[i];
-    if (s.numel == 0) continue;
-    const char* const start = static_cast<const char*>(s.data);
-    places.push_back({start, start + (s.layout.dense() ? s.numel * size_of(s.dtype) : 1), i});
+bool share_memory(const std::vector<Piece>& pieces) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  spans.reserve(pieces.size());
+  for (const Piece& piece : pieces) {
+    if (piece.numel == 0) continue;
+    const char* const start = static_cast<const char*>(piece.data);
+    spans.emplace_back(start, start + (piece.strides.dense() ? piece.numel * size_of(piece.dtype) : 1));
   }
-  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.start < b.start; });
-  for (size_t i = 1; i < places.size(); ++i) {
-    if (places[i - 1].end > places[i].start) {
-      throw std::runtime_error(named(places[i - 1].index) + " and " + named(places[i].index) + " share memory");
-    }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i) {
+    if (spans[i - 1].second > spans[i].first) return true;
   }
+  return false;
 }
 
 }  // namespace cwclip

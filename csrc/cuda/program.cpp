@@ -1,8 +1,9 @@
-#include "tables.h"
+#include "program.h"
 
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace cwclip::cuda {
 namespace {
@@ -15,20 +16,20 @@ void append(std::string& bytes, const T* values, size_t count) {
 }
 
 // Offset, dims, then size and stride of each, innermost first; where it begins.
-int32_t append_layout(const Segment& piece, std::vector<int64_t>& layouts) {
-  const Layout& layout = piece.layout;
+int32_t append_layout(const Piece& piece, std::vector<int64_t>& layouts) {
+  const Strides& strides = piece.strides;
   const size_t start = layouts.size();
   layouts.push_back(piece.offset);
-  layouts.push_back(static_cast<int64_t>(layout.sizes.size()));
-  for (size_t d = 0; d < layout.sizes.size(); ++d) {
-    layouts.push_back(layout.sizes[d]);
-    layouts.push_back(layout.strides[d]);
+  layouts.push_back(static_cast<int64_t>(strides.sizes.size()));
+  for (size_t d = 0; d < strides.sizes.size(); ++d) {
+    layouts.push_back(strides.sizes[d]);
+    layouts.push_back(strides.steps[d]);
   }
   return static_cast<int32_t>(start);
 }
 
 // The pieces that have elements, component by component, so that a launch's tiles and addresses are one run each.
-std::vector<int32_t> in_order(const std::vector<Segment>& pieces) {
+std::vector<int32_t> in_order(const std::vector<Piece>& pieces) {
   std::vector<int32_t> order;
   for (size_t i = 0; i < pieces.size(); ++i) {
     if (pieces[i].numel > 0) order.push_back(static_cast<int32_t>(i));
@@ -39,7 +40,7 @@ std::vector<int32_t> in_order(const std::vector<Segment>& pieces) {
 }
 
 // Whose address each run of pieces needs: pieces of one gradient that follow one another share it.
-std::vector<int32_t> addresses_of(const std::vector<Segment>& pieces, const std::vector<int32_t>& order) {
+std::vector<int32_t> addresses_of(const std::vector<Piece>& pieces, const std::vector<int32_t>& order) {
   std::vector<int32_t> gradients;
   for (const int32_t i : order) {
     if (gradients.empty() || gradients.back() != pieces[i].gradient) gradients.push_back(pieces[i].gradient);
@@ -49,8 +50,7 @@ std::vector<int32_t> addresses_of(const std::vector<Segment>& pieces, const std:
 
 }  // namespace
 
-void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_t components, std::string& tables,
-                   std::string& program) {
+Program make_program(const std::vector<Piece>& pieces, int32_t gradients, int64_t components, std::string& tables) {
   const std::vector<int32_t> order = in_order(pieces), gradient_of = addresses_of(pieces, order);
   const bool few = gradient_of.size() <= kFewAddresses;
   const int32_t capacity = few ? kFewAddresses : kManyAddresses;
@@ -60,13 +60,13 @@ void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_
   std::vector<Range> ranges;
   int32_t segment = -1;
   for (const int32_t i : order) {
-    const Segment& piece = pieces[i];
+    const Piece& piece = pieces[i];
     const uint32_t begin = static_cast<uint32_t>(tiles.size());
     if (segment < 0 || gradient_of[segment] != piece.gradient) {
       if (++segment % capacity == 0) ranges.push_back({begin, begin, segment, segment, 0, 0, 0});
     }
-    const int32_t layout = piece.layout.dense() ? -1 : append_layout(piece, layouts);
-    const int64_t step = kTileBytes / size_of(piece.dtype), offset = piece.layout.dense() ? piece.offset : 0;
+    const int32_t layout = piece.strides.dense() ? -1 : append_layout(piece, layouts);
+    const int64_t step = kTileBytes / size_of(piece.dtype), offset = piece.strides.dense() ? piece.offset : 0;
     for (int64_t start = 0; start < piece.numel; start += step) {
       tiles.push_back({offset + start, static_cast<int32_t>(std::min(step, piece.numel - start)), segment,
                        piece.component, piece.dtype, layout, 0});
@@ -87,9 +87,7 @@ void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_
   p.tiles = static_cast<uint32_t>(tiles.size());
   p.components = static_cast<uint32_t>(components);
   p.measured = static_cast<uint32_t>(components - std::count(tiles_of.begin(), tiles_of.end() - 1, 0u));
-  p.launches = static_cast<uint32_t>(ranges.size());
   p.gradients = gradients;
-  p.segments = static_cast<int32_t>(gradient_of.size());
   p.few = few;
   p.gaps = !layouts.empty();
 
@@ -100,18 +98,16 @@ void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_
   append(tables, layouts.data(), layouts.size());
   p.spans_at = static_cast<int64_t>(tables.size());
   append(tables, tiles_of.data(), tiles_of.size());
-  p.tables_bytes = static_cast<int64_t>(tables.size());
 
   p.sum_tickets_at = aligned(sizeof(Counters));
-  p.done_at = p.sum_tickets_at + aligned(4 * int64_t{p.launches});
+  p.done_at = p.sum_tickets_at + aligned(4 * static_cast<int64_t>(ranges.size()));
   p.list_at = p.done_at + aligned(4 * components);
   p.partials_at = p.list_at + aligned(4 * int64_t{p.tiles});
   p.workspace_bytes = p.partials_at + 8 * int64_t{p.tiles};
 
-  program.clear();
-  append(program, &p, 1);
-  append(program, ranges.data(), ranges.size());
-  append(program, gradient_of.data(), gradient_of.size());
+  p.ranges = std::move(ranges);
+  p.gradient_of = gradient_of;
+  return p;
 }
 
 }  // namespace cwclip::cuda

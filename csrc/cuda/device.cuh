@@ -1,6 +1,6 @@
-// What the kernels and their launches ask of the machine, each under a name of ours: who am I, barriers, shuffles,
-// atomics with their memory order, conversions, devices and streams. Here for GPUs; tests/native/machine_on_host.h has
-// the same names for a CPU, so that the suite runs all of csrc/cuda/ where there is no GPU.
+// The device primitives of kernels and launches under names of our own: thread indices, barriers, shuffles, atomics with
+// their memory order, conversions, devices and streams. Here for GPUs; tests/_support/native/device_on_host.h has the same
+// names for a CPU, so that tests run all of csrc/cuda/ without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -67,8 +67,8 @@ CWCLIP_DEVICE double load_relaxed(const double* p) {
   return value;
 }
 
-// Gradients, 16 bytes at a time. First read: to be read again from L2, but by another processor as likely as not. Last
-// read and write: not to be kept anywhere.
+// Gradients, 16 bytes at a time. First read: kept in L2, not in L1, since another processor may read it again. Last read,
+// and write: kept in neither.
 CWCLIP_DEVICE Vector load_vector(const Vector* p) {
   const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
@@ -117,7 +117,6 @@ CWCLIP_DEVICE double multiply_add(double a, double b, double c) { return __fma_r
 // IEEE, whatever flags the file is compiled with.
 CWCLIP_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 CWCLIP_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
-CWCLIP_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
 CWCLIP_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -130,8 +129,8 @@ using Stream = cudaStream_t;
 using Failure = const char*;
 inline Failure failure_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// It is the current one already, for torch's copy of the CUDA runtime (cwclip_kernels/backends/cuda.py sees to that); this
-// tells ours. So nothing has to be set back, which could tell torch's wrongly.
+// For our static copy of the CUDA runtime. For torch's copy it is the current device already (backends/cuda.py), so nothing
+// has to be restored afterwards.
 inline Failure set_device(int device) { return failure_of(cudaSetDevice(device)); }
 
 inline Failure count_processors(int device, int* count) {
@@ -163,5 +162,5 @@ Failure launch(uint32_t blocks, int threads, Stream stream, const Parameters&...
 }  // namespace cwclip::cuda
 
 #else
-#include "machine_on_host.h"
+#include "device_on_host.h"
 #endif

@@ -1,7 +1,7 @@
-// What one call on a GPU works on, in plain structs that host and device share.
+// What calls on a GPU work on: plain structs that host and device share, and a bucket's program.
 #pragma once
 
-#include "../plan.h"
+#include "../common/types.h"
 
 #include <string>
 #include <vector>
@@ -19,7 +19,7 @@ struct alignas(16) Tile {
   int32_t segment;     // its gradient's address, by its place among those of all launches
   int32_t component;
   DType dtype;
-  int32_t layout;      // where its Layout is among the layouts, -1 if it is dense
+  int32_t layout;      // where its entry is among the layouts, -1 if it is dense
   int32_t of;          // tiles that the component has
 };
 static_assert(sizeof(Tile) == 32, "read as two 16-byte words");
@@ -33,7 +33,7 @@ struct Tables {
   const int64_t* layouts;
 };
 
-// What blocks tell each other. Zero before a call and, by the last block to leave, after it.
+// Shared by all blocks. Zero before a call; the last block to leave sets it back to zero.
 struct Counters {
   uint32_t scale_ticket;  // next place in the list to take
   uint32_t listed;        // places in the list given out
@@ -41,7 +41,7 @@ struct Counters {
   uint32_t left;          // blocks that have nothing more to do
 };
 
-// Device memory that a call uses and leaves as it found it; calls on one stream share it, others don't.
+// Device memory that a call leaves as it found it. Calls on one stream share it.
 struct Workspace {
   Counters* counters;
   uint32_t* sum_tickets;  // one for each table of addresses: next tile to measure
@@ -50,7 +50,7 @@ struct Workspace {
   double* partials;       // [tiles]: power sums; not zero afterwards
 };
 
-// What comes out, on the device.
+// Results, on the device.
 struct Results {
   double* sums;  // [K] power sums if only they are asked for; then there are no norms and coefs
   void* norms;   // [K] float, or double if wide
@@ -72,7 +72,7 @@ struct Call {
   Workspace workspace;
   Results results;
   Range range;
-  Rule rule;
+  CallRule rule;
   uint32_t components;          // K
   uint32_t measured;            // components that have tiles
 };
@@ -89,25 +89,25 @@ struct Addresses {
 static_assert(sizeof(Call) + sizeof(Addresses<kFewAddresses>) <= 4096, "fits the small parameter space");
 static_assert(sizeof(Call) + sizeof(Addresses<kManyAddresses>) <= 32764, "fits the large parameter space");
 
-// What is static about the calls with one set of gradients, in bytes that can be kept anywhere.
+// What is static about the calls with one bucket of gradients, as the host needs it.
 struct Program {
+  static constexpr const char* kCapsule = "cwclip_kernels.cuda_program";
+
   // Where things are: in the tables, which lie on the device, and in the workspace.
-  int64_t spans_at, layouts_at, tables_bytes;
+  int64_t spans_at, layouts_at;
   int64_t sum_tickets_at, done_at, list_at, partials_at, workspace_bytes;
   uint32_t tiles, components, measured;
-  uint32_t launches;  // of one kernel; more than one past kManyAddresses gradients
   int32_t gradients;  // whose addresses a call brings
-  int32_t segments;   // addresses over all launches: a gradient whose pieces lie apart in the order comes several times
   bool few, gaps;     // whether kFewAddresses are enough; whether any piece has gaps
-  // Range[launches] and int32_t[segments], whose address each of the tiles' segments is, follow.
+  std::vector<Range> ranges;         // one for each launch of a kernel; more than one past kManyAddresses gradients
+  std::vector<int32_t> gradient_of;  // the tiles' segments; a gradient whose pieces lie apart in the order comes several times
 
-  const Range* ranges() const { return reinterpret_cast<const Range*>(this + 1); }
-  const int32_t* gradient_of() const { return reinterpret_cast<const int32_t*>(ranges() + launches); }
+  bool wide = false;       // norms and coefficients are float64
+  char* tables = nullptr;  // on the device
+  int device = 0;
 };
 
-// Cuts pieces of `gradients` gradients (whose data is not looked at) into tiles. `tables` is what has to be brought to the
-// device, and `program` a Program.
-void write_program(const std::vector<Segment>& pieces, int32_t gradients, int64_t components, std::string& tables,
-                   std::string& program);
+// Cuts pieces of `gradients` gradients (whose data is not looked at) into tiles. `tables` has to be brought to the device.
+Program make_program(const std::vector<Piece>& pieces, int32_t gradients, int64_t components, std::string& tables);
 
 }  // namespace cwclip::cuda

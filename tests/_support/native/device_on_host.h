@@ -1,4 +1,4 @@
-// csrc/cuda/machine.cuh for a CPU: the same names, so that the suite runs csrc/cuda/ where there is no GPU.
+// csrc/cuda/device.cuh for a CPU: the same names, so that the suite runs csrc/cuda/ where there is no GPU.
 //
 // Blocks and their threads are fibers (blocks.h), or, with CWCLIP_BLOCKS_AS_THREADS, one host thread for each warp of
 // one lane, for ThreadSanitizer to judge what blocks hand each other.
@@ -116,7 +116,6 @@ inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c);
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 inline float product(float a, float b) { return a * b; }
 inline double product(double a, double b) { return a * b; }
-inline double quotient(double a, double b) { return a / b; }
 inline double square_root(double x) { return std::sqrt(x); }
 
 // On the host.

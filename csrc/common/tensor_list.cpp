@@ -1,7 +1,7 @@
-#include "tensors.h"
+#include "tensor_list.h"
 
 #include "dlpack.h"
-#include "segments.h"
+#include "pieces.h"
 
 #include <cstring>
 #include <stdexcept>
@@ -13,16 +13,14 @@ namespace {
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 const dlpack::ExchangeApi* api = nullptr;
 
-// A layout is, for each entry of a list, one Head and then its sizes and its strides.
+// A signature has, for each entry of a list, one Head and then its sizes and its strides.
 struct Head {
   int32_t kind, bits, device_type, device, dims, unused;
 };
 static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay aligned");
 
-// Kinds of entries that are no gradients: there is none, or it is none of this layout's business.
+// Kinds of entries without a gradient: None, and Ellipsis, where anything may be.
 constexpr int32_t kAbsent = -1, kIgnored = -2;
-
-Head head_without_data(int32_t kind) { return {kind, 0, 0, 0, 0, 0}; }
 
 Head head_of(const dlpack::Tensor& tensor) {
   return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, 0};
@@ -39,21 +37,21 @@ DType dtype_of(const Head& head, size_t index) {
 
 void* address_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
-// Goes through a layout one gradient at a time.
-class LayoutReader {
+// Reads a signature one entry after another.
+class SignatureReader {
  public:
-  LayoutReader(const char* layout, size_t bytes) : at_(layout), end_(layout + bytes) {}
+  explicit SignatureReader(Bytes bytes) : at_(bytes.data), end_(bytes.data + bytes.size) {}
 
   bool at_end() const { return at_ == end_; }
 
-  // The next gradient, or an error if there is none.
+  // The next entry; throws if it is cut short.
   Head next(const int64_t** sizes, const int64_t** strides) {
     Head head;
-    if (end_ - at_ < static_cast<ptrdiff_t>(sizeof head)) throw std::runtime_error("layout: too short");
+    if (end_ - at_ < static_cast<ptrdiff_t>(sizeof head)) throw std::runtime_error("signature: too short");
     std::memcpy(&head, at_, sizeof head);
     const ptrdiff_t bytes = head.dims * static_cast<ptrdiff_t>(sizeof(int64_t));
     if (head.dims < 0 || end_ - at_ - static_cast<ptrdiff_t>(sizeof head) < 2 * bytes) {
-      throw std::runtime_error("layout: too short");
+      throw std::runtime_error("signature: too short");
     }
     *sizes = reinterpret_cast<const int64_t*>(at_ + sizeof head);
     *strides = *sizes + head.dims;
@@ -61,14 +59,14 @@ class LayoutReader {
     return head;
   }
 
-  // The kind of the next entry; that of a gradient where there is none, which next() and matches() find out.
+  // The kind of the next entry. Of one cut short a gradient's: next() and matches() then notice that it is too short.
   int32_t kind() const {
-    Head head = head_without_data(dlpack::kFloat);
+    Head head = {dlpack::kFloat, 0, 0, 0, 0, 0};
     if (end_ - at_ >= static_cast<ptrdiff_t>(sizeof head)) std::memcpy(&head, at_, sizeof head);
     return head.kind;
   }
 
-  // Moves past an entry that is no gradient.
+  // Moves past an entry without a gradient.
   void skip() { at_ += sizeof(Head); }
 
   // Whether the next gradient is like this one; moves past it if so.
@@ -96,17 +94,30 @@ bool describe(PyObject* grad, dlpack::Tensor* tensor) {
          api->from_python(grad, tensor) == 0;
 }
 
-void append(std::string& layout, const dlpack::Tensor& tensor) {
-  const Head head = head_of(tensor);
-  layout.append(reinterpret_cast<const char*>(&head), sizeof head);
-  if (tensor.dims == 0) return;
-  layout.append(reinterpret_cast<const char*>(tensor.sizes), tensor.dims * sizeof(int64_t));
-  layout.append(reinterpret_cast<const char*>(tensor.strides), tensor.dims * sizeof(int64_t));
+template <class T>
+void append(std::string& bytes, const T* values, size_t count) {
+  if (count != 0) bytes.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-PyObject* refuse(const char* expected) {
-  PyErr_SetString(PyExc_TypeError, expected);
-  return nullptr;
+struct Gradients {
+  std::vector<Piece> pieces;  // without data and components
+  std::vector<Shape> shapes;  // in the signature's own memory, which has to be aligned as Python's bytes are
+};
+
+// The gradients that a signature describes.
+Gradients gradients_of(Bytes signature) {
+  SignatureReader reader(signature);
+  Gradients gradients;
+  for (size_t i = 0; !reader.at_end(); ++i) {
+    const int64_t *sizes, *strides;
+    const Head head = reader.next(&sizes, &strides);
+    if (head.kind < 0) continue;
+    int64_t numel = 1;
+    for (int32_t d = 0; d < head.dims; ++d) numel *= sizes[d];
+    gradients.pieces.push_back({nullptr, numel, dtype_of(head, i), 0, strides_of(sizes, strides, head.dims, i)});
+    gradients.shapes.push_back({sizes, strides, head.dims});
+  }
+  return gradients;
 }
 
 }  // namespace
@@ -130,53 +141,39 @@ bool find_torch() {
   return false;
 }
 
-PyObject* py_layout_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 1 || !PyList_Check(arguments[0])) return refuse("layout_of(grads: list)");
-  std::string layout;
-  const Py_ssize_t length = PyList_Size(arguments[0]);
+PyObject* py_signature_of(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 1, "signature_of(tensors)");
+  PyObject* const tensors = arguments.list();
+  if (arguments.failed()) return nullptr;
+  std::string signature;
+  const Py_ssize_t length = PyList_Size(tensors);
   for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* const grad = PyList_GetItem(arguments[0], i);
-    if (grad == Py_None || grad == Py_Ellipsis) {
-      const Head head = head_without_data(grad == Py_None ? kAbsent : kIgnored);
-      layout.append(reinterpret_cast<const char*>(&head), sizeof head);
-      continue;
+    PyObject* const entry = PyList_GetItem(tensors, i);
+    Head head = {entry == Py_None ? kAbsent : kIgnored, 0, 0, 0, 0, 0};
+    dlpack::Tensor tensor = {};
+    if (entry != Py_None && entry != Py_Ellipsis) {
+      PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(entry));
+      if ((type != tensor_type && type != parameter_type) || api->from_python(entry, &tensor) != 0) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+      }
+      head = head_of(tensor);
     }
-    dlpack::Tensor tensor;
-    if (!describe(grad, &tensor)) {
-      return PyErr_Occurred() ? nullptr : refuse("grads: expected torch.Tensor, not a subclass of it");
-    }
-    append(layout, tensor);
+    append(signature, &head, 1);
+    append(signature, tensor.sizes, tensor.dims);
+    append(signature, tensor.strides, tensor.dims);
   }
-  return PyBytes_FromStringAndSize(layout.data(), static_cast<Py_ssize_t>(layout.size()));
+  return PyBytes_FromStringAndSize(signature.data(), static_cast<Py_ssize_t>(signature.size()));
 }
 
-PyObject* py_form_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 1 || !PyList_Check(arguments[0])) return refuse("form_of(parameters: list)");
-  std::string form;
-  const Py_ssize_t length = PyList_Size(arguments[0]);
-  for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* const parameter = PyList_GetItem(arguments[0], i);
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(parameter));
-    dlpack::Tensor tensor;
-    if ((type != tensor_type && type != parameter_type) || api->from_python(parameter, &tensor) != 0) {
-      PyErr_Clear();
-      Py_RETURN_NONE;
-    }
-    append(form, tensor);
-  }
-  return PyBytes_FromStringAndSize(form.data(), static_cast<Py_ssize_t>(form.size()));
-}
-
-PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count < 3 || count > 4 || !PyList_Check(arguments[0]) || !PyBytes_Check(arguments[1]) ||
-      !(arguments[2] == Py_None || PyBytes_Check(arguments[2])) || (count == 4 && !PyBool_Check(arguments[3]))) {
-    return refuse("addresses_of(grads: list, layout: bytes, last: bytes | None, writes: bool = True)");
-  }
-  PyObject* const grads = arguments[0];
-  const char* const layout = PyBytes_AsString(arguments[1]);
-  const size_t layout_bytes = static_cast<size_t>(PyBytes_Size(arguments[1]));
-  const bool writes = count == 3 || arguments[3] == Py_True;
-  LayoutReader reader(layout, layout_bytes);
+PyObject* py_addresses_of(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 4, "addresses_of(grads, signature, last, writes)");
+  PyObject* const grads = arguments.list();
+  const Bytes signature = arguments.bytes();
+  const Bytes last = arguments.bytes(true);
+  const bool writes = arguments.flag();
+  if (arguments.failed()) return nullptr;
+  SignatureReader reader(signature);
   const Py_ssize_t length = PyList_Size(grads);
   std::vector<void*> addresses;
   addresses.reserve(length);
@@ -197,17 +194,15 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   }
   if (!reader.at_end()) Py_RETURN_NONE;
   const Py_ssize_t bytes = static_cast<Py_ssize_t>(addresses.size() * sizeof(void*));
-  PyObject* const last = arguments[2];
-  if (last != Py_None && PyBytes_Size(last) == bytes &&
-      (bytes == 0 || std::memcmp(PyBytes_AsString(last), addresses.data(), bytes) == 0)) {
-    Py_INCREF(last);
-    return last;
+  if (last.data != nullptr && last.size == bytes && (bytes == 0 || std::memcmp(last.data, addresses.data(), bytes) == 0)) {
+    Py_INCREF(values[2]);
+    return values[2];
   }
   if (writes) {
     try {
-      std::vector<Segment> segments = gradients_of(layout, layout_bytes).segments;
-      for (size_t i = 0; i < segments.size(); ++i) segments[i].data = addresses[i];
-      check_distinct(segments);
+      std::vector<Piece> pieces = gradients_of(signature).pieces;
+      for (size_t i = 0; i < pieces.size(); ++i) pieces[i].data = addresses[i];
+      if (share_memory(pieces)) Py_RETURN_NONE;
     } catch (const std::exception&) {
       Py_RETURN_NONE;
     }
@@ -215,22 +210,17 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses.data()), bytes);
 }
 
-Gradients gradients_of(const char* layout, size_t bytes) {
-  LayoutReader reader(layout, bytes);
-  Gradients gradients;
-  for (size_t i = 0; !reader.at_end(); ++i) {
-    if (reader.kind() < 0) {
-      reader.skip();
-      continue;
-    }
-    const int64_t *sizes, *strides;
-    const Head head = reader.next(&sizes, &strides);
-    int64_t numel = 1;
-    for (int32_t d = 0; d < head.dims; ++d) numel *= sizes[d];
-    gradients.segments.push_back({nullptr, numel, dtype_of(head, i), 0, layout_of(sizes, strides, head.dims, i)});
-    gradients.shapes.push_back({sizes, strides, head.dims});
-  }
-  return gradients;
+BucketPieces read_bucket(Arguments& arguments) {
+  const Bytes signature = arguments.bytes(), components = arguments.bytes(), cuts = arguments.bytes(true);
+  const int64_t count = arguments.number();
+  const bool wide = arguments.flag();
+  if (arguments.failed()) return {};
+  if (count < 0 || count > INT32_MAX) throw std::runtime_error("count: expected a number from 0 to 2^31 - 1");
+  Gradients gradients = gradients_of(signature);
+  const size_t addresses = gradients.pieces.size();
+  constexpr Py_ssize_t kNumber = sizeof(int64_t);
+  const Cuts numbers = {components.as<int64_t>(), components.size / kNumber, cuts.as<int64_t>(), cuts.size / kNumber};
+  return {cut(std::move(gradients.pieces), gradients.shapes, numbers, count), addresses, count, wide};
 }
 
 bool find_cuda_stream(int32_t device, void** stream) {

@@ -1,0 +1,129 @@
+// The GPU's functions of the Python module. Memory on the device comes as addresses.
+#include "../common/tensor_list.h"
+#include "launch.h"
+
+namespace cwclip::cuda {
+namespace {
+
+PyObject* py_program(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 5, "cuda_program(signature, components, cuts, count, wide)");
+  return guarded([&]() -> PyObject* {
+    const BucketPieces bucket = read_bucket(arguments);
+    if (arguments.failed()) return nullptr;
+    std::string tables;
+    auto program = std::make_unique<Program>(
+        make_program(bucket.pieces, static_cast<int32_t>(bucket.gradients), bucket.components, tables));
+    program->wide = bucket.wide;
+    const long long workspace_bytes = program->workspace_bytes;
+    PyObject* const capsule = capsule_of(std::move(program));
+    if (capsule == nullptr) return nullptr;
+    return Py_BuildValue("(Ny#L)", capsule, tables.data(), static_cast<Py_ssize_t>(tables.size()), workspace_bytes);
+  });
+}
+
+PyObject* py_place(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 3, "cuda_place(program, tables, device)");
+  auto* const program = arguments.capsule<Program>();
+  auto* const tables = arguments.pointer<char>();
+  const int64_t device = arguments.number();
+  if (arguments.failed()) return nullptr;
+  program->tables = tables;
+  program->device = static_cast<int>(device);
+  Py_RETURN_NONE;
+}
+
+// What every call begins with: program, addresses, stream, workspace.
+Request request_of(Arguments& arguments, Kind kind) {
+  Request request = {};
+  request.kind = kind;
+  request.program = arguments.capsule<Program>();
+  request.addresses = arguments.addresses(request.program == nullptr ? 0 : request.program->gradients);
+  request.stream = arguments.pointer<void>();
+  request.workspace = arguments.pointer<char>();
+  if (!arguments.failed() && request.program->tables == nullptr) {
+    arguments.fail(PyExc_ValueError, "program: its tables are on no device yet; call cuda_place");
+  }
+  return request;
+}
+
+PyObject* raise_failure(const char* doing, const char* failure) {
+  return raise(PyExc_RuntimeError, std::string("CUDA, ") + doing + ": " + failure);
+}
+
+PyObject* enqueued(const Arguments& arguments, const Request& request) {
+  if (arguments.failed()) return nullptr;
+  if (const char* const failure = enqueue(request)) return raise_failure("launching a kernel", failure);
+  Py_RETURN_NONE;
+}
+
+PyObject* py_power_sums(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 6, "cuda_power_sums(program, addresses, stream, workspace, norm_type, sums)");
+  Request request = request_of(arguments, Kind::power_sums);
+  request.order = arguments.order();
+  request.results.sums = arguments.pointer<double>();
+  return enqueued(arguments, request);
+}
+
+PyObject* py_scale(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 7, "cuda_scale(program, addresses, stream, workspace, coefs, wide, zero_fill)");
+  Request request = request_of(arguments, Kind::scale);
+  request.results.coefs = arguments.pointer<void>();
+  request.rule.wide = arguments.flag();
+  request.rule.nonfinite = arguments.flag() ? NonFinite::zero : NonFinite::propagate;
+  return enqueued(arguments, request);
+}
+
+PyObject* py_clip(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 11,
+                      "cuda_clip(program, addresses, stream, workspace, rule, caps, caps_stride, inverse, found_inf, "
+                      "norms, coefs)");
+  Request request = request_of(arguments, Kind::clip);
+  const auto* const rule = arguments.capsule<ClipRule>();
+  const auto* const caps = arguments.pointer<const double>();
+  const int64_t caps_stride = arguments.number();
+  const auto* const inverse = arguments.pointer<const double>();
+  request.results.found_inf = arguments.pointer<uint32_t>();
+  request.results.norms = arguments.pointer<void>();
+  request.results.coefs = arguments.pointer<void>();
+  if (arguments.failed()) return nullptr;
+  request.order = rule->order;
+  request.rule = {caps, caps_stride, inverse, rule->eps, rule->nonfinite, request.program->wide};
+  return enqueued(arguments, request);
+}
+
+PyObject* py_stream(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 1, "cuda_stream(device)");
+  const int device = static_cast<int>(arguments.number());
+  void* stream = nullptr;
+  if (arguments.failed() || !find_cuda_stream(device, &stream)) return nullptr;
+  bool capturing = false;
+  if (const char* const failure = find_capturing(device, stream, &capturing)) {
+    return raise_failure("looking at a stream", failure);
+  }
+  return Py_BuildValue("(KO)", static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(stream)),
+                       capturing ? Py_True : Py_False);
+}
+
+PyObject* py_obstacle(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 1, "cuda_obstacle(device)");
+  const int device = static_cast<int>(arguments.number());
+  if (arguments.failed()) return nullptr;
+  const char* const failure = find_obstacle(device);
+  if (failure == nullptr) Py_RETURN_NONE;
+  return PyUnicode_FromString(failure);
+}
+
+}  // namespace
+
+PyMethodDef methods[] = {
+    method("cuda_program", &py_program),
+    method("cuda_place", &py_place),
+    method("cuda_power_sums", &py_power_sums),
+    method("cuda_scale", &py_scale),
+    method("cuda_clip", &py_clip),
+    method("cuda_stream", &py_stream),
+    method("cuda_obstacle", &py_obstacle),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace cwclip::cuda

@@ -1,0 +1,135 @@
+"""The compiled extension, built from csrc/. Its index is csrc/python.cpp.
+
+Functions take addresses instead of tensors: an int is the address of a tensor's first element, or of a CUDA stream,
+and 0 stands for None. ``addresses`` are int64 numbers as bytes, one for each gradient of the program. Errors come
+before the first gradient is written: TypeError and ValueError for arguments, RuntimeError for what doesn't fit
+together and for CUDA's errors. A build without CUDA kernels has no functions named cuda_*.
+"""
+
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import final
+
+from torch import Tensor
+
+@final
+class Rule:
+    """How norms become coefficients: a capsule."""
+
+@final
+class CpuProgram:
+    """What is static about a bucket of gradients, for the CPU kernels: a capsule."""
+
+@final
+class CudaProgram:
+    """What is static about a bucket of gradients, for the CUDA kernels: a capsule."""
+
+def rule(norm_type: float, eps: float, nonfinite: int, /) -> Rule:
+    """norm_type: 1, 2 or inf. nonfinite: the policy's place in ``formula.POLICIES``, up to 2."""
+
+def signature_of(tensors: Sequence[Tensor | EllipsisType | None], /) -> bytes | None:
+    """Dtypes, devices, shapes and strides of a list of strided tensors, each exactly of type Tensor or Parameter.
+
+    In the list None stands for a gradient that doesn't exist, Ellipsis for an entry that isn't compared.
+
+    Returns:
+        None if there is anything else in the list.
+    """
+
+def addresses_of(
+    grads: Sequence[Tensor | None], signature: bytes, last: bytes | None, writes: bool, /
+) -> bytes | None:
+    """The addresses of tensors with this signature, some 20 ns each.
+
+    Args:
+        grads: a list.
+        signature: from ``signature_of``.
+        last: what the last call with the same ``writes`` returned; returned again if nothing moved.
+        writes: whether the tensors are to be written to; then they may not share memory.
+
+    Returns:
+        None if the tensors have another signature, aren't exactly of type Tensor, or share memory.
+    """
+
+def cpu_program(signature: bytes, components: bytes, cuts: bytes | None, count: int, wide: bool, /) -> CpuProgram:
+    """Cuts the gradients of one bucket into tiles.
+
+    Args:
+        signature: of its gradients.
+        components: int64, component of each piece.
+        cuts: int64, ``Bucket.cuts``; None if the pieces are the gradients.
+        count: number of components K.
+        wide: whether norms and coefficients are float64, not float32.
+    """
+
+def cpu_power_sums(program: CpuProgram, addresses: bytes, norm_type: float, sums: int, /) -> None:
+    """Sum |g|^p, or max |g|: float64 [K] at ``sums``."""
+
+def cpu_scale(program: CpuProgram, addresses: bytes, factors: int, zero_fill: bool, /) -> None:
+    """g <- factor * g. factors: float64 [K]; zero_fill: whether a factor of 0 writes zeros over inf and NaN."""
+
+def cpu_clip(
+    program: CpuProgram,
+    addresses: bytes,
+    rule: Rule,
+    caps: int,
+    caps_stride: int,
+    inverse: int,
+    found_inf: int,
+    norms: int,
+    coefs: int,
+    /,
+) -> None:
+    """Norms and coefficients [K], and gradients scaled by them.
+
+    Args:
+        program: of the bucket.
+        addresses: of its gradients.
+        rule: how norms become coefficients.
+        caps: float64.
+        caps_stride: elements from one component's cap to the next, 0 if all share one.
+        inverse: float64 [], what undoes the loss's scale; or 0.
+        found_inf: float32 [], set to 1 if any element is inf or NaN; or 0.
+        norms: written.
+        coefs: written.
+    """
+
+def cuda_program(
+    signature: bytes, components: bytes, cuts: bytes | None, count: int, wide: bool, /
+) -> tuple[CudaProgram, bytes, int]:
+    """As ``cpu_program``; with tables to bring to the device, and the bytes of workspace that a call needs there."""
+
+def cuda_place(program: CudaProgram, tables: int, device: int, /) -> None:
+    """Tells a program where its tables are. From then on ``device`` has to be torch's current one at every call."""
+
+def cuda_power_sums(
+    program: CudaProgram, addresses: bytes, stream: int, workspace: int, norm_type: float, sums: int, /
+) -> None:
+    """Launches what ``cpu_power_sums`` does. workspace: zeros, or as the stream's last call left it."""
+
+def cuda_scale(
+    program: CudaProgram, addresses: bytes, stream: int, workspace: int, coefs: int, wide: bool, zero_fill: bool, /
+) -> None:
+    """Launches what ``cpu_scale`` does. coefs: [K], float64 if ``wide``, else float32."""
+
+def cuda_clip(
+    program: CudaProgram,
+    addresses: bytes,
+    stream: int,
+    workspace: int,
+    rule: Rule,
+    caps: int,
+    caps_stride: int,
+    inverse: int,
+    found_inf: int,
+    norms: int,
+    coefs: int,
+    /,
+) -> None:
+    """Launches what ``cpu_clip`` does."""
+
+def cuda_stream(device: int, /) -> tuple[int, bool]:
+    """Torch's current stream on a device, and whether it is being captured."""
+
+def cuda_obstacle(device: int, /) -> str | None:
+    """Why the kernels can't run on a device, or None."""
