@@ -13,12 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench wheel lint clean
+.PHONY: help demo test test-fast bench wheel lint ruff clean
 
 help:
 	@echo "make demo   fine-tune a real encoder with component clipping, then tables and a picture (4 min)"
 	@echo "make test   the whole test suite, and which tests took longest"
-	@echo "make test-fast  a part of it, under a minute: no ranks, builds, compilers or trainers"
+	@echo "make test-fast  without ranks, builds, compilers, trainers and tools: under a minute"
 	@echo "make bench  speed against torch, as a table"
 	@echo "make wheel  one cp310-abi3 wheel in dist/"
 	@echo "make lint   ruff and mypy"
@@ -29,16 +29,9 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=20 $(ARGS)
 
-# No file whose tests start ranks or programs, build anything or import a trainer; and of these files no test that goes
-# through the stand-in for a GPU, Triton's interpreter or torch.compile.
-FAST := test_against_torch test_arguments test_attach test_grad_scaler test_grad_scaler_state test_odd_situations \
-	test_properties test_situations_changes test_situations_scale components/test_components \
-	components/test_naming_parametrizations components/test_naming_prefix components/test_spec_frozen \
-	core/test_nonfinite in_backward/test_in_backward in_backward/test_in_backward_handle \
-	in_backward/test_in_backward_steps thresholds/test_thresholds
 test-fast: $(VENV)/built
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" \
-		-k "not cuda and not triton and not traced and not compile" $(FAST:%=tests/%.py) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow and not ranks and not builds" \
+		$(foreach folder,backends distributed integrations tools,--ignore=tests/$(folder)) $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/compare.py $(ARGS)
@@ -49,21 +42,32 @@ wheel: $(VENV)/built
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 	@ls dist
 
-lint: $(VENV)/built
+# ruff comes before torch and the build, so that what isn't formatted fails within a minute.
+lint: ruff $(VENV)/built
+	$(BIN)/mypy
+
+ruff: $(VENV)/ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info cwclip_kernels/*.so demo_out bench_out
 
 # Each file below is the time stamp of one step: a second run of a command finds them and starts at once.
 
-$(VENV)/torch:
-	@echo "Making $(VENV) with torch (once)"
-	@if $(PYTHON) -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null; \
-	then $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV) && $(PIP) "$(TORCH)"; fi
+HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" 2>/dev/null
+
+$(VENV)/python:
+	@echo "Making $(VENV) (once)"
+	@if $(PYTHON) $(HAS_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@touch $@
+
+$(VENV)/ruff: $(VENV)/python pyproject.toml
+	@$(PIP) "$$(grep -o 'ruff==[0-9.*]*' pyproject.toml)"
+	@touch $@
+
+$(VENV)/torch: $(VENV)/python
+	@$(BIN)/python $(HAS_TORCH) || { echo "Installing $(TORCH) (once)"; $(PIP) "$(TORCH)"; }
 	@touch $@
 
 $(VENV)/tools: $(VENV)/torch

@@ -1,7 +1,12 @@
 """Fixtures: fresh random inputs whose seed is printed, and the backends that this machine can run."""
 
+import gc
 import os
 from collections.abc import Iterator
+
+# Before torch starts threads: where processes share few cores, threads that spin while they wait hold up those that
+# they wait for, and a training step of a small model takes twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 import torch
@@ -18,6 +23,15 @@ def pytest_report_header() -> str:
     return f"cwclip_kernels: random inputs from CWCLIP_TEST_SEED={SEED} (set it to repeat a run)"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("backend") in ("cuda", "triton"):
+            item.add_marker("builds")
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     # Another stream for every test, so that none depends on which ran before it.
@@ -32,6 +46,14 @@ def needs_triton() -> None:
     reason = triton.unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
         pytest.skip(f"the triton backend {reason}")
+
+
+@pytest.fixture
+def own_garbage() -> Iterator[None]:
+    """For tests that call gc.collect(): it looks at what the test made alone, not at all that there is (2 s)."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

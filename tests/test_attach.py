@@ -10,6 +10,7 @@ from torch.amp import GradScaler
 
 from cwclip_kernels import ComponentClipper, fused_component_clip_, thresholds
 from helpers import DEVICE, parameter, random_grad, same_bits
+from stand_ins import InBackward
 from tied_model import CAP, OPTIMIZERS, batch, loss_of, same_parameters, tied
 
 
@@ -158,15 +159,6 @@ class TestAttach:
         scaler.step(optimizer)
         scaler.update()
         assert handle.last.norms[clip_index(handle, "embedding.weight")].item() == pytest.approx(unscaled, rel=1e-5)
-
-
-class InBackward:
-    """Stands in for the hook of clip_in_backward."""
-
-    clips_by_component = True
-
-    def __call__(self, parameter):
-        pass
 
 
 class TestOnce:

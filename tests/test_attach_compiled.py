@@ -8,6 +8,7 @@ from cwclip_kernels.core.optimizers import runner_of_hooks
 from helpers import parameter, random_grad, same_bits
 from tied_model import CAP
 
+pytestmark = pytest.mark.builds
 JIT = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # Dynamo's own imports
 
 

@@ -11,6 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from cwclip_kernels import ComponentClipper
 from helpers import DEVICE, parameter
+from stand_ins import Lookahead, accelerated
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit.script
@@ -68,19 +69,6 @@ class Wrapper(Optimizer):
 
     def step(self, closure=None):
         return self.inner.step(closure)
-
-
-class Lookahead(Optimizer):
-    """As timm's: hooks' places are there, but nothing runs them before a zero_grad() of this class."""
-
-    def __init__(self, base_optimizer):
-        self._optimizer_step_pre_hooks = {}
-        self._optimizer_step_post_hooks = {}
-        self._base_optimizer = base_optimizer
-        self.param_groups = getattr(base_optimizer, "param_groups", None)
-
-    def step(self, closure=None):
-        return self._base_optimizer.step(closure)
 
 
 class Several(Lookahead):
@@ -156,15 +144,6 @@ def another_step(params):
     optimizer = sgd(params)
     optimizer.step = sgd(params).step
     return optimizer
-
-
-def accelerated(params):
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return accelerate.Accelerator(cpu=True).prepare(sgd(params))
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 CLIPS_EACH_STEP = {

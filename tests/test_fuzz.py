@@ -148,6 +148,7 @@ def serves(backend, params, norm_type):
     return not (kernels and norm_type != 2.0 and any(p.grad is not None and p.grad.is_complex() for _, p in params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [b for b in (*BACKENDS, None) if b != "reference"])
 def test_any_call(backend):
     orders = (2.0, 2.0, 1.0, math.inf) if backend in ("cpu", "cuda", "triton") else (2.0, 1.0, math.inf, 3.0, 0.0)

@@ -6,14 +6,13 @@ import pickle
 
 import pytest
 import torch
-from test_attach import InBackward
-from test_attach_optimizers import Lookahead
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import SGD
 
 from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, thresholds
 from helpers import DEVICE, grads_of, parameter, random_grad, same_bits
+from stand_ins import InBackward, Lookahead
 
 CAP = 0.05
 OPTIONS = {"device": DEVICE, "init_scale": 2.0**10}

@@ -133,6 +133,7 @@ def test_a_model_can_still_be_moved(way, kind):
     loop.step(gradients_of(model))
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_an_address_that_another_tensor_has_now():
     """The function's cache goes by ids, which are reused; what is told apart is what the tensors look like."""
     for size in (3, 50, 7, 50, 3):

@@ -47,6 +47,7 @@ def cap_of_step(step):
     return CAP / (1 + step)
 
 
+@pytest.mark.usefixtures("own_garbage")
 @every_cap
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("order", ["model holds it", "model first", "clipper first"])

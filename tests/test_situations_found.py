@@ -117,6 +117,7 @@ def test_caps_of_a_policy_of_your_own_are_looked_at():
         assert all(same_bits(p.grad, g) for p, g in zip(trained(model), before, strict=True))
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_the_functions_cache_keeps_no_threshold_alive():
     model = Model()
     held = nn.Linear(1, 1)
@@ -130,6 +131,7 @@ def test_the_functions_cache_keeps_no_threshold_alive():
     assert watch() is None
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_a_model_copy_that_never_clips_keeps_nothing_of_the_first():
     model = Model()
     model.clipper = ComponentClipper(model, thresholds.EMA())

@@ -114,3 +114,12 @@ def on_one_thread():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
+
+
+def with_scaler(trainer, monkeypatch, scale=1024.0):
+    """Accelerate has float16 on accelerators alone: a scaler for the CPU is put there by hand."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+    monkeypatch.setattr(trainer.accelerator, "native_amp", True)
+    monkeypatch.setattr(AcceleratorState, "mixed_precision", "fp16")
+    return trainer

@@ -9,10 +9,11 @@ from torch import nn
 pytest.importorskip("lightning")
 
 from lightning.pytorch import LightningModule, Trainer
-from test_distributed import Model
+from lightning.pytorch.plugins import MixedPrecision
 
 from cwclip_kernels.integrations.lightning import configure_gradient_clipping
 from helpers import same_bits
+from small_transformer import Model
 
 # What Lightning itself has warnings about, here and now.
 THEIRS = (r".*isinstance\(treespec, LeafSpec\)", ".*does not have many workers", ".*`training_step` returned `None`")
@@ -28,10 +29,6 @@ def trainer(*callbacks, **options):
         "enable_model_summary": False,
     }
     return Trainer(callbacks=list(callbacks), **{**settings, **options})
-
-
-def batches(number=4):
-    return torch.randint(7, (number, 2, 4))
 
 
 def sgd(parameters):
@@ -124,3 +121,16 @@ class ByHook(Lit):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         cap = gradient_clip_val if self.cap is None else self.cap
         self.clipped.append(configure_gradient_clipping(self, optimizer, cap, **self.options))
+
+
+def half_precision(scale=2.0**10):
+    """Lightning has float16 on accelerators alone, but for who brings the plugin."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2))
+
+
+def adamw(parameters, fused=False):
+    return torch.optim.AdamW(parameters, lr=0.01, fused=fused)
+
+
+def fused(parameters):
+    return adamw(parameters, fused=True)

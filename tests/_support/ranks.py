@@ -44,7 +44,7 @@ def on_ranks(*sizes: int):
         own = list(inspect.signature(test).parameters.values())
         extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("ranks", "request")]
         run.__signature__ = inspect.Signature([*own, *extra])
-        return pytest.mark.parametrize("ranks", sizes)(run)
+        return pytest.mark.ranks(pytest.mark.parametrize("ranks", sizes)(run))
 
     return decorate
 

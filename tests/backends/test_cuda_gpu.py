@@ -5,14 +5,12 @@ The rest of the suite runs there too, with every backend that serves GPUs.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
-from cwclip_kernels.backends import cuda, triton
+from cwclip_kernels.backends import cuda
 from helpers import (
     DEVICE,
     DTYPES,
@@ -26,38 +24,12 @@ from helpers import (
     random_grad,
     same_bits,
 )
+from no_sync import no_sync
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 NVIDIA = torch.version.hip is None
-WAYS = ("cuda-1", "cuda-2", "triton")
 SIZES = [(0,), (1,), (31,), (33,), (300, 100), (8191,), (8192,), (8193,), (1000, 1000)]
-
-
-@pytest.fixture(params=WAYS)
-def backend(request, monkeypatch) -> str:
-    """A backend by name, the CUDA one in each of its forms."""
-    name, _, form = request.param.partition("-")
-    module = {"cuda": cuda, "triton": triton}[name]
-    reason = module.refuses(torch.device("cuda", 0), torch.float32, 2.0)
-    if reason is not None:
-        # What the machine should have, and hasn't, is no reason to call it tested.
-        assert not os.environ.get("CWCLIP_REQUIRE_GPU"), reason
-        pytest.skip(f"{name} {reason}")
-    if form:
-        monkeypatch.setenv("CWCLIP_CUDA_FORM", form)
-    return name
-
-
-@contextmanager
-def no_sync() -> Iterator[None]:
-    """Whatever waits for the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def check(params, backend, max_norm=0.7, norm_type=2.0, **more):

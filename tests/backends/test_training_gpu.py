@@ -7,15 +7,13 @@ import math
 
 import pytest
 import torch
-from test_cuda_gpu import backend, no_sync
 from torch import nn
 
 from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, ComponentSpec, clip_in_backward
 from cwclip_kernels.telemetry import ClipRecorder, read_run
 from cwclip_kernels.thresholds import EMA, FromGlobal, ParamRelative, Percentile, ZScore
 from helpers import DEVICE, assert_grads, copy_of, parameters, random_grad, same_bits
-
-__all__ = ["backend"]  # a fixture
+from no_sync import no_sync
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 

@@ -13,11 +13,7 @@ from cwclip_kernels.components.parameters import named_tensors
 from cwclip_kernels.components.resolve import resolve
 from cwclip_kernels.thresholds import EMA
 from helpers import random_grad
-
-
-def small():
-    return nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
-
+from naming_models import TIED, Tied, small
 
 NAMES = tuple(name for name, _ in small().named_parameters())
 
@@ -182,16 +178,6 @@ def test_a_model_that_names_its_parameters_itself():
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(4, 3)
-        self.body = nn.Linear(3, 3)
-        self.shared = self.body
-        self.lm_head = nn.Linear(3, 4)
-        self.lm_head.weight = self.embed.weight
-
-
 @pytest.mark.parametrize(
     "form",
     [
@@ -211,9 +197,6 @@ def test_other_names_of_tied_parameters_are_known(form):
         "shared.weight": "body.weight",
         "shared.bias": "body.bias",
     }
-
-
-TIED = "'lm_head.weight' is tied to 'embed.weight' and goes by that name"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_naming import small
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -11,6 +10,7 @@ from cwclip_kernels.components.grouping import layer_of, module_of, type_of
 from cwclip_kernels.components.parameters import named_tensors
 from cwclip_kernels.components.resolve import resolve
 from helpers import random_grad
+from naming_models import small
 
 
 @pytest.mark.parametrize(

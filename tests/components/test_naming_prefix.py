@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_naming import TIED, Tied, small
 from torch import nn
 
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
 from cwclip_kernels.components.naming import are_same_names
 from cwclip_kernels.thresholds import EMA, Fixed
 from helpers import random_grad
+from naming_models import TIED, Tied, small
 
 
 def only_child():

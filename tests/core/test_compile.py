@@ -11,7 +11,7 @@ from cwclip_kernels import ComponentClipper, component_norms, fused_component_cl
 from helpers import BACKENDS, DEVICE, copy_of, grads_of, parameter, parameters, random_grad, same_bits
 
 # Importing inductor does this, in some versions of torch.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = [pytest.mark.builds, pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")]
 
 COMPILERS = ("aot_eager", "inductor")
 SIZES = [(30, 20), (30,), (5, 6), (1000,)]

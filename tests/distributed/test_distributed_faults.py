@@ -6,12 +6,10 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import Model, wrap_fsdp2
-from test_distributed_placements import both_ways, full, plain, sharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
-from collectives import counted
+from collectives import counted, everywhere
 from cwclip_kernels import (
     ComponentClipGradScaler,
     ComponentClipper,
@@ -22,18 +20,9 @@ from cwclip_kernels import (
 from cwclip_kernels.telemetry import write_status_json
 from helpers import random_grad, same_bits
 from ranks import on_ranks
-
-
-def everywhere(thing):
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, thing)
-    return found
-
-
-def model_with_gradients(mesh, placements=None):
-    wholes = [random_grad((n, 3)) for n in (2, 5, 8)]
-    ours, _ = both_ways(wholes, mesh, placements or [[Shard(0)]] * 3, ["a", "b", "c"])
-    return ours, wholes
+from sharded_tensors import full, model_with_gradients, plain, sharded
+from side_by_side import wrap_fsdp2
+from small_transformer import Model
 
 
 @on_ranks(2, 4)

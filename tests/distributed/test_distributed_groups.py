@@ -6,8 +6,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import Block, Model, check, pair
-from test_distributed_placements import assert_same, both_ways, full, plain, sharded
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -27,6 +25,9 @@ from cwclip_kernels.distributed import groups
 from cwclip_kernels.distributed.shards import is_dtensor
 from helpers import assert_norms, parameter, random_grad, same_bits
 from ranks import on_ranks
+from sharded_tensors import assert_same, both_ways, full, plain, sharded
+from side_by_side import check, pair
+from small_transformer import Block, Model
 
 
 def by_name(result, expected):

@@ -16,43 +16,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from collectives import counted
 from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
 from cwclip_kernels.distributed.groups import RankGroup
-from helpers import GRAD_TOLERANCE, assert_norms, random_grad, same_bits
+from helpers import assert_norms, random_grad, same_bits
 from ranks import on_ranks
+from sharded_tensors import assert_same, both_ways, full, sharded
 
 BACKENDS = ("cpu", "triton", "foreach", "reference")
-
-
-def sharded(whole, mesh, placements):
-    """A parameter and its gradient, distributed alike."""
-    parameter = nn.Parameter(distribute_tensor(torch.zeros_like(whole), mesh, placements, src_data_rank=None))
-    parameter.grad = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-    return parameter
-
-
-def plain(whole):
-    parameter = nn.Parameter(torch.zeros_like(whole))
-    parameter.grad = whole.clone()
-    return parameter
-
-
-def full(grad):
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
-
-
-def both_ways(wholes, mesh, placements, names=None):
-    names = names or [f"p{i}" for i in range(len(wholes))]
-    ours = [
-        (n, plain(w) if p is None else sharded(w, mesh, p)) for n, w, p in zip(names, wholes, placements, strict=True)
-    ]
-    return ours, [(n, plain(w)) for n, w in zip(names, wholes, strict=True)]
-
-
-def assert_same(ours, theirs, dtype):
-    rtol, atol = GRAD_TOLERANCE[dtype]
-    for (name, a), (_, b) in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(
-            full(a.grad), b.grad, rtol=max(rtol, 1e-6), atol=atol, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def random_placements(generator, mesh, shape):

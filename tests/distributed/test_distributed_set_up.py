@@ -5,16 +5,17 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import Model, wrap_fsdp2
-from test_distributed_faults import everywhere, model_with_gradients
-from test_distributed_placements import sharded
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from collectives import everywhere
 from cwclip_kernels import ComponentClipper, clip_in_backward, component_norms, fused_component_clip_
 from helpers import random_grad
 from ranks import on_ranks
+from sharded_tensors import model_with_gradients, sharded
+from side_by_side import wrap_fsdp2
+from small_transformer import Model
 
 
 @on_ranks(2, 4)

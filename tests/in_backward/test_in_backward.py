@@ -232,6 +232,7 @@ class TestInBackward:
         finally:
             torch.distributed.destroy_process_group()
 
+    @pytest.mark.usefixtures("own_garbage")
     def test_keeps_no_model_alive(self):
         model = tied()
         clip_in_backward(model, CAP)

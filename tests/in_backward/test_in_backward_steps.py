@@ -5,11 +5,11 @@ import functools
 
 import pytest
 import torch
-from test_attach_optimizers import Lookahead, accelerated
 from torch import nn
 
 from cwclip_kernels import ComponentClipper, clip_in_backward, fused_component_clip_
 from helpers import DEVICE
+from stand_ins import Lookahead, accelerated
 from tied_model import CAP, batch, loss_of, same_parameters, tied
 
 TORCHS = {

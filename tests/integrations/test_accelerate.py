@@ -1,19 +1,14 @@
 """Accelerate's call: a plain loop, accumulation, loss scales, both kinds of FSDP, and what clips for itself."""
 
-import contextlib
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from test_distributed import Block, Model, full
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from cwclip_kernels import ComponentClipGradScaler, ComponentClipper, fused_component_clip_, thresholds
 from cwclip_kernels.integrations.accelerate import clip_grad_norm_
@@ -26,16 +21,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from accelerate_models import launched, steps_agree, with_fsdp1, wrapped
+from sharded_tensors import full
+from small_transformer import Model, batches
+
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def batches(number=4):
-    return torch.randint(7, (number, 2, 4))
 
 
 def test_importing_the_package_leaves_accelerate_alone():
@@ -226,46 +221,6 @@ def test_who_clips_for_himself_is_named(kind, advice):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def launched():
-    """What ``accelerate launch`` tells each rank."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
-    before = dict(os.environ)
-    os.environ.update(told)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def steps_agree(backward, model, clip):
-    """Three optimizer steps beside the same model in one piece, which is returned; each total is that of all."""
-    plain = Model()
-    with FullyShardedDataParallel.summon_full_params(model):
-        plain.load_state_dict(
-            {n: full(p.detach()) for n, p in zip(plain.state_dict(), model.parameters(), strict=True)}
-        )
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (model, plain)]
-    for tokens in batches(3):
-        backward(model(tokens).square().sum())
-        plain(tokens).square().sum().backward()
-        expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
-        fused_component_clip_(plain, 0.1)
-        norm = clip(model)
-        assert type(norm) is torch.Tensor
-        torch.testing.assert_close(norm, expected, rtol=1e-9, atol=0.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    with FullyShardedDataParallel.summon_full_params(model):
-        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(full(a.detach()), b.detach(), rtol=1e-8, atol=1e-12)
-
-
 @on_ranks(2)
 @pytest.mark.parametrize("kind", ["DistributedDataParallel", "fully_shard"])
 def test_several_processes(kind):
@@ -282,24 +237,6 @@ def test_several_processes(kind):
             model = accelerator.prepare(model)
         assert type(model).__name__ in ("FSDPModel", "DistributedDataParallel")
         steps_agree(accelerator.backward, model, lambda m: clip_grad_norm_(accelerator, m.parameters(), 0.1))
-
-
-def with_fsdp1(*models):
-    """What is asked of an Accelerator that prepared these: a real one has FSDP on accelerators alone."""
-    return SimpleNamespace(
-        distributed_type=DistributedType.FSDP,
-        is_fsdp2=False,
-        sync_gradients=True,
-        unscale_gradients=lambda: None,
-        _models=list(models),
-    )
-
-
-def wrapped(**options):
-    policy = ModuleWrapPolicy({Block})
-    return FullyShardedDataParallel(
-        Model(), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), **options
-    )
 
 
 @on_ranks(2)

@@ -17,12 +17,11 @@ from helpers import same_bits
 
 pytest.importorskip("transformers")
 
-from test_hf_trainer import with_scaler
 from transformers import Trainer, TrainerCallback
 
 from cwclip_kernels.integrations.transformers import ComponentClipCallback
 from cwclip_kernels.integrations.transformers.clipping import FILE
-from hf import ClippingTrainer, arguments, encoder, examples, logged, on_one_thread, plain_loop
+from hf import ClippingTrainer, arguments, encoder, examples, logged, on_one_thread, plain_loop, with_scaler
 
 _on_one_thread = pytest.fixture(autouse=True)(on_one_thread)
 WAYS = ["mixin", "callback"]

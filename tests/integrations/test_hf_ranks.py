@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_distributed import full
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -19,11 +17,12 @@ from ranks import on_ranks
 
 pytest.importorskip("transformers")
 
-from test_accelerate import launched
 from transformers import Trainer
 
+from accelerate_models import launched
 from cwclip_kernels.integrations.transformers import ComponentClipCallback
 from hf import ClippingTrainer, arguments, encoder, examples, logged, plain_loop, total_norm, weights_of
+from sharded_tensors import full
 
 CAP = 0.05
 
@@ -110,7 +109,7 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path):
 
 def test_accelerate_launch(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1] / "_support"), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # pytest's: with _support, and the package
     launch = [
         sys.executable,
         "-m",

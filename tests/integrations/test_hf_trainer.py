@@ -10,7 +10,6 @@ from helpers import same_bits
 
 pytest.importorskip("transformers")
 
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,6 +23,7 @@ from hf import (
     plain_loop,
     total_norm,
     weights_of,
+    with_scaler,
 )
 
 _on_one_thread = pytest.fixture(autouse=True)(on_one_thread)
@@ -172,15 +172,6 @@ def test_bfloat16(tmp_path):
     plain_loop(expected, lambda model: fused_component_clip_(model, 0.05))
     trainer = trained(tmp_path, max_grad_norm=0.05, bf16=True)
     torch.testing.assert_close(weights_of(trainer.model), weights_of(expected), rtol=1e-3, atol=1e-4)
-
-
-def with_scaler(trainer, monkeypatch, scale=1024.0):
-    """Accelerate has float16 on accelerators alone: a scaler for the CPU is put there by hand."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
-    monkeypatch.setattr(trainer.accelerator, "native_amp", True)
-    monkeypatch.setattr(AcceleratorState, "mixed_precision", "fp16")
-    return trainer
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -7,7 +7,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_distributed import Model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from cwclip_kernels.integrations.lightning import ComponentClip, configure_gradient_clipping
-from lightning_models import THEIRS, ByHook, Gan, Lit, Manual, batches, plain_steps, same_parameters, sgd, trainer
+from lightning_models import THEIRS, ByHook, Gan, Lit, Manual, plain_steps, same_parameters, sgd, trainer
+from small_transformer import Model, batches
 
 MOVED = "The dirpath has changed from"
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (*THEIRS, MOVED)]

@@ -7,7 +7,6 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
-from test_distributed import Model
 
 from cwclip_kernels import (
     ComponentClipGradScaler,
@@ -22,10 +21,22 @@ pytest.importorskip("lightning")
 
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from test_lightning_precision import adamw, fused, half_precision
 
 from cwclip_kernels.integrations.lightning import ComponentClip
-from lightning_models import THEIRS, ByHook, Lit, Manual, batches, plain_steps, same_parameters, sgd, trainer
+from lightning_models import (
+    THEIRS,
+    ByHook,
+    Lit,
+    Manual,
+    adamw,
+    fused,
+    half_precision,
+    plain_steps,
+    same_parameters,
+    sgd,
+    trainer,
+)
+from small_transformer import Model, batches
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in THEIRS]
 

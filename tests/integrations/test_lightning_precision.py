@@ -4,16 +4,27 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_distributed import Model
 
 from cwclip_kernels import fused_component_clip_
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch.plugins import MixedPrecision
 
 from cwclip_kernels.integrations.lightning import ComponentClip, configure_gradient_clipping
-from lightning_models import THEIRS, ByHook, Lit, Manual, batches, plain_steps, same_parameters, sgd, trainer
+from lightning_models import (
+    THEIRS,
+    ByHook,
+    Lit,
+    Manual,
+    adamw,
+    fused,
+    half_precision,
+    plain_steps,
+    same_parameters,
+    sgd,
+    trainer,
+)
+from small_transformer import Model, batches
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in THEIRS]
 
@@ -31,19 +42,6 @@ def test_bfloat16():
         optimizer.step()
         optimizer.zero_grad()
     assert same_parameters(lit.model, plain)
-
-
-def half_precision(scale=2.0**10):
-    """Lightning has float16 on accelerators alone, but for who brings the plugin."""
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2))
-
-
-def adamw(parameters, fused=False):
-    return torch.optim.AdamW(parameters, lr=0.01, fused=fused)
-
-
-def fused(parameters):
-    return adamw(parameters, fused=True)
 
 
 NOTHING_AT = (0, 3)  # the second step is none, though part of its gradients has come

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import Block, Model, full
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -25,7 +24,9 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cwclip_kernels.integrations.lightning import ComponentClip, configure_gradient_clipping
-from lightning_models import THEIRS, Lit, batches, sgd, trainer
+from lightning_models import THEIRS, Lit, sgd, trainer
+from sharded_tensors import full
+from small_transformer import Block, Model, batches
 
 
 @contextlib.contextmanager

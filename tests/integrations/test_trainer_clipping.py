@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_accelerate import batches, steps_agree, with_fsdp1, wrapped
 from torch import nn
 
+from accelerate_models import steps_agree, with_fsdp1, wrapped
 from cwclip_kernels import fused_component_clip_
 from cwclip_kernels.integrations.accelerate import clip_grad_norm_
 from ranks import on_ranks
+from small_transformer import batches
 
 pytest.importorskip("transformers")
 

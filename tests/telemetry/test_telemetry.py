@@ -9,40 +9,14 @@ import sys
 
 import pytest
 import torch
-from test_thresholds import NoSync
 from torch import nn
 
-from cwclip_kernels import ClipResult, ComponentClipper, ComponentSpec
+from cwclip_kernels import ComponentClipper, ComponentSpec
 from cwclip_kernels.__main__ import main
 from cwclip_kernels.telemetry import ClipRecorder, plot_run, read_run, write_status_json
 from helpers import DEVICE, parameter, random_grad
-
-NAMES = ("encoder.layer.0.w", "encoder.layer.1.w", "head.bias")
-
-
-def result(k=3, names=NAMES, bad=False, dtype=torch.float32, one_cap=False):
-    norms = torch.rand(k, dtype=dtype, device=DEVICE) + 0.1
-    if bad:
-        norms[0], norms[1] = math.nan, math.inf
-    caps = torch.rand((() if one_cap else (k,)), dtype=torch.float64, device=DEVICE)
-    coefs = torch.where(norms > caps, (caps / norms).to(dtype), 1.0)
-    return ClipResult(names, norms, coefs, caps)
-
-
-def recorded(path, results, **options):
-    with ClipRecorder(path, **options) as recorder:
-        for r in results:
-            recorder.record(r)
-
-
-def check_run(run, results, steps=None):
-    assert run.names == results[0].names
-    assert run.steps == (list(range(len(results))) if steps is None else steps)
-    for i, r in enumerate(results):
-        caps = r.caps.double().expand(len(r.names))
-        for found, wanted in ((run.norms, r.norms), (run.caps, caps), (run.coefs, r.coefs)):
-            torch.testing.assert_close(found[i], wanted.double().cpu(), rtol=1e-6, atol=0, equal_nan=True)
-        assert torch.equal(run.nonfinite[i], ~r.norms.isfinite().cpu())
+from no_sync import NoSync
+from recorded_runs import KILLED, NAMES, check_run, recorded, result
 
 
 # Fewer steps than fit, just as many, several buffers full and a rest, none.
@@ -125,19 +99,7 @@ def test_as_a_callback_of_training(tmp_path):
     torch.testing.assert_close(run.caps, torch.full_like(run.caps, 0.1), rtol=1e-6, atol=0)
 
 
-KILLED = """
-import sys, os, torch
-from cwclip_kernels import ComponentClipper
-from cwclip_kernels.telemetry import ClipRecorder
-p = torch.nn.Parameter(torch.zeros(2)); p.grad = torch.ones(2)
-clipper, recorder = ComponentClipper([p], 1.0), ClipRecorder(sys.argv[1], every=3)
-for _ in range(8):
-    recorder.record(clipper.clip_())
-if sys.argv[2] == "kill":
-    os._exit(1)
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "steps"), [("kill", 6), ("exit", 8)])
 def test_what_is_left_of_a_program_that_ends(tmp_path, end, steps):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "run", end], check=end == "exit", timeout=120)

@@ -11,10 +11,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_telemetry import KILLED, NAMES, check_run, recorded, result
 
 from cwclip_kernels import ComponentClipper
 from cwclip_kernels.telemetry import ClipRecorder, read_run, writers
+from recorded_runs import KILLED, NAMES, check_run, recorded, result
 
 FILES = ["jsonl", "csv"]
 
@@ -107,6 +107,7 @@ def test_a_last_step_that_was_cut_off_comes_again(tmp_path, kind):
         check_run(read_run(file), kept + more)
 
 
+@pytest.mark.slow
 def test_a_program_that_is_killed_and_started_again(tmp_path):
     for _ in range(2):
         subprocess.run([sys.executable, "-c", KILLED, tmp_path / "run", "kill"], check=False, timeout=120)
@@ -332,6 +333,7 @@ def test_a_model_that_is_converted_in_the_middle(tmp_path, kind):
         assert torch.equal(run.norms[i], results[i].norms.cpu())
 
 
+@pytest.mark.slow
 def test_a_converted_models_steps_are_written_at_the_end_of_the_program(tmp_path):
     code = KILLED.replace(
         "for _ in range(8):",

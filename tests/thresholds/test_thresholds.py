@@ -8,11 +8,11 @@ import numpy
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_, thresholds
 from cwclip_kernels.thresholds import EMA, Fixed, FromGlobal, ParamRelative, Percentile, Schedule, Setting, ZScore
 from helpers import BACKENDS, DEVICE, parameter, random_grad, same_bits
+from no_sync import NoSync
 
 EPS = 1e-6
 ADAPTIVE = {
@@ -276,18 +276,6 @@ def test_a_state_of_another_window_is_refused():
     early.load_state_dict(state)
     with pytest.raises(ValueError, match=message):
         bound(early, 3)
-
-
-class NoSync(TorchDispatchMode):
-    """Raises where a GPU would have to be waited for."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_to_copy.cpu", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.FORBIDDEN, name
-        assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", ADAPTIVE)

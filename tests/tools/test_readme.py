@@ -1,8 +1,6 @@
 """Every piece of Python in the README runs."""
 
-import re
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,10 @@ from torch import nn
 from cwclip_kernels import ComponentClipper
 from helpers import DEVICE
 from libraries import LIBRARIES, stand_in
+from readme_blocks import PYTHON
 
-README = Path(__file__).parents[2] / "README.md"
-ALL = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
 # Trainers' have models of their own: test_readme_trainers.py.
-BLOCKS = [block for block in ALL if "Trainer" not in block and "LightningModule" not in block]
+BLOCKS = [block for block in PYTHON if "Trainer" not in block and "LightningModule" not in block]
 D = 6
 
 

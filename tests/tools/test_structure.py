@@ -1,18 +1,22 @@
 """The house rules: imports run one way, importing is cheap and needs torch alone, every example runs."""
 
-import ast
 import doctest
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cwclip_kernels
-from cwclip_kernels import telemetry
+from package_imports import faults_of, files_of, name_of
+from readme_blocks import README
 
 PACKAGE = Path(cwclip_kernels.__file__).parent
+TRAINERS = ("accelerate", "lightning", "timm", "torchtitan", "transformers")
 
 # The package, read from the bottom: a file may import those above it in this list, and no other.
 ORDER = [
@@ -46,43 +50,57 @@ ORDER = [
 """.splitlines()
     for name in line.split()
 ]
-RANK = {name: rank for rank, name in enumerate(ORDER)}
 
 
-def imports_of(path: Path) -> set[str]:
-    """The package's own files that a file imports, for types alone or not."""
-    package = path.relative_to(PACKAGE).parts[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = PACKAGE.joinpath(*package[: len(package) - node.level + 1], *(node.module or "").split("."))
-            for name in [alias.name for alias in node.names]:
-                module = next(
-                    p
-                    for p in (
-                        base / f"{name}.py",
-                        base / f"{name}.pyi",
-                        base / name / "__init__.py",
-                        base.with_suffix(".py"),
-                        base / "__init__.py",
-                    )
-                    if p.is_file()
-                )
-                found.add(name_of(module))
-    return found
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE).with_suffix(""))
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", files_of(PACKAGE), ids=lambda path: name_of(path, PACKAGE))
 def test_imports_run_one_way(path):
-    if path.name == "__init__.py" and name_of(path) not in RANK:
-        assert not imports_of(path)
-        return
-    for other in imports_of(path):
-        assert RANK[other] < RANK[name_of(path)], f"{name_of(path)} may not import {other}"
+    assert not faults_of(path, PACKAGE, ORDER)
+
+
+def test_the_list_names_each_file_once():
+    assert len(ORDER) == len(set(ORDER))
+    assert set(ORDER) <= {name_of(path, PACKAGE) for path in files_of(PACKAGE)}
+
+
+# Each a made-up file beside "base", which imports nothing, and "user", which imports base.
+@pytest.mark.parametrize(
+    ("file", "source", "fault"),
+    [
+        ("base.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .user import B", "import user"),
+        ("base.py", "def later():\n    from made_up import user", "import user"),
+        ("base.py", "import made_up.user", "import user"),
+        ("base.py", "from . import base", "import base"),
+        ("base.py", "from .room import inside", "import room/inside"),
+        ("room/inside.py", "from ..user import B", "import user"),
+        ("new.py", "", "new is not in the list"),
+        ("room/__init__.py", "from .inside import C", "room/__init__ is not in the list"),
+        ("room/__init__.py", "", None),
+        ("user.py", "from .room.inside import C\nimport torch", None),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path, file, source, fault):
+    package = tmp_path / "made_up"
+    (package / "room").mkdir(parents=True)
+    files = {
+        "base.py": "class A: ...",
+        "room/inside.py": "class C: ...",
+        "user.py": "from .base import A\nclass B: ...",
+    }
+    for name, text in {**files, file: source}.items():
+        (package / name).write_text(text)
+    found = faults_of(package / file, package, ["base", "room/inside", "user"])
+    assert [text.rpartition("may not ")[2] for text in found] == ([] if fault is None else [fault])
+
+
+def test_tests_import_nothing_from_one_another():
+    """What they share lies in _support."""
+    tests = PACKAGE.parent / "tests"
+    for path in tests.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (test_|conftest)", path.read_text(), re.M), path
+
+
+def module_of(path: Path) -> str:
+    return ".".join(["cwclip_kernels", *name_of(path, PACKAGE).split("/")]).removesuffix(".__init__")
 
 
 def run(code: str) -> str:
@@ -136,40 +154,60 @@ def test_report_of_the_machine():
     assert "yes, the default here" in done.stdout
 
 
-EXAMPLES = [
-    "cwclip_kernels",
-    *(f"cwclip_kernels.{name}" for name in ("functional", "clipper", "grad_scaler", "result")),
-    *(
-        f"cwclip_kernels.{name}"
-        for name in ("components.spec", "in_backward.hooks", "in_backward.clipping", "thresholds")
-    ),
-    *(f"cwclip_kernels.integrations.{name}" for name in ("accelerate", "timm", "torchtitan")),
-    *(f"cwclip_kernels.integrations.lightning.{name}" for name in ("callback",)),
-    *(f"cwclip_kernels.integrations.transformers.{name}" for name in ("callback", "mixin")),
-    *(f"cwclip_kernels.thresholds.{name}" for name in ("adaptive", "constant")),
-    *(f"cwclip_kernels.telemetry.{name}" for name in ("recorder", "status")),
-]
+# Modules with an example in some docstring.
+EXAMPLES = [module_of(path) for path in files_of(PACKAGE) if ">>> " in path.read_text()]
+# What may not be installed, and whose examples then can't run.
+OPTIONAL = ("accelerate", "lightning", "matplotlib", "tensorboard", "transformers")
+
+
+def imported(name):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL:
+            raise
+        pytest.skip(f"{name} needs {error.name}")
 
 
 @pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")  # of Lightning
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings(name):
-    import torch
-
-    if ".transformers." in name:
-        pytest.importorskip("transformers")
     torch.manual_seed(0)
-    module = importlib.import_module(name)
-    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    result = doctest.testmod(imported(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.attempted > 0
     assert result.failed == 0
 
 
-def test_every_public_thing_has_an_example_or_fields():
-    for package in (cwclip_kernels, cwclip_kernels.thresholds, telemetry):
-        for name in set(package.__all__) - {"__version__", "Threshold", "plot_run", "read_run"}:
-            doc = getattr(package, name).__doc__
-            assert ">>>" in doc or "Attributes:" in doc, name
+# The modules that users import from; trainers' each by itself.
+PUBLIC = [
+    *("cwclip_kernels", "cwclip_kernels.in_backward", "cwclip_kernels.telemetry", "cwclip_kernels.thresholds"),
+    *(f"cwclip_kernels.integrations.{name}" for name in TRAINERS),
+]
+# Whose docstring needs neither an example nor fields.
+PLAIN = {"Threshold", "plot_run", "read_run"}
+# Examples use what is returned, or derived from, without naming it.
+UNNAMED = {"BackwardClipping", "ClipResult", "Run", "Setting"}
+
+
+def public_names(module):
+    """Its ``__all__``; without one, what it defines but for the check that Accelerate's and transformers' share."""
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    public = [name for name in defined if not name.startswith("_") and name != "check_gradients_are_here"]
+    return getattr(module, "__all__", public)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_thing_has_an_example_or_fields_and_is_shown(name):
+    module = imported(name)
+    names = set(public_names(module)) - {"__version__"}
+    assert names
+    examples = [line for path in files_of(PACKAGE) for line in path.read_text().splitlines() if ">>> " in line]
+    shown = set(re.findall(r"\w+", "\n".join([*examples, README.read_text()])))
+    for public in names:
+        doc = inspect.getdoc(getattr(module, public)) or ""
+        assert public in PLAIN or any(mark in doc for mark in (">>> ", "Example:", "Attributes:")), public
+        assert public in UNNAMED or public in shown, f"{public} is neither in the README nor in an example"
 
 
 def test_files_stay_readable():
