@@ -1,5 +1,6 @@
 """Every piece of Python in the README runs."""
 
+import re
 import types
 
 import pytest
