@@ -12,9 +12,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def is_traced() -> bool:
-    """Whether ``torch.compile`` is tracing this call instead of running it."""
-    return torch.compiler.is_dynamo_compiling()
+is_traced = torch.compiler.is_dynamo_compiling
+"""Whether ``torch.compile`` is tracing this call rather than running it; asked by this name alone."""
 
 
 def is_recorded() -> bool:

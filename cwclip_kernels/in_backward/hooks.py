@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from ..components.membership import Components, Slice
+from ..core.modes import is_traced
 from ..core.session import ClipSession
 from ..distributed.shards import is_dtensor
 from .checks import AT_THE_STEP
@@ -58,7 +58,7 @@ class ParameterHook:
         """What autograd calls."""
         # Before anything else is called, which compiled autograd would trace.
         if (
-            is_dynamo_compiling()
+            is_traced()
             or getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
             or torch._C._current_graph_task_id() == -1
         ):

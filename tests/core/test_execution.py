@@ -334,4 +334,4 @@ def test_few_frames_between_a_clipper_and_the_kernel():
         clipper.clip_()
     finally:
         sys.setprofile(None)
-    assert len(calls) <= 30, calls
+    assert len(calls) <= 15, calls
