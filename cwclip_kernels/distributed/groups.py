@@ -145,12 +145,9 @@ def _existing(ranks: tuple[int, ...], device_type: str) -> Any:
         return dist.group.WORLD
     world = getattr(dist.distributed_c10d, "_world", None)
     known = {} if world is None else world.pg_group_ranks
-    found = [
-        handle
-        for handle, members in known.items()
-        if tuple(sorted(members)) == ranks and device_type in _device_types(handle)
-    ]
-    return min(found, key=lambda handle: str(handle.group_name), default=None)
+    same = [handle for handle, members in known.items() if tuple(sorted(members)) == ranks]
+    usable = [handle for handle in same if device_type in _device_types(handle)]
+    return min(usable, key=lambda handle: str(handle.group_name), default=None)
 
 
 def _may_make_groups() -> bool:

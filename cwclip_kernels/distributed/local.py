@@ -20,8 +20,7 @@ Shards = Sequence[LocalShard | None]  # one for each tensor; None for a plain te
 
 def local_value(tensor: Any) -> Tensor:
     """The local tensor of a DTensor; a plain tensor as it is."""
-    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
-    return local
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def member_numels(components: Components, tensors: Sequence[Tensor], shards: Shards | None = None) -> list[int]:
@@ -61,11 +60,7 @@ class LocalGradients(NamedTuple):
 
 
 def gradients_of(tensors: Sequence[Tensor], shards: Shards) -> LocalGradients:
-    """The local gradients of tensors.
-
-    Raises:
-        TypeError, ValueError: a gradient isn't sharded as its parameter is; names the parameter.
-    """
+    """The local gradients of tensors; TypeError or ValueError if one isn't sharded as its parameter is."""
     local: list[Tensor | None] = []
     wrapped: list[Tensor] = []
     for tensor, shard in zip(tensors, shards, strict=True):

@@ -94,10 +94,11 @@ class ReductionPlan:
         self.all_names = components.names if stages is None else stages.names
         self.all_parameters = components.tensor_names if stages is None else stages.parameters
 
+        # One row for each component and set of ranks that holds parts of it; rows of one set are sent together.
         over = cache(group_over)
         groups = [group if s is None or s.mesh is None else over(s.mesh, s.mesh_dims) for s in shards]
         by_ranks = {each.ranks: each for each in (*groups, group) if each is not None}
-        rows: dict[tuple[int, tuple[int, ...] | None], int] = {}  # by component and ranks
+        rows: dict[tuple[int, tuple[int, ...] | None], int] = {}
         members: list[Member] = []
         for position, component, part in components.members:
             shard, holders = shards[position], groups[position]
@@ -110,11 +111,13 @@ class ReductionPlan:
         sent = [(by_ranks[ranks], [row for (_, r), row in rows.items() if r == ranks]) for ranks in by_ranks]
         self.rows = Reduction([(each, own) for each, own in sent if own], owners, len(self._names))
 
+        # Sums of components that span stages are sent in a second step.
         everything, shared = range(len(self._names)), () if stages is None else stages.shared
         place = dict(zip(self._names, everything, strict=True))
         lanes = [place.get(name, len(place)) for name in shared]
         self._spanning = Reduction([(stages.group, lanes)] if stages and lanes else [], everything, len(place))
         self._total = Reduction([(stages.group, [0])] if stages else [], [0], 1)
+        # Each component counts once in the total norm.
         elsewhere = stages.counted_elsewhere if stages else ()
         self._counted = Indices([i for i in everything if self._names[i] not in elsewhere])
 

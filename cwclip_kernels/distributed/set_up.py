@@ -21,16 +21,15 @@ from .shards import LocalShard, is_dtensor, is_flattened, shard_of
 def plan_reductions(
     components: Components, tensors: Sequence[Tensor], process_group: object, pp_mesh: object, settings: str
 ) -> tuple[Components, ReductionPlan | None]:
-    """Which sums are added up over which ranks; None if no other rank has anything to do with these tensors.
+    """Which sums are added up over which ranks; None if this rank has all of these tensors for itself.
 
-    Otherwise the ranks that share something make this call together and compare their components.
+    Otherwise all ranks that share some of them call this together, and compare their components.
 
     Returns:
         The components, with the problems of frozen parameters that can't be clipped; and the plan.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind; parameters that can't be clipped, or ranks that differ,
-            and then on all ranks.
+        TypeError, ValueError: a wrong argument; on all ranks, if parameters can't be clipped or ranks differ.
     """
     group, stage_group = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
     shards = [shard_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]

@@ -127,11 +127,6 @@ def _chunk(runs: Runs, parts: int, index: int) -> Runs:
     return _mapped(by_place, size * index, min(size * (index + 1), total))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# FullyShardedDataParallel's FlatParameter (use_orig_params=False)
-# ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Original:
     """A parameter as it was before ``FullyShardedDataParallel`` made it part of a flat one."""
@@ -141,11 +136,7 @@ class Original:
     start: int  # index of its first element in the flat parameter
 
     def flat(self, part: Slice) -> Slice:
-        """A slice of the original as a slice of the flat parameter.
-
-        Raises:
-            ValueError: the slice is along another dimension than 0, and so isn't contiguous.
-        """
+        """A slice of the original as a slice of the flat parameter; ValueError if it isn't contiguous."""
         if any(dim != 0 for dim, _, _ in part):
             raise ValueError(
                 f"components: {self.name!r} lies flat in FullyShardedDataParallel and can be cut along dim 0 only"
@@ -167,8 +158,7 @@ def is_flattened(tensor: Tensor) -> bool:
 
 def originals_of(name: str, flat: Any, named: bool) -> Iterator[Original]:
     """The parameters in a flat one; if the flat one is ``named``, with the names that they have in the model."""
-    flat_name = "_flat_param"
-    prefix = name.removesuffix(flat_name) if named and name.endswith(flat_name) else f"{name}."
+    prefix = name.removesuffix("_flat_param") if named and name.endswith("_flat_param") else f"{name}."
     for start, shape, own_name in zip(_starts(flat), flat._shapes, flat._fqns, strict=True):
         tensor = nn.Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), flat.requires_grad)
         yield Original(prefix + without_wrappers(own_name), tensor, start)
