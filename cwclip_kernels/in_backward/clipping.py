@@ -113,11 +113,12 @@ def clip_in_backward(
         return BackwardClipping(parameters, None, optimizer, on_clip)
     if max_norm is None:
         raise TypeError("max_norm: missing; only a ComponentClipper as first argument has its own")
+    if not isinstance(parameters, nn.Module):
+        parameters = as_items(parameters)  # a generator is read once
     module = parameters if isinstance(parameters, nn.Module) else None
-    source = parameters if isinstance(parameters, nn.Module) else as_items(parameters)  # which may be a generator
-    named = named_tensors(source)
+    named = named_tensors(parameters)
     check_parameters(module, named.names, named.tensors)  # before ranks compare what they have of shards
-    return BackwardClipping(ComponentClipper(source, **given), module, optimizer, on_clip)
+    return BackwardClipping(ComponentClipper(parameters, **given), module, optimizer, on_clip)
 
 
 class BackwardClipping(Handle):
@@ -140,10 +141,7 @@ class BackwardClipping(Handle):
         (True, tensor([0.0707, 0.1000]))
     """
 
-    _not_copied = (
-        "a handle of clip_in_backward can't be copied or pickled, since its hooks are on these parameters: call "
-        "clip_in_backward on the copy's"
-    )
+    _not_copied = "a BackwardClipping can't be copied or pickled: call clip_in_backward on the copy's parameters"
 
     def __init__(
         self,
@@ -319,10 +317,6 @@ class BackwardClipping(Handle):
 
 
 def _needs_norms(max_norm: object) -> str:
+    end = " until its warm-up is over: before this, load a state for which it is (max_norm.load_state_dict(...)), or"
     text = f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward pass"
-    if isinstance(max_norm, EMA):
-        text += (
-            ", until its warm-up is over: before clip_in_backward load a state for which it is "
-            "(max_norm.load_state_dict(...)), or"
-        )
-    return f"{text}; {AT_THE_STEP}"
+    return f"{text}{',' + end if isinstance(max_norm, EMA) else ';'} {AT_THE_STEP}"

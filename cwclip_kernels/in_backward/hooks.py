@@ -96,11 +96,7 @@ def hooks_of(parameter: Tensor) -> list[ParameterHook]:
 def hooks_for(
     components: Components, tensors: Sequence[Tensor], on_gradient: Callable[[ParameterHook, Tensor], None]
 ) -> Iterator[tuple[Tensor, ParameterHook]]:
-    """Each parameter that may ever have a gradient, with a hook for it.
-
-    Raises:
-        ValueError: several trained parameters belong to one component.
-    """
+    """Each parameter that may ever have a gradient, with its hook; refuses components of several trained ones."""
     members: dict[int, list[tuple[int, Slice]]] = defaultdict(list)
     sharers: dict[int, dict[int, None]] = defaultdict(dict)  # ordered
     for position, component, place in components.members:

@@ -61,11 +61,10 @@ class Mark:
 
     def writes(self, grad: Tensor) -> int | None:
         """How often this gradient has been written to since; None if it is another one."""
-        if id(grad) != self._id or grad.is_sparse != (self._storage is None):
-            return None
-        if self._storage is not None and self._storage.cdata != grad.untyped_storage()._cdata:
-            return None
-        return grad._version - self._version
+        is_same = id(grad) == self._id and grad.is_sparse == (self._storage is None)
+        if is_same and self._storage is not None:
+            is_same = self._storage.cdata == grad.untyped_storage()._cdata
+        return grad._version - self._version if is_same else None
 
 
 class Pass:
@@ -118,12 +117,7 @@ class Passes:
     Reentrant checkpointing runs a graph task inside a node of another one. What the inner task found is added to the
     outer one, by a hook that runs in the outer task right after that node; a pass ends with its outermost task. A
     backward() that is called in a hook is a pass of its own: its gradients are complete, and that node may have no
-    further hook.
-
-    Args:
-        begin: called before the first gradient of a graph task.
-        finish: called with the whole pass at its end.
-        lock: held while ``begin`` runs.
+    further hook. ``begin`` is called, under the lock, before the first gradient of each graph task.
     """
 
     def __init__(self, begin: Callable[[], None], finish: Callable[[Pass], None], lock: threading.RLock) -> None:

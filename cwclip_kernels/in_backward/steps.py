@@ -18,15 +18,11 @@ Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
 
 _ONE_EACH = "give each parameter an optimizer of its own: optimizer={p: Optimizer([p], ...) for p in parameters}"
 
-# What a subclass may override beside dunder methods, without changing what a step of one parameter does.
-_HARMLESS = {"state_dict", "load_state_dict", "zero_grad", "add_param_group"}
-
 
 class Steps:
     """Steps single parameters: each with its own optimizer, or all with a shared one that sees one at a time.
 
-    Raises:
-        TypeError, ValueError: an optimizer for which that isn't the same as one step of all parameters.
+    Refuses an optimizer for which that isn't the same as one step of all parameters.
     """
 
     def __init__(self, optimizer: object, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -56,11 +52,7 @@ class Steps:
             raise ValueError("optimizer: a mapping of no parameter")
 
     def begin(self) -> None:
-        """Called before a pass's first gradient: reads the groups as they are now.
-
-        Raises:
-            ValueError: a shared optimizer's step has been replaced, or has got hooks.
-        """
+        """Called before a pass's first gradient: checks a shared optimizer's step, and reads its present groups."""
         if self._shared is not None:
             _check_step_is_own(self._shared)
             self._groups = {id(p): group for group in self._shared.param_groups for p in group["params"]}
@@ -78,17 +70,18 @@ class Steps:
                 raise RuntimeError(f"optimizer: the one for {name!r} doesn't own that parameter alone any more")
             return optimizer.step
         group = self._groups.get(id(parameter))
-        return None if group is None else partial(self._step, group, parameter)
+        if group is None or self._shared is None:
+            return None
+        return partial(_step_alone, self._shared, group, parameter)
 
-    def _step(self, group: dict[str, Any], parameter: Tensor) -> None:
-        optimizer = self._shared
-        assert optimizer is not None
-        # The group is copied each time, with its present options: torch's optimizers write nothing to it in a step.
-        groups, optimizer.param_groups = optimizer.param_groups, [{**group, "params": [parameter]}]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
+
+def _step_alone(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+    # The group is copied each time, with its present options: torch's optimizers write nothing to it in a step.
+    groups, optimizer.param_groups = optimizer.param_groups, [{**group, "params": [parameter]}]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
 
 
 def _checked(optimizer: object, wanted: str, tensors: Sequence[Tensor]) -> Optimizer:
@@ -118,8 +111,8 @@ def _checked(optimizer: object, wanted: str, tensors: Sequence[Tensor]) -> Optim
 def _check_class(kind: type[Optimizer]) -> None:
     """Raises unless a step is torch.optim's own, which keeps all its state with the parameter."""
     bases = [base for base in kind.__mro__ if base.__module__.split(".")[:2] == ["torch", "optim"]]
-    names = {name for base in bases for name in vars(base) if not name.startswith("__")} - _HARMLESS
-    names |= {"param_groups", "state"}
+    names = {name for base in bases for name in vars(base) if not name.startswith("__")} | {"param_groups", "state"}
+    names -= {"state_dict", "load_state_dict", "zero_grad", "add_param_group"}  # which a step doesn't call
     changed = [
         f"{other.__module__}.{other.__qualname__}.{name}"
         for other in kind.__mro__
