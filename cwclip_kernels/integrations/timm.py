@@ -87,6 +87,10 @@ def apply(**options: Unpack[ClipOptions]) -> Patch:
     Raises:
         TypeError, ValueError: a wrong option.
         RuntimeError: this version's function has another signature than timm 1.0.31's, or is replaced already.
+
+    Example:
+        >>> from cwclip_kernels.integrations import timm
+        >>> handle = timm.apply(nonfinite="zero")  # doctest: +SKIP
     """
     checked(2.0, False, options)
     return Patch("timm.utils", "dispatch_clip_grad", dispatch_clip_grad, options)

@@ -85,6 +85,10 @@ def apply(**options: Unpack[ClipOptions]) -> Patch:
     Raises:
         TypeError, ValueError: a wrong option.
         RuntimeError: this version's function has another signature than torchtitan 0.3.0's, or is replaced already.
+
+    Example:
+        >>> from cwclip_kernels.integrations import torchtitan
+        >>> handle = torchtitan.apply(nonfinite="zero")  # doctest: +SKIP
     """
     checked(2.0, False, options)
     return Patch("torchtitan.distributed.utils", "clip_grad_norm_", clip_grad_norm_, options)

@@ -6,7 +6,8 @@ import torch
 
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.core import formula
-from cwclip_kernels.core.plan import Bucket
+from cwclip_kernels.core.bucket import Bucket
+from cwclip_kernels.core.loss_scale import UNSCALED
 from helpers import DEVICE, assert_norms, same_bits
 
 ORDERS = (1.0, 2.0, math.inf)
@@ -56,7 +57,7 @@ def check_clip(grads, owners, caps, rule, count=None):
     """One clip: norms within tolerance, coefficients by the formula, and gradients to the bit."""
     bucket = bucket_of(grads, owners, count)
     before = [g.clone() for g in grads]
-    norms, coefs = backend.clip_(bucket, grads, caps, rule, formula.UNSCALED, None)
+    norms, coefs = backend.clip_(bucket, grads, caps, rule, UNSCALED, None)
     sums = expected_sums(before, owners, bucket.count, rule.norm_type)
     exact = torch.float64 if {g.dtype for g in grads} == {torch.float64} else torch.float32
     assert norms.dtype == coefs.dtype == bucket.norm_dtype
