@@ -94,11 +94,13 @@ class Threshold(ABC):
         self._state: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
+        self._on: dict[torch.device, Tensor] = {}  # caps by device, for those that stay the same
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't bound: the state goes along, and waits for a clipper.
         loaded, names = self._tensors(), self._names()
-        return {**self.__dict__, "_setting": None, "_state": {}, "_loaded": loaded, "_loaded_names": names}
+        unbound = {"_setting": None, "_state": {}, "_loaded": loaded, "_loaded_names": names, "_on": {}}
+        return {**self.__dict__, **unbound}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()}
