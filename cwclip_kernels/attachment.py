@@ -29,8 +29,7 @@ from .result import ClipResult
 class Attachment(Handle):
     """A clipper at work in an optimizer; made by ``ComponentClipper.attach``. As a context manager it ends itself.
 
-    It can't be copied or pickled, so don't store it on a module, which couldn't either. The hooks of an optimizer
-    aren't copied with it: attach to the copy.
+    It can't be copied or pickled, nor can a module that holds it. A copied optimizer has no hooks: attach to it.
 
     Attributes:
         clipper: what was attached.
@@ -71,8 +70,8 @@ class Attachment(Handle):
         earlier = attached_clippers(optimizer, self._part.clipped)
         if earlier and not replace:
             raise ValueError(
-                f"optimizer: a clipper that was attached to it before clips {earlier[0][1]!r} as well; end that with "
-                "its handle's remove(), or with attach(..., replace=True)"
+                f"optimizer: a clipper that was attached to it before clips {earlier[0][1]!r} as well; call its "
+                "handle's remove(), or attach(..., replace=True)"
             )
         for attachment, _ in earlier:
             attachment.remove()
@@ -100,9 +99,8 @@ class Attachment(Handle):
         # What torch.amp.GradScaler.step hands to an optimizer that unscales by itself.
         if getattr(optimizer, "grad_scale", None) is not None or kwargs.get("grad_scaler") is not None:
             raise RuntimeError(
-                f"{type_name(optimizer)} unscales its gradients by itself, so here they still carry the loss scale "
-                "and can't be clipped: call scaler.unscale_(optimizer) before scaler.step(optimizer), or use "
-                "cwclip_kernels.ComponentClipGradScaler"
+                f"{type_name(optimizer)} unscales its gradients by itself, so they can't be clipped here: call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer), or use ComponentClipGradScaler"
             )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -120,13 +118,9 @@ class Attachment(Handle):
         return (args[0], clipped, *args[2:]), kwargs
 
     def _is_inside(self, optimizer: Optimizer) -> bool:
-        """Whether this is a step within a step, at which these gradients are clipped already.
+        """Whether this is a step within a step that has clipped; raises if another clipper has, or if it can't tell.
 
-        Where a step calls super().step(), torch runs the hooks twice if the base class has been used in this process,
-        and once if not.
-
-        Raises:
-            RuntimeError: the outer step is another optimizer's, with a clipper of its own; or it can't be told.
+        If a step calls super().step(), torch runs the hooks twice, but only if the base class was used before.
         """
         if self._may_nest and is_compiled_in_parts():
             raise RuntimeError(_nested(optimizer))
@@ -161,7 +155,6 @@ class Attachment(Handle):
 
 def _nested(optimizer: Optimizer) -> str:
     return (
-        f"optimizer: the step() of this {type_name(optimizer)} may call another step, at which gradients would be "
-        "clipped again, and in a compiled function that can't be told; don't compile the step, or clip before it, "
-        "outside of the compiled function: clip_()"
+        f"optimizer: the step() of this {type_name(optimizer)} may call another step, which would clip again, and a "
+        "compiled function can't tell; don't compile the step, or call clip_() before it, uncompiled"
     )

@@ -101,23 +101,14 @@ class ComponentClipGradScaler(GradScaler):
 
     @property
     def clipper(self) -> ComponentClipper:
-        """The clipper, for its ``state_dict()``; a deep-copied scaler has its own.
-
-        Example:
-            >>> import copy, torch
-            >>> from cwclip_kernels import ComponentClipGradScaler, ComponentClipper
-            >>> clipper = ComponentClipper(torch.nn.Linear(2, 1), max_norm=0.1)
-            >>> scaler = ComponentClipGradScaler(clipper, device="cpu")
-            >>> scaler.clipper is clipper, copy.deepcopy(scaler).clipper is clipper
-            (True, False)
-        """
+        """The clipper, for its ``state_dict()``; a deep-copied scaler has its own."""
         return self._clipper
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Unscales and clips the optimizer's gradients, once for each ``step``, after the last backward pass.
 
         Raises:
-            RuntimeError: called twice, or after ``step``, before ``update``; or ``attach`` or ``clip_in_backward``
+            RuntimeError: called twice, or between ``step`` and ``update``; or ``attach`` or ``clip_in_backward``
                 clips some of the gradients, too. Nothing is changed.
             ValueError: float16 gradients, or a component of which another optimizer owns a part.
         """

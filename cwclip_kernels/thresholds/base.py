@@ -94,16 +94,13 @@ class Threshold(ABC):
         self._state: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
+        self._on: dict[torch.device, Tensor] = {}  # caps by device, for those that stay the same
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't bound: the state goes along, and waits for a clipper.
-        return {
-            **self.__dict__,
-            "_setting": None,
-            "_state": {},
-            "_loaded": self._tensors(),
-            "_loaded_names": self._names(),
-        }
+        loaded, names = self._tensors(), self._names()
+        unbound = {"_setting": None, "_state": {}, "_loaded": loaded, "_loaded_names": names, "_on": {}}
+        return {**self.__dict__, **unbound}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()}
@@ -113,28 +110,18 @@ class Threshold(ABC):
 
     @property
     def setting(self) -> Setting:
-        """What the threshold is bound to.
-
-        Raises:
-            RuntimeError: it isn't bound yet.
-        """
+        """What the threshold is bound to; RuntimeError if it isn't bound yet."""
         if self._setting is None:
             raise RuntimeError(f"{type_name(self)} is used before a clipper has bound it to its components")
         return self._setting
 
     def bind(self, setting: Setting) -> None:
-        """Called by a clipper that is going to use this threshold.
-
-        Raises:
-            ValueError: the threshold, or the state that it has loaded, is for other components.
-        """
+        """Called by a clipper that uses this threshold; ValueError if this, or its state, is for other components."""
         kind = f"max_norm: this {type_name(self)}"
-        if self._setting is not None and not are_same_names(self._setting.names, setting.names):
-            difference = _difference(self._setting.names, setting.names)
-            raise ValueError(f"{kind} is in use for other components{difference}; make one for each clipper")
-        if self._loaded_names is not None and not are_same_names(self._loaded_names, setting.names):
-            difference = _difference(self._loaded_names, setting.names)
-            raise ValueError(f"{kind} has loaded the state of other components{difference}")
+        if (names := self._names()) is not None and not are_same_names(names, setting.names):
+            is_for = "has loaded the state of" if self._setting is None else "is in use for"
+            difference = _difference(names, setting.names)
+            raise ValueError(f"{kind} {is_for} other components{difference}; make one for each clipper")
         before, self._setting = self._setting, setting
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
@@ -168,14 +155,9 @@ class Threshold(ABC):
 
     @abstractmethod
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        """The caps of this step; changes no state.
+        """The caps of this step on ``device``: [] or [K], contiguous, float64 (float32 if the device has none).
 
-        Args:
-            device: where they are wanted.
-            norms: [K] before clipping, on ``device``; None unless ``needs_norms``.
-
-        Returns:
-            [] or [K], contiguous, float64 (float32 where the device has none).
+        ``norms``: [K] before clipping, on ``device``; None unless ``needs_norms``. No state may be changed.
         """
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:  # noqa: B027  # not every threshold learns
@@ -200,10 +182,8 @@ class Threshold(ABC):
 
     def _check_shape(self, name: str, theirs: torch.Size, ours: torch.Size) -> None:
         if theirs != ours:
-            raise ValueError(
-                f"state: {name!r} has shape {list(theirs)}, not {list(ours)}: of a {type_name(self)} with other "
-                "arguments"
-            )
+            other = f"of a {type_name(self)} with other arguments"
+            raise ValueError(f"state: {name!r} has shape {list(theirs)}, not {list(ours)}: {other}")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue with the same bits: tensors, numbers and strings."""
@@ -219,19 +199,16 @@ class Threshold(ABC):
         """Continues from a ``state_dict()``, before or after the threshold is bound, on any device.
 
         Raises:
-            TypeError: not a ``state_dict()`` of a threshold, or tensors without data.
-            ValueError: that of another kind of threshold, with another shape or for other components; nothing is
-                changed. If the threshold isn't bound yet, shapes and components are compared when it is.
+            TypeError, ValueError: not a state of such a threshold, or for other components; nothing is changed. If
+                the threshold isn't bound yet, shapes and components are compared when it is.
         """
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
             raise TypeError("state: expected what state_dict() of a threshold returned")
         if state["policy"] != type_name(self):
             raise ValueError(f"state: of a {state['policy']}, not of a {type_name(self)}")
         tensors, host = state["tensors"], state["host"]
-        has_data = isinstance(tensors, Mapping) and all(
-            isinstance(t, Tensor) and not t.is_meta for t in tensors.values()
-        )
-        if not has_data:
+        values = tensors.values() if isinstance(tensors, Mapping) else [None]
+        if not all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in values):
             raise TypeError("state: expected tensors with data under 'tensors'")
         if not isinstance(host, Mapping) or set(host) != set(self.host_state()):
             raise TypeError(f"state: expected {sorted(self.host_state())} under 'host', not {host!r}")
@@ -269,12 +246,7 @@ def learnt(max_norm: object) -> dict[str, Any]:
 
 
 def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
-    """Loads what ``learnt`` returned into the ``max_norm`` of another clipper.
-
-    Raises:
-        TypeError: ``state`` isn't a dict.
-        ValueError: of another kind of ``max_norm``, of another threshold, or of other components.
-    """
+    """Loads what ``learnt`` returned into the ``max_norm`` of another clipper; raises if that is of another kind."""
     expected = "state_dict: expected what state_dict() of a clipper returned, not"
     if not isinstance(state, Mapping):
         raise TypeError(f"{expected} {type_name(state)}")
@@ -288,9 +260,8 @@ def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
     elif isinstance(max_norm, Threshold):
         max_norm.load_state_dict(state["max_norm"])
     else:
-        raise ValueError(
-            f"state_dict: of a clipper with a threshold as max_norm, but this one's is a {type_name(max_norm)}"
-        )
+        kind = type_name(max_norm)
+        raise ValueError(f"state_dict: of a clipper with a threshold as max_norm, but this one's is a {kind}")
 
 
 def observed(norms: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +24,6 @@ class Fixed(Threshold):
         cap: a number; a floating-point Tensor of shape [] or [K], read at every call, so that changing it in place
             changes the caps; or a mapping of ``fnmatch`` patterns on component names to numbers, of which the first
             that matches counts and a component that none matches is not clipped.
-
-    Raises:
-        TypeError: none of these (bool and str included).
-        ValueError: negative or NaN. When it is bound: a shape other than [] or [K], a pattern that matches no
-            component, or that may be meant in two ways.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -53,18 +48,12 @@ class Fixed(Threshold):
         else:
             self._cap = checked_cap(cap, "cap")
         self._matched: list[float] = []  # the caps of a mapping
-        self._on: dict[torch.device, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_matched": [], "_on": {}}
 
     def bind(self, setting: Setting) -> None:
         names = setting.names
         if isinstance(self._cap, Tensor) and self._cap.shape not in ((), (len(names),)):
-            raise ValueError(
-                f"max_norm: expected shape [] or [{len(names)}] (one cap for each component), not "
-                f"{list(self._cap.shape)}"
-            )
+            wanted = f"[] or [{len(names)}] (one cap for each component)"
+            raise ValueError(f"max_norm: expected shape {wanted}, not {list(self._cap.shape)}")
         if isinstance(self._cap, dict):
             everywhere, others = setting.everywhere, (setting.aliases, setting.spellings)
             self._matched = match_patterns(names, self._cap, math.inf, everywhere, *others)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +18,10 @@ from .constant import checked_cap
 class Schedule(Threshold):
     """One cap for all components, from a function of the step.
 
-    The function runs on the host, once a step. In a captured CUDA graph it can't: there the cap is read at every
-    replay from where ``at`` writes it.
+    The function runs on the host, once a step. A captured CUDA graph reads the cap that ``at`` has written instead.
 
     Args:
         fn: gets the step, counted from 0, and returns the cap, a number >= 0.
-
-    Raises:
-        TypeError: not callable, or, when it is called, it doesn't return a number.
-        ValueError: it returns a negative number or NaN.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -50,10 +44,6 @@ class Schedule(Threshold):
         self._fn = fn
         self._step = 0
         self._cap = math.nan
-        self._on: dict[torch.device, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on": {}}
 
     def at(self, step: int) -> None:
         """Goes to a step; what captured graphs read is set to its cap."""
@@ -116,10 +106,6 @@ class FromGlobal(Threshold):
         if split not in ("uniform", "numel"):
             raise ValueError(f"split: expected 'uniform' or 'numel', not {split!r}")
         self._split = split
-        self._on: dict[torch.device, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on": {}}
 
     def bind(self, setting: Setting) -> None:
         if not setting.norm_type > 0:
