@@ -11,6 +11,7 @@ Example:
 
 from . import thresholds
 from ._version import __version__
+from .attachment import Attachment
 from .clipper import ComponentClipper
 from .components.spec import ComponentSpec
 from .functional import component_norms, fused_component_clip_
@@ -19,6 +20,7 @@ from .in_backward.clipping import BackwardClipping, clip_in_backward
 from .result import ClipResult
 
 __all__ = [
+    "Attachment",
     "BackwardClipping",
     "ClipResult",
     "ComponentClipGradScaler",
