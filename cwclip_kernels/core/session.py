@@ -12,7 +12,7 @@ from ..components.membership import Components
 from ..components.parameters import NamedTensors
 from ..components.resolve import resolve
 from ..components.spec import ComponentSpec, Grouping
-from ..distributed.local import LocalGradients, local_value
+from ..distributed.local import local_value
 from ..distributed.run import DistributedCall
 from ..distributed.set_up import plan_reductions
 from ..distributed.shards import is_flat
@@ -133,10 +133,9 @@ class ClipSession:
         """Norms [K] of the tensors' gradients; changes nothing."""
         try:
             if self.reductions is not None and not self.reductions.is_local:
-                return DistributedCall(self.reductions, self.plans, tensors, home_of(tensors), backend).norms(
-                    norm_type
-                )
-            plan, found = self.plans.measured(self._held(tensors).local, tensors, norm_type, backend)
+                call = DistributedCall(self.reductions, self.plans, tensors, home_of(tensors), backend)
+                return call.norms(norm_type)
+            plan, found = self.plans.measured(self._gradients(tensors), tensors, norm_type, backend)
             return run.norms_of(plan, found, norm_type)
         except WithoutData as missing:
             return self._without_data(missing)
@@ -152,18 +151,15 @@ class ClipSession:
             return self.reductions.total(norms, norm_type)
         return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
 
-    def _held(self, tensors: Sequence[Tensor]) -> LocalGradients:
-        return (
-            LocalGradients([t.grad for t in tensors], ())
-            if self.reductions is None
-            else self.reductions.gradients(tensors)
-        )
+    def _gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """What this rank holds of each gradient."""
+        return [t.grad for t in tensors] if self.reductions is None else self.reductions.gradients(tensors).local
 
     @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
         """Which backend serves what, and why; tensors stand in for gradients that don't exist yet."""
-        grads = self._held(tensors).local
-        shown = [_stand_in(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
+        pairs = zip(tensors, self._gradients(tensors), strict=True)
+        shown = [_stand_in(t) if grad is None else grad for t, grad in pairs]
         text = Plans(self.plans.components).get(shown, tensors, norm_type, backend)[0].explain(shown)
         return text if self.reductions is None else f"{text}\n{self.reductions.explain()}"
 
