@@ -286,7 +286,7 @@ class TestNativeCalls:
 
     def test_other_threads_run_meanwhile(self):
         """A call lets go of the GIL: what counts in another thread goes on counting."""
-        params = parameters([(1 << 24,)])
+        params = parameters([(1 << 25,)])
         clipper = ComponentClipper(params, math.inf, backend="cpu")
         clipper.clip_()
         state = clipper._session.plans._kept[2.0, "cpu", True][0].buckets[0].state
