@@ -83,7 +83,7 @@ class Attachment(Handle):
 
     def _part_of(self, optimizer: Optimizer) -> OptimizerPart:
         part = self._parts.of(optimizer)
-        if part.clipper is None:
+        if not part.clipped:
             raise ValueError("optimizer: owns none of the parameters that this clipper clips")
         return part
 
@@ -147,7 +147,6 @@ class Attachment(Handle):
             self._part = part
         if not is_traced():
             part.check_not_in_backward()
-        assert part.clipper is not None
         self.last = part.clipper.clip(UNSCALED)
         if self._on_clip is not None:
             self._on_clip(self.last)

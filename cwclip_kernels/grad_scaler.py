@@ -114,7 +114,7 @@ class ComponentClipGradScaler(GradScaler):
         """
         part = self._parts.of(optimizer)
         _check_alone(part, optimizer)
-        if part.clipper is None:
+        if not part.clipped:
             self._count_without()
         if not self.is_enabled():
             self._clip(part, UNSCALED)
@@ -198,13 +198,13 @@ class ComponentClipGradScaler(GradScaler):
         grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients: keep parameters in float32, use torch.autocast")
-        others_may_have = part.clipper is not None and part.clipper.is_spread  # on other ranks
+        others_may_have = bool(part.clipped) and part.clipper.is_spread  # on other ranks
         if not grads and not others_may_have:
             return {}
         # A fused optimizer skips its step on the device, and a graph is only being captured: the host can't tell.
         learns = getattr(optimizer, "_step_supports_amp_scaling", False) or is_recorded()
         self._clip(part, LossScale.of(inv_scale, found_inf), learns)
-        if part.clipper is not None and self.last is not None and not learns:
+        if part.clipped and self.last is not None and not learns:
             self._unlearnt[id(optimizer)] = part.clipper, self.last
         rest: Any = SimpleNamespace(param_groups=[{"params": list(part.others)}])
         found = super()._unscale_grads_(rest, inv_scale, torch.zeros_like(found_inf), allow_fp16)
@@ -214,7 +214,7 @@ class ComponentClipGradScaler(GradScaler):
         return found
 
     def _clip(self, part: OptimizerPart, scale: LossScale, learns: bool = True) -> None:
-        if part.clipper is None:
+        if not part.clipped:
             return
         self.last = part.clipper.clip(scale, learns=learns)
         if self._on_clip is not None:

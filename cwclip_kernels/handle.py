@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn, SupportsIndex, TypeVar
 
@@ -11,7 +12,7 @@ from .thresholds.base import learnt, load_learnt
 Self = TypeVar("Self", bound="Handle")
 
 
-class Handle:
+class Handle(ABC):
     """Clipping that goes on until ``remove()``. As a context manager it ends itself.
 
     Attributes:
@@ -22,9 +23,9 @@ class Handle:
     _max_norm: object
     _not_copied: ClassVar[str]  # why it can't be copied, and the way out
 
+    @abstractmethod
     def remove(self) -> None:
         """Ends clipping."""
-        raise NotImplementedError
 
     def __enter__(self: Self) -> Self:
         return self

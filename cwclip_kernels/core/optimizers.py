@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
@@ -23,12 +23,11 @@ def parameters_of(optimizer: Optimizer) -> Sequence[Tensor]:
 
 
 class OptimizerPart:
-    """The part of a clipper that an optimizer owns: a clipper for what is clipped, if anything is, and the others."""
+    """The part of a clipper that an optimizer owns: a clipper for what is ``clipped``, and the other parameters."""
 
     def __init__(self, whole: ParameterClipper, parameters: Sequence[Tensor]) -> None:
-        part = whole.part(parameters)
-        self.clipped = part.parameters
-        self.clipper = part if self.clipped else None
+        self.clipper = whole.part(parameters)
+        self.clipped = self.clipper.parameters
         clipped = set(map(id, self.clipped))
         self.others = tuple(p for p in parameters if id(p) not in clipped)
         self._turn = 0
@@ -38,17 +37,21 @@ class OptimizerPart:
 
         Looks at all parameters first and then at one each time, since all would take longer than the clipping.
         """
-        if self.clipper is not None:
+        if self.clipped:
             turn, self._turn = self._turn, self._turn + 1
             some = (self.clipped[turn % len(self.clipped)],) if turn else self.clipped
             self.clipper.check_not_in_backward(some)
 
 
 class OptimizerParts:
-    """The parts of a clipper that optimizers own, made again when their ``param_groups`` change."""
+    """The parts of a clipper that optimizers own, made again when their ``param_groups`` change.
 
-    def __init__(self, clipper: ParameterClipper) -> None:
+    ``check`` may raise for an optimizer with new parameters, before a part is made of them.
+    """
+
+    def __init__(self, clipper: ParameterClipper, check: Callable[[Optimizer], None] | None = None) -> None:
         self._clipper = clipper
+        self._check = check
         self._parts: dict[int, tuple[tuple[int, ...], OptimizerPart]] = {}
 
     def of(self, optimizer: Optimizer) -> OptimizerPart:
@@ -57,6 +60,8 @@ class OptimizerParts:
         ids = tuple(map(id, parameters))
         known = self._parts.get(id(optimizer))
         if known is None or known[0] != ids:
+            if self._check is not None:
+                self._check(optimizer)
             known = self._parts[id(optimizer)] = ids, OptimizerPart(self._clipper, parameters)
         return known[1]
 

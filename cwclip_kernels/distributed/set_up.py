@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arguments import some_of
 from ..components.membership import Components
 from .groups import RankGroup, as_group, groups_along, in_order
 from .local import Shards, is_wide
@@ -160,8 +161,7 @@ def _differences(first: Description, second: Description, one: str, other: str) 
     for own, others, rank in ((first, second, one), (second, first, other)):
         missing = [name for name in own if name not in others]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            yield f"only {rank} has {', '.join(map(repr, missing[:3]))}{more}"
+            yield f"only {rank} has {some_of(missing)}"
     if first.keys() != second.keys():
         return
     for name, members in first.items():

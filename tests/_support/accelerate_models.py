@@ -1,16 +1,15 @@
 """Accelerate on several ranks: what its launcher sets, and models under FullyShardedDataParallel."""
 
 import contextlib
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from cwclip_kernels import fused_component_clip_
+from ranks import told_by_launcher
 from sharded_tensors import full
 from small_transformer import Block, Model, batches
 
@@ -23,17 +22,12 @@ from accelerate.utils import DistributedType
 @contextlib.contextmanager
 def launched():
     """What ``accelerate launch`` tells each rank."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
-    before = dict(os.environ)
-    os.environ.update(told)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with told_by_launcher(OMP_NUM_THREADS="1"):
         AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def with_fsdp1(*models):

@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ import torch
 for needed in ("numpy", "rich", "matplotlib", "tokenizers", "transformers"):
     pytest.importorskip(needed)
 
-import tokenizers  # noqa: E402
-import transformers  # noqa: E402
+from tiny_bert import save_tiny_bert  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 if str(EXAMPLES) not in sys.path:
@@ -32,26 +30,18 @@ def items():
 @functools.cache
 def tiny_model(folder):
     """An untrained BERT of two layers in this folder, and a tokenizer of the data's commonest words."""
-    words = Counter(
-        word for item in items() for word in f"{item.name} {item.summary}".lower().split() if word.isalpha()
-    )
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for word, _ in words.most_common(300))]
-    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(vocabulary)})
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, unk_token="[UNK]", pad_token="[PAD]", model_max_length=32
-    ).save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.2,  # or losses would be the logarithm of 2, whatever is done
-    )
     torch.manual_seed(0)
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    texts = [f"{item.name} {item.summary}" for item in items()]
+    # By default losses would be the logarithm of 2, whatever is done.
+    return save_tiny_bert(folder, texts, words=300, width=16, initializer_range=0.2)
+
+
+def on_one_thread():
+    """A fixture: for so small a model a second one only waits, which takes a CPU as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def settings_for(model, *more):

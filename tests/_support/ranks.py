@@ -9,6 +9,7 @@ for the next test. ``CWCLIP_RANKS="8"`` runs those tests that take several sizes
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import inspect
@@ -47,6 +48,21 @@ def on_ranks(*sizes: int):
         return pytest.mark.ranks(pytest.mark.parametrize("ranks", sizes)(run))
 
     return decorate
+
+
+@contextlib.contextmanager
+def told_by_launcher(**more: str):
+    """On a rank: environment variables as a launcher like ``torchrun`` sets them, and more."""
+    import torch.distributed as dist  # as in _serve
+
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    before = dict(os.environ)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, **more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class Pool:

@@ -1,7 +1,6 @@
 """Lightning's strategies of several processes, on the CPU: DDP, its FSDP, FSDP 2; beside the whole model."""
 
 import contextlib
-import os
 import tempfile
 import warnings
 
@@ -15,7 +14,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from cwclip_kernels import fused_component_clip_, thresholds
 from cwclip_kernels.components.naming import without_wrappers
 from helpers import same_bits
-from ranks import on_ranks
+from ranks import on_ranks, told_by_launcher
 
 pytest.importorskip("lightning")
 
@@ -32,18 +31,10 @@ from small_transformer import Block, Model, batches
 @contextlib.contextmanager
 def launched():
     """What ``torchrun`` tells each rank."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
-    before = dict(os.environ)
-    os.environ.update(told)
-    try:
-        with warnings.catch_warnings():
-            for text in THEIRS:
-                warnings.filterwarnings("ignore", text)
-            yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with told_by_launcher(GROUP_RANK="0"), warnings.catch_warnings():
+        for text in THEIRS:
+            warnings.filterwarnings("ignore", text)
+        yield
 
 
 def fit(lit, strategy, *callbacks, data, ckpt_path=None, **options):

@@ -86,25 +86,10 @@ def run_demo(*options, cwd):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory, docstrings, examples):
     """A folder with an untrained BERT of two layers and a tokenizer of the data's commonest words."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    words = Counter(word for example in examples for word in example.text.lower().split() if word.isalpha())
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for word, _ in words.most_common(500))]
-    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(vocabulary)})
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, unk_token="[UNK]", pad_token="[PAD]", model_max_length=32
-    ).save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    from tiny_bert import save_tiny_bert
+
+    texts = [example.text for example in examples]
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "model", texts, words=500, width=32)
 
 
 def test_demo_from_end_to_end(tiny_model, tmp_path):

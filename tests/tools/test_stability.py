@@ -8,9 +8,8 @@ import sys
 from collections import Counter
 
 import pytest
-import torch
 
-from experiment_setup import EXAMPLES, items, made, tiny_model
+from experiment_setup import EXAMPLES, items, made, on_one_thread, tiny_model
 from finetune_stability import main
 from stability import figures, names, options
 from stability.arms import parse
@@ -22,13 +21,7 @@ from stability.train import Trainer
 DRAWN = {name: getattr(figures, name) for name in ("scores", "norms", "clip_rate")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For so small a model a second one only waits, which takes a CPU as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+_on_one_thread = pytest.fixture(scope="module", autouse=True)(on_one_thread)
 
 
 @pytest.fixture(scope="module")

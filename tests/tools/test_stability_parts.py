@@ -8,20 +8,13 @@ from collections import Counter
 import pytest
 import torch
 
-from experiment_setup import CPU, items, settings_for, tiny_model
+from experiment_setup import CPU, items, on_one_thread, settings_for, tiny_model
 from stability import models, names, optimizer, options, tasks
 from stability.arms import Arm, clip_of, parse, threshold
 from stability.problem import Problem
 from stability.train import MOST_STEPS, Trainer, rate, schedule
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For so small a model a second one only waits, which takes a CPU as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+_on_one_thread = pytest.fixture(scope="module", autouse=True)(on_one_thread)
 
 
 @pytest.fixture(scope="module")

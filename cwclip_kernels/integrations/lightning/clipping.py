@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from ...arguments import type_name
-from ...clipper import ComponentClipper
 from ...components.parameters import named_tensors
-from ...core.optimizers import parameters_of
+from ...core.loss_scale import UNSCALED
+from ...core.optimizers import OptimizerParts, parameters_of
 from ...result import ClipResult
 from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, innermost, learning_unless_skipped, refuse_double_clipping, warn_already_clipped
@@ -29,8 +30,8 @@ class FitClipping(ModelClipping):
             if kind.__name__ in _ELSEWHERE:
                 raise RuntimeError(f"Trainer(strategy=...): {_ELSEWHERE[kind.__name__]}")
         super().__init__(module, max_norm, arguments, trainer.strategy.model, _scaler_of(trainer) is not None)
-        self._known = {id(p) for p in named_tensors(module).tensors}
-        self._parts: dict[int, tuple[tuple[int, ...], ComponentClipper]] = {}
+        known = {id(p) for p in named_tensors(module).tensors}
+        self._parts = OptimizerParts(self.clipper, partial(_check_known, known))
 
     def clip_(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, ours: str) -> ClipResult | None:
         """Clips what the optimizer owns; None if Lightning won't step it with these gradients."""
@@ -39,25 +40,20 @@ class FitClipping(ModelClipping):
         optimizer = innermost(optimizer)
         if scaler is not None and not _is_unscaled(scaler, trainer, module, optimizer):
             return None
-        part = self._part_of(optimizer)
+        part = self._parts.of(optimizer)
         with learning_unless_skipped(self.clipper.max_norm, scaler, [optimizer]):
-            return part.clip_()
+            return part.clipper.clip(UNSCALED)
 
-    def _part_of(self, optimizer: Optimizer) -> ComponentClipper:
-        parameters = parameters_of(optimizer)
-        ids = tuple(map(id, parameters))
-        known_ids, part = self._parts.get(id(optimizer), (None, self.clipper))
-        if known_ids != ids:
-            for p in parameters:
-                if id(p) not in self._known:
-                    raise ValueError(
-                        f"optimizer: {type_name(optimizer)} owns a parameter of shape {list(p.shape)} that the "
-                        "module doesn't have, or didn't when the fit began, and that would go unclipped; make it an "
-                        "attribute of the module in __init__ or configure_model"
-                    )
-            part = self.clipper.part(parameters)
-            self._parts[id(optimizer)] = ids, part
-        return part
+
+def _check_known(known: set[int], optimizer: Optimizer) -> None:
+    """Raises ValueError unless the ids of all parameters of the optimizer are known."""
+    for p in parameters_of(optimizer):
+        if id(p) not in known:
+            raise ValueError(
+                f"optimizer: {type_name(optimizer)} owns a parameter of shape {list(p.shape)} that the module "
+                "doesn't have, or didn't when the fit began, and that would go unclipped; make it an attribute of "
+                "the module in __init__ or configure_model"
+            )
 
 
 _ELSEWHERE = {
