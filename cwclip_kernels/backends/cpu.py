@@ -70,12 +70,14 @@ def _call(
     *arguments: Unpack[Arguments],
 ) -> None:
     """Calls a native function for a bucket. A profile shows it as a range, since it is no operator of torch."""
-    state, places = look_up(bucket, grads, addresses, _make, name != "power_sums")
+    state: _State | None = bucket.state
+    if state is None or addresses is None:
+        state, addresses = look_up(bucket, grads, addresses, _make, name != "power_sums")
     if not torch._C._autograd._profiler_enabled():
-        function(state.program, places, *arguments)
+        function(state.program, addresses, *arguments)
         return
     with torch.profiler.record_function(f"cwclip_kernels::{name}"):
-        function(state.program, places, *arguments)
+        function(state.program, addresses, *arguments)
 
 
 def _make(bucket: Bucket, addresses: Addresses) -> _State:

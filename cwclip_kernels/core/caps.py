@@ -51,7 +51,7 @@ def fixed_caps(
     fixed = Fixed(max_norm)
     names, others = components.names, (components.spellings, components.aliases, everywhere)
     fixed.bind(Setting(names, (), math.nan, math.nan, torch.device("cpu"), torch.Tensor, (), *others))
-    return StepCaps(fixed.adds_eps, fixed.needs_norms, fixed.caps, fixed.update_)
+    return StepCaps(fixed.adds_eps, fixed.needs_norms, fixed.caps)
 
 
 class BoundThreshold:

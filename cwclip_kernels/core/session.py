@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from .loss_scale import UNSCALED, LossScale
 from .modes import outside_autograd
 from .options import Options
 from .plan import Plans, home_of
+
+_GRAD = attrgetter("grad")
 
 
 class ClipSession:
@@ -104,7 +107,7 @@ class ClipSession:
                 outcome = call.clip_(policy, rule, raise_nonfinite, scale)
             else:
                 if reductions is None:
-                    grads = [t.grad for t in tensors]
+                    grads = list(map(_GRAD, tensors))
                 else:
                     held = reductions.gradients(tensors)
                     held.check_not_leaves()
@@ -119,7 +122,7 @@ class ClipSession:
         except WithoutData as missing:
             norms = self._without_data(missing)
             return norms, torch.empty_like(norms), norms.new_empty(norms.shape, dtype=wide_dtype(norms.device))
-        if learns:
+        if learns and policy.update_ is not None:
             policy.update_(outcome[0], outcome[1])
         return outcome
 
@@ -153,7 +156,7 @@ class ClipSession:
 
     def _gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """What this rank holds of each gradient."""
-        return [t.grad for t in tensors] if self.reductions is None else self.reductions.gradients(tensors).local
+        return list(map(_GRAD, tensors)) if self.reductions is None else self.reductions.gradients(tensors).local
 
     @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:

@@ -299,7 +299,8 @@ class BackwardClipping(Handle):
                 )
         if whole.found:
             result = whole.result(self.names)
-            self._caps.update_(result.norms, result.coefs)
+            if self._caps.update_ is not None:
+                self._caps.update_(result.norms, result.coefs)
             self.last = result
             if self._on_clip is not None:
                 self._on_clip(result)

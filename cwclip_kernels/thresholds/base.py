@@ -21,7 +21,7 @@ class StepCaps(NamedTuple):
     adds_eps: bool
     needs_norms: bool
     caps: Callable[[torch.device, Tensor | None], Tensor]
-    update_: Callable[[Tensor, Tensor], None]
+    update_: Callable[[Tensor, Tensor], None] | None = None  # None if nothing is learnt
 
 
 @dataclass(frozen=True)
