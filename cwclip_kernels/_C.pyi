@@ -48,7 +48,7 @@ def addresses_of(
         writes: whether the tensors are to be written to; then they may not share memory.
 
     Returns:
-        None if the tensors have another signature, aren't exactly of type Tensor, or share memory.
+        None if the tensors have another signature or share memory.
     """
 
 def cpu_program(signature: bytes, components: bytes, cuts: bytes | None, count: int, wide: bool, /) -> CpuProgram:

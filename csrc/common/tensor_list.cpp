@@ -15,15 +15,15 @@ const dlpack::ExchangeApi* api = nullptr;
 
 // A signature has, for each entry of a list, one Head and then its sizes and its strides.
 struct Head {
-  int32_t kind, bits, device_type, device, dims, unused;
+  int32_t kind, bits, device_type, device, dims, is_parameter;
 };
 static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay aligned");
 
 // Kinds of entries without a gradient: None, and Ellipsis, where anything may be.
 constexpr int32_t kAbsent = -1, kIgnored = -2;
 
-Head head_of(const dlpack::Tensor& tensor) {
-  return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, 0};
+Head head_of(const dlpack::Tensor& tensor, bool is_parameter) {
+  return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, is_parameter};
 }
 
 DType dtype_of(const Head& head, size_t index) {
@@ -70,8 +70,8 @@ class SignatureReader {
   void skip() { at_ += sizeof(Head); }
 
   // Whether the next gradient is like this one; moves past it if so.
-  bool matches(const dlpack::Tensor& tensor) {
-    const Head head = head_of(tensor);
+  bool matches(const dlpack::Tensor& tensor, bool is_parameter) {
+    const Head head = head_of(tensor, is_parameter);
     const size_t bytes = tensor.dims * sizeof(int64_t);
     if (static_cast<size_t>(end_ - at_) < sizeof head + 2 * bytes || std::memcmp(at_, &head, sizeof head) != 0) {
       return false;
@@ -89,9 +89,13 @@ class SignatureReader {
   const char *at_, *end_;
 };
 
-bool describe(PyObject* grad, dlpack::Tensor* tensor) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(grad)) == tensor_type &&
-         api->from_python(grad, tensor) == 0;
+// False for anything but a Tensor or a Parameter, and for what torch can't describe.
+bool describe(PyObject* entry, dlpack::Tensor* tensor, bool* is_parameter) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(entry));
+  *is_parameter = type == parameter_type;
+  if ((type == tensor_type || *is_parameter) && api->from_python(entry, tensor) == 0) return true;
+  PyErr_Clear();
+  return false;
 }
 
 template <class T>
@@ -152,12 +156,9 @@ PyObject* py_signature_of(PyObject*, PyObject* const* values, Py_ssize_t count) 
     Head head = {entry == Py_None ? kAbsent : kIgnored, 0, 0, 0, 0, 0};
     dlpack::Tensor tensor = {};
     if (entry != Py_None && entry != Py_Ellipsis) {
-      PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(entry));
-      if ((type != tensor_type && type != parameter_type) || api->from_python(entry, &tensor) != 0) {
-        PyErr_Clear();
-        Py_RETURN_NONE;
-      }
-      head = head_of(tensor);
+      bool is_parameter;
+      if (!describe(entry, &tensor, &is_parameter)) Py_RETURN_NONE;
+      head = head_of(tensor, is_parameter);
     }
     append(signature, &head, 1);
     append(signature, tensor.sizes, tensor.dims);
@@ -186,10 +187,8 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* values, Py_ssize_t count) 
       continue;
     }
     dlpack::Tensor tensor;
-    if (!describe(grad, &tensor) || !reader.matches(tensor)) {
-      PyErr_Clear();  // what torch can't describe isn't what was there before
-      Py_RETURN_NONE;
-    }
+    bool is_parameter;
+    if (!describe(grad, &tensor, &is_parameter) || !reader.matches(tensor, is_parameter)) Py_RETURN_NONE;
     addresses.push_back(address_of(tensor));
   }
   if (!reader.at_end()) Py_RETURN_NONE;

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.adamw import AdamWRule, AdamWStep
 from ..core.bucket import Bucket
 from ..core.formula import merged, neutral, wide_dtype
 
@@ -129,3 +130,76 @@ def _multiply(grads: list[Tensor], factors: list[Tensor]) -> None:
     for grad, factor in zip(grads, factors, strict=True):
         if grad.dtype.itemsize == 2:
             grad.copy_(grad.float().mul_(factor))
+
+
+def adamw_(
+    bucket: Bucket, grads: list[Tensor], step: AdamWStep, factors: Tensor, zero_fill: bool, addresses: bytes | None
+) -> None:
+    """The step of ``core.adamw``, some twenty operations a param group; needs memory for copies of what it writes."""
+    # Not in ``bucket.state``, which is another backend's where that has no step for these parameters.
+    if not isinstance(bucket.step_state, Tensor):
+        bucket.step_state = bucket.components.to(bucket.device)
+    owners = bucket.step_state
+    times = [t.to(bucket.device, wide_dtype(bucket.device)) + 1 for t in step.steps]
+    maxima = [p if w is None else w for p, w in zip(step.params, step.max_exp_avg_sqs, strict=True)]
+    tensors = (grads, step.params, step.exp_avgs, step.exp_avg_sqs, maxima)
+    pieces = list(zip(*(bucket.pieces(each) for each in tensors), strict=True))
+    for number, rule in enumerate(step.rules):
+        for dtype in dict.fromkeys(map(_arithmetic, pieces)):
+            own = [
+                (i, f, [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in piece])
+                for i, piece, f in zip(
+                    bucket.gradient_of_pieces(), pieces, factors[owners].to(dtype).unbind(), strict=True
+                )
+                if step.rule_of[i] == number and _arithmetic(piece) == dtype
+            ]
+            if own:
+                _step_alike(own, rule, times, step.skip, zero_fill, dtype)
+    for t, time in zip(step.steps, times, strict=True):
+        t.copy_(time if step.skip is None else torch.where(step.skip == 0, time, time - 1))
+
+
+def _arithmetic(piece: tuple[Tensor, ...]) -> torch.dtype:
+    """The real dtype that a piece is stepped in, from its gradient and parameter."""
+    dtype = torch.promote_types(torch.promote_types(piece[0].dtype, piece[1].dtype), torch.float32)
+    return dtype.to_real()
+
+
+def _step_alike(
+    own: list[tuple[int, Tensor, list[Tensor]]],
+    rule: AdamWRule,
+    times: list[Tensor],
+    skip: Tensor | None,
+    zero_fill: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Steps pieces of one param group and dtype, given as (gradient, factor, [g, p, m, v, w])."""
+    factors, kept = [f for _, f, _ in own], list(zip(*(piece for *_, piece in own), strict=True))
+    g, p, m, v, w = ([t.to(dtype) for t in each] for each in kept)
+    g = [a * f for a, f in zip(g, factors, strict=True)]
+    if zero_fill:
+        g = [a.masked_fill_(f == 0, 0.0) for a, f in zip(g, factors, strict=True)]
+    if rule.maximize:
+        torch._foreach_neg_(g)
+    lr = rule.lr.to(g[0].device, times[0].dtype).reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
+    t = [times[i] for i, *_ in own]
+    first = [lr / (1 - rule.beta1**n) if rule.correct_bias else torch.as_tensor(lr) for n in t]
+    root = [(1 - rule.beta2**n).sqrt() if rule.correct_bias else torch.ones_like(n) for n in t]
+    m = list(torch._foreach_lerp(m, g, 1 - rule.beta1))
+    v = list(torch._foreach_mul(v, rule.beta2))
+    torch._foreach_addcmul_(v, g, g, 1 - rule.beta2)
+    w = list(torch._foreach_maximum(w, v)) if rule.amsgrad else v
+    below = torch._foreach_sqrt(w)
+    # Numbers on the CPU, where reading them is no sync: a 0-d tensor for each would take the slow path.
+    on_cpu = g[0].device.type == "cpu"
+    torch._foreach_div_(below, [float(r) for r in root] if on_cpu else [r.to(dtype) for r in root])
+    torch._foreach_add_(below, rule.eps)
+    change = torch._foreach_div(m, below)
+    torch._foreach_mul_(change, [float(f) for f in first] if on_cpu else [f.to(dtype) for f in first])
+    decay = 1 - lr * rule.weight_decay
+    p = list(torch._foreach_mul(p, decay.to(dtype) if isinstance(decay, Tensor) else decay))
+    torch._foreach_sub_(p, change)
+    for tensors, values in zip(kept[1:], (p, m, v, w) if rule.amsgrad else (p, m, v), strict=False):
+        if skip is not None:
+            values = [torch.where(skip == 0, a.to(b.dtype), b) for a, b in zip(values, tensors, strict=True)]
+        torch._foreach_copy_(tensors, values)

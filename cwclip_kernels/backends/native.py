@@ -77,14 +77,14 @@ class Addresses:
     """Reads the addresses of gradients at every call, as long as dtypes, devices, shapes and strides stay the same.
 
     Args:
-        grads: strided tensors, exactly of type Tensor; None where there is no gradient, Ellipsis where an entry
+        grads: strided tensors, exactly of type Tensor or Parameter; None where there is none, Ellipsis where an entry
             of the list isn't compared.
     """
 
     def __init__(self, grads: Sequence[Tensor | EllipsisType | None]) -> None:
         signature = _C.signature_of(list(grads))
         if signature is None:
-            raise TypeError("expected strided tensors, not a subclass of Tensor")
+            raise TypeError("expected strided tensors, not another subclass of Tensor")
         self.signature = signature
         self._last: dict[bool, bytes | None] = {True: None, False: None}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..arguments import check_type
+from ..core.adamw import FusedStepBackend, StepBackend
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
@@ -50,6 +51,17 @@ class FusedBackend(Backend, Protocol):
 
 FUSED: dict[str, FusedBackend] = {"cuda": cuda, "cpu": cpu, "triton": triton}
 BACKENDS: dict[str, Backend] = {**FUSED, "foreach": foreach, "reference": reference}
+
+# An optimizer's step: those that measure, clip and step in one go; all others step with torch's operators.
+FUSED_STEPS: dict[str, FusedStepBackend] = {}
+
+
+def step_backend(backend: str, refusal: str | None) -> StepBackend:
+    """Who steps a bucket of ``backend``; with a reason against its own kernels, torch's operators do."""
+    if refusal is None:
+        return FUSED_STEPS[backend]
+    return reference if backend == "reference" else foreach
+
 
 # Device type -> backends in order of preference; the first that does not refuse a gradient serves it.
 PREFERENCE: dict[str, tuple[str, ...]] = {

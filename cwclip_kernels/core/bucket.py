@@ -34,10 +34,15 @@ class Bucket:
     plain: bool  # all are real and strided, so that backends take them as they are
     addresses: Addresses | None = None  # compares a call's gradients with these; None if ``ClipPlan`` does
     state: Any = None  # what the backend keeps with the bucket, such as tables
+    step_state: Any = None  # the same for an optimizer's steps
 
     def pieces(self, grads: list[Tensor]) -> list[Tensor]:
         """The m pieces of the bucket's gradients, as views."""
         return grads if self.slices is None else [narrowed(grads[i], place) for i, place in self.slices]
+
+    def gradient_of_pieces(self) -> list[int]:
+        """Of each of the m pieces, which of the bucket's gradients it is of."""
+        return list(range(len(self.positions))) if self.slices is None else [i for i, _ in self.slices]
 
     def cuts(self) -> list[int] | None:
         """``slices`` for native code: of each piece its gradient, the number of cut dims, each dim, start, size."""

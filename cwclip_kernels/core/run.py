@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,29 @@ from .checks import values_of
 from .formula import ClipRule, neutral, wide_dtype
 from .loss_scale import UNSCALED, LossScale
 from .plan import ClipPlan
+
+
+class Update(Protocol):
+    """What is done with a call's coefficients instead of scaling gradients: an optimizer's step."""
+
+    def prepare(self, buckets: Sequence[Bucket], found: Sequence[Found]) -> None:
+        """Called before anything is written; raises RuntimeError if the named backend can't do it."""
+
+    def clip_and_apply_(
+        self,
+        bucket: Bucket,
+        grads: list[Tensor],
+        caps: Tensor,
+        rule: ClipRule,
+        loss_scale: LossScale,
+        addresses: bytes | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Norms and coefficients [K], and the update, in one pass; None, and nothing done, if that isn't possible."""
+
+    def apply_(
+        self, bucket: Bucket, grads: list[Tensor], factors: Tensor, zero_fill: bool, addresses: bytes | None
+    ) -> None:
+        """The update from gradients times their components' factors [K], which are on the bucket's device."""
 
 
 def norms_of(
@@ -37,8 +61,11 @@ def clip_(
     rule: ClipRule,
     raise_nonfinite: bool,
     loss_scale: LossScale = UNSCALED,
+    update: Update | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clips in place; norms before and coefficients, both [K], and the caps. Syncs for ``raise_nonfinite`` only.
+
+    With an ``update`` that is what is done instead of scaling, and gradients stay as they are.
 
     One bucket takes its backend's fused path, if there is one. Anything else takes two steps, power sums first:
     several devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is),
@@ -52,9 +79,13 @@ def clip_(
         bucket, (own, addresses) = plan.buckets[0], found[0]
         targets = own if bucket.plain else _targets(bucket, own, order)
         caps = policy.caps(bucket.device, None)
-        torch.autograd.graph.increment_version(own)
-        norms, coefs = fused.clip_(bucket, targets, caps, rule, loss_scale, addresses)
-        return norms, coefs, caps
+        if update is None:
+            torch.autograd.graph.increment_version(own)
+            norms, coefs = fused.clip_(bucket, targets, caps, rule, loss_scale, addresses)
+            return norms, coefs, caps
+        outcome = update.clip_and_apply_(bucket, targets, caps, rule, loss_scale, addresses)
+        if outcome is not None:
+            return *outcome, caps
     sums = power_sums(plan, found, order)
     norms = norms_of(plan, found, order, sums, loss_scale)
     if raise_nonfinite:
@@ -65,7 +96,7 @@ def clip_(
     caps = policy.caps(plan.device, norms if policy.needs_norms else None)
     coefs = formula.coefficients(norms, caps, rule)
     loss_scale.report(sums if tells else power_sums(plan, found, math.inf))
-    scale_(plan, found, loss_scale.factors(coefs), rule)
+    apply_(plan, found, loss_scale.factors(coefs), rule, update)
     return norms, coefs, caps
 
 
@@ -87,12 +118,18 @@ def power_sums(plan: ClipPlan, found: Sequence[Found], norm_type: float) -> Tens
     return formula.merged(torch.stack([*parts, nothing], -1), norm_type)
 
 
-def scale_(plan: ClipPlan, found: Sequence[Found], factors: Tensor, rule: ClipRule) -> None:
-    """g <- factor * g in place, by the K components' factors."""
+def apply_(
+    plan: ClipPlan, found: Sequence[Found], factors: Tensor, rule: ClipRule, update: Update | None = None
+) -> None:
+    """g <- factor * g in place, by the K components' factors; or the update from these products."""
     for bucket, (own, addresses) in zip(plan.buckets, found, strict=True):
+        here = factors.to(bucket.device)
+        if update is not None:
+            update.apply_(bucket, own, here, rule.zero_fill, addresses)
+            continue
         targets = _targets(bucket, own, rule.norm_type)
         torch.autograd.graph.increment_version(own)
-        BACKENDS[bucket.backend].scale_(bucket, targets, factors.to(bucket.device), rule.zero_fill, addresses)
+        BACKENDS[bucket.backend].scale_(bucket, targets, here, rule.zero_fill, addresses)
 
 
 def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:

@@ -21,13 +21,14 @@ from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm
 from . import formula, run
+from .bucket import Found
 from .caps import BoundThreshold, fixed_caps, norms_of_trained
 from .checks import WithoutData
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
 from .modes import outside_autograd
 from .options import Options
-from .plan import Plans, home_of
+from .plan import ClipPlan, Plans, home_of
 
 _GRAD = attrgetter("grad")
 
@@ -93,29 +94,35 @@ class ClipSession:
         options: Options,
         scale: LossScale = UNSCALED,
         learns: bool = True,
+        update: run.Update | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Clips the gradients of ``tensors`` in place: norms before and coefficients, [K] each, and the caps.
 
-        ``policy`` is from ``caps_for``; unless ``learns``, its ``update_`` is left to the caller.
+        ``policy`` is from ``caps_for``; unless ``learns``, its ``update_`` is left to the caller. With an ``update``
+        that is what is done instead of scaling, and gradients stay as they are.
         """
         rule = options.rule if policy.adds_eps else options.rule.without_eps
         raise_nonfinite, reductions = options.raise_nonfinite, self.reductions
         asks = raise_nonfinite or scale.found_inf is not None
         try:
             if reductions is not None and (not reductions.is_local or (reductions.nonfinite_needs_ranks and asks)):
-                call = DistributedCall(reductions, self.plans, tensors, home_of(tensors), options.backend)
+                call = DistributedCall(reductions, self.plans, tensors, home_of(tensors), options.backend, update)
                 outcome = call.clip_(policy, rule, raise_nonfinite, scale)
             else:
                 if reductions is None:
                     grads = list(map(_GRAD, tensors))
                 else:
                     held = reductions.gradients(tensors)
-                    held.check_not_leaves()
+                    if update is None:
+                        held.check_not_leaves()
                     grads = held.local
-                plan, found = self.plans.get(grads, tensors, rule.norm_type, options.backend)
+                get = self.plans.get if update is None else self.plans.measured
+                plan, found = get(grads, tensors, rule.norm_type, options.backend)
+                if update is not None:
+                    update.prepare(plan.buckets, found)
                 used = scale if scale is UNSCALED else scale.on(plan.device)
-                outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used)
-                if reductions is not None:
+                outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used, update)
+                if reductions is not None and update is None:
                     held.touched()
                 if scale is not UNSCALED:
                     scale.deliver(used)
@@ -125,6 +132,22 @@ class ClipSession:
         if learns and policy.update_ is not None:
             policy.update_(outcome[0], outcome[1])
         return outcome
+
+    @outside_autograd
+    def look(self, tensors: Sequence[Tensor], options: Options, update: run.Update) -> tuple[ClipPlan, list[Found]]:
+        """The plan for an update, and what it finds; raises if it can't be done. Changes nothing."""
+        plan, found = self.plans.measured(self._gradients(tensors), tensors, options.rule.norm_type, options.backend)
+        update.prepare(plan.buckets, found)
+        return plan, found
+
+    @outside_autograd
+    def update_unclipped(
+        self, tensors: Sequence[Tensor], options: Options, scale: LossScale, update: run.Update
+    ) -> None:
+        """The update from gradients that are unscaled at the most."""
+        plan, found = self.look(tensors, options, update)
+        ones = torch.ones(len(self.plans.components.names), dtype=wide_dtype(plan.device), device=plan.device)
+        run.apply_(plan, found, scale.on(plan.device).factors(ones), options.rule, update)
 
     @outside_autograd
     def parameter_norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

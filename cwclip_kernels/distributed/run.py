@@ -33,6 +33,7 @@ class DistributedCall:
     tensors: Sequence[Tensor]  # the parameters
     home: torch.device  # of the sums and the results
     backend: str | None  # the user's choice
+    update: run.Update | None = None  # what is done instead of scaling gradients
     _measured: tuple[ClipPlan, Sequence[Found], LocalGradients] | None = None
     _loss_scale: LossScale = UNSCALED
     _failure: Exception | None = None  # of this rank
@@ -61,8 +62,9 @@ class DistributedCall:
             raise RuntimeError(run.nonfinite_message(bad, count, order))
         assert self._measured is not None  # since nothing failed
         plan, found, grads = self._measured
-        run.scale_(plan, found, reductions.rows.to_local(self._loss_scale.factors(coefs)), rule)
-        grads.touched()
+        run.apply_(plan, found, reductions.rows.to_local(self._loss_scale.factors(coefs)), rule, self.update)
+        if self.update is None:
+            grads.touched()
         scaled.deliver(self._loss_scale)
         return norms, coefs, caps
 
@@ -84,10 +86,13 @@ class DistributedCall:
         try:
             grads = (self.reductions.values if of_parameters else self.reductions.gradients)(self.tensors)
             if scaled is not None:
-                grads.check_not_leaves()
+                if self.update is None:
+                    grads.check_not_leaves()
                 self._loss_scale = scaled.on(self.home)
-            get = self.plans.measured if scaled is None else self.plans.get
+            get = self.plans.measured if scaled is None or self.update is not None else self.plans.get
             plan, found = get(grads.local, self.tensors, orders[0], self.backend)
+            if self.update is not None:
+                self.update.prepare(plan.buckets, found)
             # To the home device: that of the first gradient may be another one on each rank.
             own = [run.power_sums(plan, found, order).to(self.home) for order in orders]
             if orders[0] < 0:

@@ -29,7 +29,7 @@ ORDER = [
     thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/scale
-    backends/served core/checks core/loss_scale backends/memory backends/native core/bucket
+    backends/served core/checks core/loss_scale backends/memory backends/native core/bucket core/adamw
     reference backends/foreach backends/programs backends/cpu backends/cuda
     backends/triton_tables backends/triton backends/registry
     core/options core/plan core/run
@@ -39,6 +39,7 @@ ORDER = [
     handle attachment clipper
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
+    optim/clipping optim/update optim/adamw optim/__init__
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan

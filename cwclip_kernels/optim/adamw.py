@@ -1,0 +1,348 @@
+"""AdamW whose step clips by component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from ..arguments import check_type
+from ..components.spec import Grouping
+from ..core.adamw import AdamWRule
+from ..core.loss_scale import LossScale
+from ..core.options import check_options
+from ..core.run import nonfinite_message
+from ..result import ClipResult
+from ..thresholds import Threshold
+from ..thresholds.base import learnt, load_learnt
+from ..thresholds.constant import MaxNorm
+from .clipping import Clipping, Names, Unit, names_of
+from .update import AdamWUpdate
+
+_OWN = ("max_norm", "correct_bias")  # entries of param groups that torch's AdamW doesn't have
+
+
+class ComponentClipAdamW(AdamW):
+    """``torch.optim.AdamW`` whose step clips each component's gradient to its own norm, at no extra cost.
+
+        norm_c = (sum over component c of |g|^p)^(1/p)
+        coef_c = min(1, max_norm_c / (norm_c + clip_eps))
+        p <- AdamW(p, coef_c * g)
+
+    A component's norm needs no other gradient, so norm, coefficient and update happen while the gradient is in cache,
+    and the clipped gradient is never written: ``p.grad`` stays as the backward pass left it. Don't clip by hand as
+    well. Where a decision needs all norms (``nonfinite="error"``, thresholds that look at the step's norms, sharded
+    parameters) norms come first, then the update with coefficients that stay on the device.
+
+    Arguments, param groups, hooks, closures, learning rate schedulers and ``state_dict()`` are those of
+    ``torch.optim.AdamW``, and checkpoints can be exchanged with it. Param groups have ``max_norm`` and
+    ``correct_bias`` too; they can be changed between steps like ``lr``, and stay out of checkpoints, which hold what
+    thresholds have learnt instead. Under a ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` without
+    ``scaler.unscale_(optimizer)`` unscales in the same pass; a skipped step changes no bit.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups, as for torch.
+        lr: learning rate; a Tensor of one element is read at every step, on its device.
+        betas: of the running means of the gradient and of its square.
+        eps: added to the root of the second mean.
+        weight_decay: decoupled weight decay.
+        amsgrad: whether to divide by the largest second mean so far.
+        max_norm: as for ``ComponentClipper``; ``math.inf`` measures only. One group's may differ from another's,
+            unless a component has parameters of both.
+        components: as for ``ComponentClipper``. Parameters that belong to none are stepped unclipped.
+        norm_type: order p of the norm.
+        clip_eps: added to norms.
+        nonfinite: "propagate", "zero", "skip" or "error", as for ``ComponentClipper``. With "error" nothing is
+            stepped.
+        correct_bias: False leaves out both bias corrections, as in the Adam of BERT's authors, with which the paper
+            fine-tunes.
+        state_dtype: ``torch.float32`` keeps the running means of half-precision parameters in float32; None in the
+            parameter's dtype, as torch does.
+        named_parameters: a module or (name, parameter) pairs, for names of parameters that ``params`` gives none.
+        maximize: whether to step uphill.
+        foreach, fused: accepted for the sake of code and checkpoints that have them; ``backend`` chooses what runs.
+        capturable: as for torch. On GPUs ``step`` is on the device with it or without.
+        differentiable: refused; this step can't be differentiated.
+        process_group: for plain shards, as for ``ComponentClipper``.
+        pp_mesh: for pipeline stages, as for ``ComponentClipper``.
+        backend: by name; the best available without.
+
+    Attributes:
+        last: what the last step's clipping found and did; None before the first step. Groups with a ``max_norm`` of
+            their own come one after the other.
+
+    Raises:
+        TypeError, ValueError: an argument that isn't what it should be, named in the message.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels.optim import ComponentClipAdamW
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = ComponentClipAdamW(model.named_parameters(), lr=1e-3, max_norm=0.1)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last.norms, optimizer.last.coefs
+        (tensor([1.4142, 1.0000]), tensor([0.0707, 0.1000]))
+
+    References:
+        Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101.
+        Yang & Ma, "Improving Stability of Fine-Tuning Pretrained Language Models via Component-Wise Gradient Norm
+        Clipping", EMNLP 2022, arXiv 2210.10325.
+    """
+
+    last: ClipResult | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        max_norm: MaxNorm,
+        components: Grouping = None,
+        norm_type: float = 2.0,
+        clip_eps: float = 1e-6,
+        nonfinite: str = "propagate",
+        correct_bias: bool = True,
+        state_dtype: torch.dtype | None = None,
+        named_parameters: Names = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: Any = None,
+        pp_mesh: Any = None,
+        backend: str | None = None,
+    ) -> None:
+        options = check_options(norm_type, nonfinite=nonfinite, eps=clip_eps, backend=backend)
+        check_type(correct_bias, "correct_bias", bool, "a bool")
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"state_dtype: expected None or torch.float32, not {state_dtype}")
+        if differentiable:
+            raise ValueError("differentiable: this step can't be differentiated; use torch.optim.AdamW")
+        self._own_defaults = {"max_norm": max_norm, "correct_bias": correct_bias}
+        self._state_dtype = state_dtype
+        self._clipping = Clipping(options, components, process_group, pp_mesh, names_of(named_parameters))
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            fused=fused,
+        )
+        self._step_supports_amp_scaling = True
+        self.defaults.update(self._own_defaults)
+        for unit in self._units():
+            if unit.clips:  # checks max_norm
+                unit.session.caps_for(self._max_norm(unit), unit.tensors, options.rule)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group may have its own ``max_norm`` and ``correct_bias``."""
+        for key, value in self._own_defaults.items():
+            param_group.setdefault(key, value)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clips and steps.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a norm is non-finite and that was to be an error, or the named backend can't step a
+                parameter; nothing is stepped then.
+            TypeError, ValueError: a gradient that can't be clipped; nothing is stepped.
+        """
+        _check_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rules = tuple(map(self._rule, self.param_groups))
+        scale, skip = self._loss_scale()
+        units = self._units()
+        updates = [self._update(unit, rules, skip) for unit in units]
+        if len(units) > 1:
+            self._check_all(units, updates, scale)
+        results = []
+        for unit, update in zip(units, updates, strict=True):
+            session, tensors, options = unit.session, unit.tensors, self._clipping.options
+            if unit.clips:
+                caps = session.caps_for(self._max_norm(unit), tensors, options.rule)
+                outcome = session.clip_(tensors, caps, options, scale, learns=skip is None, update=update)
+                results.append(ClipResult(session.components.names, *outcome))
+            else:
+                session.update_unclipped(tensors, options, scale, update)
+        self.last = _joined(results)
+        return loss
+
+    # -------------------------------------------------------------------------------------------------------
+    # A step's parts
+    # -------------------------------------------------------------------------------------------------------
+
+    def _units(self) -> tuple[Unit, ...]:
+        return self._clipping.units_of(self.param_groups)
+
+    def _max_norm(self, unit: Unit) -> MaxNorm:
+        max_norm: MaxNorm = self.param_groups[unit.groups[0]]["max_norm"]
+        return max_norm
+
+    def _rule(self, group: dict[str, Any]) -> AdamWRule:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            lr = lr.item()
+        beta1, beta2 = map(float, group["betas"])
+        flags = group["amsgrad"], group["maximize"], group["correct_bias"]
+        return AdamWRule(lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), *flags)
+
+    def _loss_scale(self) -> tuple[LossScale, Tensor | None]:
+        """What ``torch.amp.GradScaler.step`` hands over: the loss's scale, and whether to skip the step."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        inverse = None if grad_scale is None else grad_scale.double().reciprocal()
+        return LossScale.of(inverse, None), None if found_inf is None else found_inf.reshape(())
+
+    def _update(self, unit: Unit, rules: tuple[AdamWRule, ...], skip: Tensor | None) -> AdamWUpdate:
+        states: list[dict[str, Any] | None] = []
+        for p, group in zip(unit.tensors, unit.groups, strict=True):
+            state = None
+            if p.grad is not None:
+                state = self.state[p] or self._new_state(p, rules[group].amsgrad)
+            states.append(state)
+        return AdamWUpdate(unit.tensors, states, rules, unit.groups, skip, self._clipping.options.backend)
+
+    def _new_state(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError("Adam does not support sparse gradients; torch.optim.SparseAdam does")
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+        state: dict[str, Any] = self.state[p]
+        state["step"] = torch.zeros((), dtype=dtype, device=p.device)
+        for name in names:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=self._kept_in(p))
+        return state
+
+    def _kept_in(self, p: Tensor) -> torch.dtype:
+        """The dtype of a parameter's running means."""
+        return self._state_dtype if self._state_dtype is not None and p.dtype.itemsize == 2 else p.dtype
+
+    def _check_all(self, units: tuple[Unit, ...], updates: list[AdamWUpdate], scale: LossScale) -> None:
+        """Raises if one of several calls would, before the first of them writes."""
+        options = self._clipping.options
+        for unit, update in zip(units, updates, strict=True):
+            unit.session.look(unit.tensors, options, update)
+            if unit.clips and options.raise_nonfinite:
+                norms = unit.session.norms(unit.tensors, options.rule.norm_type, options.backend)
+                norms = scale.on(norms.device).unscaled(norms)
+                names = unit.session.components.names
+                bad = [name for name, ok in zip(names, norms.isfinite().tolist(), strict=True) if not ok]
+                if bad:
+                    raise RuntimeError(nonfinite_message(bad, len(names), options.rule.norm_type))
+
+    # -------------------------------------------------------------------------------------------------------
+    # Checkpoints and copies
+    # -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; beside it "clipping", one entry for each ``max_norm`` that learns, if any does."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            for key in _OWN:
+                group.pop(key, None)
+        found = [learnt(threshold) for threshold in self._thresholds()]
+        if any(found):
+            state["clipping"] = found
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class or of ``torch.optim.AdamW``; ``max_norm`` and ``correct_bias`` stay.
+
+        Raises:
+            TypeError, ValueError: of other param groups, or of thresholds of another kind.
+        """
+        thresholds, found = list(self._thresholds()), state_dict.get("clipping", [])
+        if found and len(found) != len(thresholds):
+            raise ValueError(f"state_dict: of {len(found)} thresholds as max_norm, and here are {len(thresholds)}")
+        kept = [{key: group[key] for key in _OWN} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, kept, strict=True):
+            group.update(own)
+        self._restore_dtypes(state_dict)
+        for threshold, state in zip(thresholds, found, strict=False):
+            load_learnt(threshold, state)
+
+    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
+        """Running means as they were saved, where torch has rounded them to the parameter's dtype."""
+        ids = (i for group in state_dict["param_groups"] for i in group["params"])
+        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            dtype, saved = self._kept_in(p), state_dict["state"].get(i, {})
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if dtype != p.dtype and name in saved:
+                    self.state[p][name] = saved[name].to(p.device, dtype, copy=True)
+            if saved and isinstance(saved.get("step"), Tensor):
+                self.state[p]["step"] = self.state[p]["step"].to(p.device)
+
+    def _thresholds(self) -> Iterator[Threshold]:
+        """Each once, in the order of param groups."""
+        seen: set[int] = set()
+        for group in self.param_groups:
+            max_norm = group["max_norm"]
+            if isinstance(max_norm, Threshold) and id(max_norm) not in seen:
+                seen.add(id(max_norm))
+                yield max_norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        clipping = self._clipping
+        if clipping.process_group is not None or clipping.pp_mesh is not None:
+            raise TypeError("an optimizer with process_group or pp_mesh can't be copied or pickled; use state_dict()")
+        names = [clipping.names.get(id(p)) for group in self.param_groups for p in group["params"]]
+        return {
+            **super().__getstate__(),
+            "_own_defaults": self._own_defaults,
+            "_state_dtype": self._state_dtype,
+            "_step_supports_amp_scaling": True,
+            "_clipping": (clipping.options, clipping.components, names),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        clipping = self._clipping
+        if isinstance(clipping, tuple):  # of a copy
+            options, components, names = clipping
+            params = [p for group in self.param_groups for p in group["params"]]
+            own = {id(p): name for p, name in zip(params, names, strict=True) if name is not None}
+            self._clipping = Clipping(options, components, names=own)
+
+
+def _joined(results: list[ClipResult]) -> ClipResult:
+    """The results of several calls as one."""
+    if len(results) == 1:
+        return results[0]
+    if not results:
+        return ClipResult((), torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.float64))
+    device = results[0].norms.device
+    wait = device.type == "cpu"  # for a copy to the host, which is read at once
+    parts = zip(*((r.norms, r.coefs, r.caps.expand(r.norms.shape)) for r in results), strict=True)
+    norms, coefs, caps = (torch.cat([t.to(device, non_blocking=not wait) for t in each]) for each in parts)
+    return ClipResult(tuple(name for r in results for name in r.names), norms, coefs, caps)
+
+
+def _check_capture(optimizer: AdamW) -> None:
+    """Torch's own check that a step that is captured into a graph can be."""
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        check = getattr(optimizer, name, None)
+        if check is not None:
+            check()
+            return

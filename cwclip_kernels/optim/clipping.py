@@ -1,0 +1,152 @@
+"""What an optimizer clips by: its components, and a cap for each param group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..components.membership import Components
+from ..components.parameters import NamedTensors, named_tensors
+from ..components.resolve import resolve
+from ..components.spec import Grouping
+from ..core.options import Options
+from ..core.session import ClipSession
+from ..distributed.shards import is_flat
+from ..thresholds.constant import MaxNorm
+
+Names = nn.Module | Iterable[tuple[str, Tensor]] | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are clipped by one ``max_norm``; or by none."""
+
+    tensors: tuple[Tensor, ...]
+    groups: tuple[int, ...]  # the param group of each
+    session: ClipSession
+    clips: bool  # False for the parameters that no component has
+
+
+@dataclass
+class Clipping:
+    """How an optimizer's gradients are clipped. Components are looked up again when param groups change.
+
+    Attributes:
+        options: norm, non-finite policy and backend.
+        components: the grouping.
+        names: of parameters, where the groups have none.
+    """
+
+    options: Options
+    components: Grouping
+    process_group: Any = None
+    pp_mesh: Any = None
+    names: dict[int, str] = field(default_factory=dict)  # by id of the parameter
+    _units: tuple[Unit, ...] = ()
+    _made_for: object = None
+
+    def units_of(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Unit, ...]:
+        """The groups' parameters by ``max_norm``, those that no component has last.
+
+        Raises:
+            TypeError, ValueError: names, components and groups that don't fit together.
+        """
+        caps = [group["max_norm"] for group in groups]
+        sharing = [next(j for j in range(i + 1) if are_equal(caps[j], caps[i])) for i in range(len(caps))]
+        made_for = sharing, [group["params"] for group in groups]
+        if self._made_for is None or not _is_same(self._made_for, made_for):
+            self._units = self._make(groups, sharing)
+            self._made_for = sharing, [list(group["params"]) for group in groups]
+        return self._units
+
+    def _make(self, groups: Sequence[Mapping[str, Any]], sharing: list[int]) -> tuple[Unit, ...]:
+        tensors = [p for group in groups for p in group["params"]]
+        owner = [i for i, group in enumerate(groups) for _ in group["params"]]
+        named = self._named(groups, tensors)
+        everything = resolve(named, self.components, is_all=self.pp_mesh is None or any(map(is_flat, tensors)))
+        first: dict[int, int] = {}
+        for position, component, _ in everything.members:
+            before = first.setdefault(component, position)
+            if sharing[owner[before]] != sharing[owner[position]]:
+                raise ValueError(
+                    f"max_norm: component {everything.names[component]!r} has parameters in param groups with "
+                    f"different max_norm ({named.names[before]!r} and {named.names[position]!r}); give these groups "
+                    "the same, or choose components that lie within one group"
+                )
+        clipped = everything.clipped
+        units = []
+        for cap in dict.fromkeys(sharing):
+            inside = [i for i in range(len(tensors)) if i in clipped and sharing[owner[i]] == cap]
+            if inside:
+                units.append(self._unit(everything, inside, tensors, owner, clips=True))
+        rest = [i for i in range(len(tensors)) if i not in clipped]
+        if rest:
+            units.append(self._unit(_one_component(named, tensors), rest, tensors, owner, clips=False))
+        return tuple(units)
+
+    def _unit(
+        self, components: Components, inside: list[int], tensors: list[Tensor], owner: list[int], *, clips: bool
+    ) -> Unit:
+        own = tuple(tensors[i] for i in inside)
+        group, mesh = (self.process_group, self.pp_mesh) if clips else (None, None)
+        session = ClipSession(_compact(components.only(inside)), own, group, mesh, self.options.in_words())
+        return Unit(own, tuple(owner[i] for i in inside), session, clips)
+
+    def _named(self, groups: Sequence[Mapping[str, Any]], tensors: list[Tensor]) -> NamedTensors:
+        given = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+        names = [self.names.get(id(p), name) for p, name in zip(tensors, given, strict=True)]
+        missing = [i for i, name in enumerate(names) if name is None]
+        if len(missing) == len(names):
+            return named_tensors(tensors)
+        if missing:
+            raise ValueError(
+                f"named_parameters: has no name for {len(missing)} of the {len(names)} parameters of this optimizer, "
+                f"the first of shape {list(tensors[missing[0]].shape)}; give names for all, or for none"
+            )
+        return named_tensors([(str(name), p) for name, p in zip(names, tensors, strict=True)])
+
+
+def names_of(source: Names) -> dict[int, str]:
+    """Names of parameters, by id, from a module or (name, parameter) pairs."""
+    if source is None:
+        return {}
+    named = named_tensors(source if isinstance(source, nn.Module) else list(source))
+    return dict(zip(map(id, named.tensors), named.names, strict=True)) if named.named else {}
+
+
+def are_equal(a: MaxNorm, b: MaxNorm) -> bool:
+    """Whether two ``max_norm`` are the same number, an equal mapping, or one object."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or not isinstance(a, int | float | Mapping):
+        return False
+    return bool(a == b)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if a[0] != b[0] or len(a[1]) != len(b[1]):
+        return False
+    pairs = zip(a[1], b[1], strict=True)
+    return all(len(x) == len(y) and all(map(is_, x, y)) for x, y in pairs)
+
+
+def _compact(components: Components) -> Components:
+    """Without the names of components that have no member here."""
+    used = list(dict.fromkeys(component for _, component, _ in components.members))
+    new = {component: i for i, component in enumerate(used)}
+    names = tuple(components.names[i] for i in used)
+    return replace(
+        components,
+        names=names,
+        members=tuple((position, new[component], place) for position, component, place in components.members),
+        aliases=tuple((other, name) for other, name in components.aliases if name in names),
+        spellings=tuple(components.spellings[i] for i in used) if components.spellings else (),
+    )
+
+
+def _one_component(named: NamedTensors, tensors: Sequence[Tensor]) -> Components:
+    return Components(("not clipped",), named.names, tuple((i, 0, ()) for i in range(len(tensors))))
