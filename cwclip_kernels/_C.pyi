@@ -21,6 +21,10 @@ class CpuProgram:
     """What is static about a bucket of gradients, for the CPU kernels: a capsule."""
 
 @final
+class CpuStepProgram:
+    """What is static about an optimizer's step of a bucket's parameters, for the CPU kernels: a capsule."""
+
+@final
 class CudaProgram:
     """What is static about a bucket of gradients, for the CUDA kernels: a capsule."""
 
@@ -93,6 +97,63 @@ def cpu_clip(
         norms: written.
         coefs: written.
     """
+
+def cpu_step_program(program: CpuProgram, grads: bytes, written: bytes, rule_of: bytes, /) -> CpuStepProgram:
+    """How a bucket's parameters are stepped; RuntimeError with a reason, to follow "cpu", if they can't be.
+
+    Args:
+        program: of the gradients.
+        grads: their signature.
+        written: the signature of ``AdamWStep.written()``.
+        rule_of: int64, ``AdamWStep.rule_of``.
+    """
+
+def cpu_clip_adamw(
+    program: CpuProgram,
+    addresses: bytes,
+    step: CpuStepProgram,
+    written: bytes,
+    rules: bytes,
+    skip: int,
+    rule: Rule,
+    caps: int,
+    caps_stride: int,
+    inverse: int,
+    found_inf: int,
+    norms: int,
+    coefs: int,
+    /,
+) -> None:
+    """Norms and coefficients [K], and one step of ``core.adamw`` with gradients times these, which aren't written.
+
+    Args:
+        program: of the gradients.
+        addresses: theirs.
+        step: made for this program.
+        written: addresses of ``AdamWStep.written()``.
+        rules: of each param group lr, beta1, beta2, eps, weight_decay, maximize and correct_bias, as doubles.
+        skip: float32 []: nothing but norms and coefficients is written unless it is 0; or 0.
+        rule: this and all below as for ``cpu_clip``.
+        caps: float64.
+        caps_stride: 0 if all components share one.
+        inverse: float64 [], or 0.
+        found_inf: ignored.
+        norms: written.
+        coefs: written.
+    """
+
+def cpu_adamw(
+    program: CpuProgram,
+    addresses: bytes,
+    step: CpuStepProgram,
+    written: bytes,
+    rules: bytes,
+    skip: int,
+    factors: int,
+    zero_fill: bool,
+    /,
+) -> None:
+    """The same step by factors float64 [K]; zero_fill: whether a factor of 0 erases inf and NaN."""
 
 def cuda_program(
     signature: bytes, components: bytes, cuts: bytes | None, count: int, wide: bool, /

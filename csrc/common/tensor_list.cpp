@@ -222,6 +222,23 @@ BucketPieces read_bucket(Arguments& arguments) {
   return {cut(std::move(gradients.pieces), gradients.shapes, numbers, count), addresses, count, wide};
 }
 
+std::vector<Entry> entries_of(Bytes signature) {
+  SignatureReader reader(signature);
+  std::vector<Entry> entries;
+  while (!reader.at_end()) {
+    Entry entry = {};
+    const Head head = reader.next(&entry.shape.sizes, &entry.shape.strides);
+    entry.present = head.kind >= 0;
+    if (entry.present) {
+      entry.on_cpu = head.device_type == dlpack::kCpu;
+      entry.dtype = dtype_of(head, entries.size());
+      entry.shape.dims = head.dims;
+    }
+    entries.push_back(entry);
+  }
+  return entries;
+}
+
 bool find_cuda_stream(int32_t device, void** stream) {
   return api->current_stream(dlpack::kCuda, device, stream) == 0;
 }

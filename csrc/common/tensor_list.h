@@ -26,6 +26,17 @@ struct BucketPieces {
 // Reads the arguments of cpu_program and cuda_program. Throws std::runtime_error if they don't fit together.
 BucketPieces read_bucket(Arguments& arguments);
 
+// One entry of a list of tensors, as its signature has it.
+struct Entry {
+  bool present;  // false for None and Ellipsis
+  bool on_cpu;
+  DType dtype;
+  Shape shape;  // in the signature's own memory
+};
+
+// Throws std::runtime_error for a dtype that kernels don't serve.
+std::vector<Entry> entries_of(Bytes signature);
+
 // The stream that torch uses on a CUDA device now. False with a Python error set if that can't be told.
 bool find_cuda_stream(int32_t device, void** stream);
 

@@ -42,10 +42,23 @@ double combine(const double* partials, int64_t count, Order order) {
   return result;
 }
 
-ClipQueue::ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, Order order, const CallRule& rule,
-                     void* norms, void* coefs, int threads)
-    : pieces_(pieces), tiles_(tiles), order_(order), rule_(rule),
-      inverse_(inverse_of_scale(rule)), norms_(norms), coefs_(coefs),
+void Outcome::store_neutral(int64_t component) const {
+  store_result(norms, component, 0, rule.wide);
+  store_result(coefs, component, 1, rule.wide);
+}
+
+double Outcome::store(int64_t component, double sum) const {
+  const double norm = rounded((order == Order::two ? std::sqrt(sum) : sum) * inverse, rule.wide);
+  const double coef = rounded(coefficient(norm, rule.caps[component * rule.caps_stride], rule), rule.wide);
+  store_result(norms, component, norm, rule.wide);
+  store_result(coefs, component, coef, rule.wide);
+  return coef;
+}
+
+double Outcome::coefficient_of(int64_t component) const { return load_result(coefs, component, rule.wide); }
+
+ClipQueue::ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, const Outcome& outcome, int threads)
+    : pieces_(pieces), tiles_(tiles), outcome_(outcome),
       partials_(tiles.tiles.size()), measured_by_(tiles.tiles.size()), latest_(threads, kNone),
       earlier_(tiles.tiles.size()) {
   const int64_t components = static_cast<int64_t>(tiles.first.size()) - 1;
@@ -55,8 +68,7 @@ ClipQueue::ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, Order
     const int64_t count = tiles.first[c + 1] - tiles.first[c];
     unmeasured_[c].store(count, std::memory_order_relaxed);
     unfinished += count > 0;
-    store_result(norms, c, 0, rule.wide);  // what a component without gradient keeps
-    store_result(coefs, c, 1, rule.wide);
+    outcome.store_neutral(c);  // what a component without gradient keeps
   }
   unfinished_.store(unfinished, std::memory_order_relaxed);
 }
@@ -82,20 +94,17 @@ void ClipQueue::work(int thread) noexcept {
 void ClipQueue::measure(int64_t index, int thread) {
   const Tile& tile = tiles_.tiles[index];
   measured_by_[index] = thread;
-  partials_[index] = power_sum(pieces_[tile.piece], tile.start, tile.count, order_);
+  partials_[index] = power_sum(pieces_[tile.piece], tile.start, tile.count, outcome_.order);
   // The last to arrive sees every partial of the component.
   if (unmeasured_[tile.component].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(tile.component);
 }
 
 void ClipQueue::finish(int64_t component) {
   const int64_t begin = tiles_.first[component], end = tiles_.first[component + 1];
-  const double sum = combine(partials_.data() + begin, end - begin, order_);
-  const double norm = rounded((order_ == Order::two ? std::sqrt(sum) : sum) * inverse_, rule_.wide);
-  const double coef = rounded(coefficient(norm, rule_.caps[component * rule_.caps_stride], rule_), rule_.wide);
-  store_result(norms_, component, norm, rule_.wide);
-  store_result(coefs_, component, coef, rule_.wide);
+  const double sum = combine(partials_.data() + begin, end - begin, outcome_.order);
+  const double coef = outcome_.store(component, sum);
   if (!is_finite(sum)) found_nonfinite_.store(true, std::memory_order_relaxed);
-  if (coef * inverse_ != 1) {  // NaN included
+  if (coef * outcome_.inverse != 1) {  // NaN included
     if (end - begin == 1) {
       scale_tile(begin);
     } else {
@@ -135,9 +144,8 @@ bool ClipQueue::scale_given_back(size_t first_thread, size_t end_thread) {
 
 void ClipQueue::scale_tile(int64_t index) const {
   const Tile& tile = tiles_.tiles[index];
-  const double coef = load_result(coefs_, tile.component, rule_.wide);
-  const bool fill_zeros = coef == 0 && rule_.nonfinite == NonFinite::zero;
-  scale(pieces_[tile.piece], tile.start, tile.count, coef * inverse_, fill_zeros);
+  const double coef = outcome_.coefficient_of(tile.component);
+  scale(pieces_[tile.piece], tile.start, tile.count, coef * outcome_.inverse, outcome_.erases(coef));
 }
 
 }  // namespace cwclip::cpu

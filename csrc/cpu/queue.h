@@ -33,6 +33,24 @@ struct Tiles {
 // Sums the partials of one component in tile order.
 double combine(const double* partials, int64_t count, Order order);
 
+// Where a call's norms and coefficients go, and what they depend on beside the gradients.
+struct Outcome {
+  Order order;
+  CallRule rule;
+  double inverse;  // of the loss's scale
+  void* norms;     // [K] double if rule.wide, else float
+  void* coefs;     // likewise
+
+  // Stores what a component without gradients has.
+  void store_neutral(int64_t component) const;
+  // Stores the norm and the coefficient of a component, from its power sum; returns the coefficient.
+  double store(int64_t component, double sum) const;
+  // The coefficient that was stored.
+  double coefficient_of(int64_t component) const;
+  // Whether a gradient times this coefficient is 0 even where it is inf or NaN.
+  bool erases(double coef) const { return coef == 0 && rule.nonfinite == NonFinite::zero; }
+};
+
 // Norms, coefficients and scaling in one go. Up to `threads` threads, one or more, call work(), each with a number of its
 // own below that; each returns when nothing is left for it to do. A component's norm is known as soon as its last tile is
 // measured; whoever measured that then scales it if it is one tile, and otherwise gives every tile back to the thread
@@ -41,8 +59,7 @@ double combine(const double* partials, int64_t count, Order order);
 // instead of 6 for 91 MB). Only when all is measured do they help each other out.
 class ClipQueue {
  public:
-  ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, Order order, const CallRule& rule, void* norms,
-            void* coefs, int threads);
+  ClipQueue(const std::vector<Piece>& pieces, const Tiles& tiles, const Outcome& outcome, int threads);
   void work(int thread) noexcept;
   // Whether any component has an element that is inf or NaN; once all threads have returned.
   bool found_nonfinite() const { return found_nonfinite_.load(std::memory_order_relaxed); }
@@ -58,11 +75,7 @@ class ClipQueue {
 
   const std::vector<Piece>& pieces_;
   const Tiles& tiles_;
-  const Order order_;
-  const CallRule rule_;
-  const double inverse_;  // of the loss's scale
-  void* const norms_;     // [K] double if rule.wide, else float
-  void* const coefs_;     // likewise
+  const Outcome outcome_;
 
   std::vector<double> partials_;
   std::unique_ptr<std::atomic<int64_t>[]> unmeasured_;  // tiles of each component

@@ -114,4 +114,56 @@ inline void scale(const Piece& piece, int64_t start, int64_t n, double coef, boo
   }
 }
 
+// AdamW's step of elements [start, start + n) of any piece. `whole` says where the parameter and its state begin, and where
+// the piece of the gradient does; all have the gradient's strides.
+inline void step(const Piece& piece, int64_t start, int64_t n, const AdamWTypes& types, const AdamWRun& whole,
+                 const AdamW& numbers) {
+  const int64_t wide = size_of(types.parameter), width = size_of(types.gradient), kept = size_of(types.state);
+  const auto moved = [](char* data, int64_t bytes) { return data == nullptr ? nullptr : data + bytes; };
+  const auto run_at = [&](int64_t offset) {  // elements from the beginning of the piece
+    const int64_t from = piece.offset + offset;
+    return AdamWRun{whole.p + from * wide, whole.g + offset * width, whole.m + from * kept, whole.v + from * kept,
+                    moved(whole.w, from * kept)};
+  };
+  if (piece.strides.dense()) return adamw(run_at(start), n, types, numbers);
+  alignas(64) char buffers[5][kBufferBytes];
+  constexpr int64_t kRoom = kBufferBytes / 8;
+  const AdamWRun begin = run_at(0);
+  struct Stream {
+    char *data, *buffer;
+    int64_t width;
+    DType dtype;
+    bool written;
+  };
+  const Stream streams[] = {{begin.p, buffers[0], wide, types.parameter, true},
+                            {const_cast<char*>(begin.g), buffers[1], width, types.gradient, false},
+                            {begin.m, buffers[2], kept, types.state, true},
+                            {begin.v, buffers[3], kept, types.state, true},
+                            {begin.w, buffers[4], kept, types.state, true}};
+  // for_each_run asks a piece for no more than where it begins, its dtype and its strides.
+  Piece walked = piece;
+  for (int64_t done = 0; done < n; done += kRoom) {
+    const int64_t count = std::min(kRoom, n - done);
+    for (const Stream& stream : streams) {
+      if (stream.data == nullptr) continue;
+      char* to = stream.buffer;
+      walked.data = stream.data, walked.dtype = stream.dtype;
+      for_each_run(walked, start + done, count, [&](const char* from, int64_t elements) {
+        to = copy(to, from, elements, stream.width);
+      });
+    }
+    adamw({buffers[0], buffers[1], buffers[2], buffers[3], whole.w == nullptr ? nullptr : buffers[4]}, count, types,
+          numbers);
+    for (const Stream& stream : streams) {
+      if (stream.data == nullptr || !stream.written) continue;
+      const char* at = stream.buffer;
+      walked.data = stream.data, walked.dtype = stream.dtype;
+      for_each_run(walked, start + done, count, [&](char* to, int64_t elements) {
+        copy(to, at, elements, stream.width);
+        at += elements * stream.width;
+      });
+    }
+  }
+}
+
 }  // namespace cwclip::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.adamw import AdamWRule, AdamWStep
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
@@ -54,6 +56,75 @@ def clip_(
     arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
     _call("clip_", native._C.cpu_clip, bucket, grads, addresses, *arguments)
     return norms, coefs
+
+
+def refuses_step(bucket: Bucket, grads: list[Tensor], step: AdamWStep) -> str | None:
+    """Why it can't step these parameters, or None. Reads the addresses of all that is written."""
+    written, state = step.written(), bucket.step_state
+    if isinstance(state, _StepState) and state.rule_of == step.rule_of:
+        step.addresses = state.addresses.of(written, writes=True)
+    if step.addresses is None:
+        try:
+            addresses = Addresses([*written])
+            program = look_up(bucket, grads, None, _make, False)[0]
+            rule_of = native.packed(step.rule_of)
+            own = native._C.cpu_step_program(
+                program.program, program.addresses.signature, addresses.signature, rule_of
+            )
+        except (TypeError, RuntimeError) as error:
+            return str(error)
+        bucket.step_state = _StepState(addresses, own, step.rule_of)
+        step.addresses = addresses.of(written, writes=True)
+        if step.addresses is None:
+            return "can't step parameters or states that share memory"
+    return None
+
+
+def clip_adamw_(
+    bucket: Bucket,
+    grads: list[Tensor],
+    step: AdamWStep,
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale,
+    addresses: bytes | None,
+) -> tuple[Tensor, Tensor]:
+    """Norms and coefficients, [K] in ``bucket.norm_dtype``; a component is stepped while its gradient is in cache."""
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+    coefs = torch.empty_like(norms)
+    arguments = (*_step_arguments(bucket, step), *native.clip_arguments(rule, caps, loss_scale, norms, coefs))
+    _call("clip_adamw_", native._C.cpu_clip_adamw, bucket, grads, addresses, *arguments)
+    return norms, coefs
+
+
+def adamw_(
+    bucket: Bucket, grads: list[Tensor], step: AdamWStep, factors: Tensor, zero_fill: bool, addresses: bytes | None
+) -> None:
+    """One step of each parameter with its gradient times its component's factor."""
+    factors = factors.double().contiguous()
+    own = _step_arguments(bucket, step)
+    _call("adamw_", native._C.cpu_adamw, bucket, grads, addresses, *own, factors.data_ptr(), zero_fill)
+
+
+@dataclass
+class _StepState:
+    """What is kept for an optimizer's steps of a bucket."""
+
+    addresses: Addresses  # of all that a step writes
+    program: _C.CpuStepProgram
+    rule_of: tuple[int, ...]
+
+
+def _step_arguments(bucket: Bucket, step: AdamWStep) -> tuple[_C.CpuStepProgram, bytes, bytes, int]:
+    """What the native functions take after the gradients' addresses."""
+    assert step.addresses is not None  # by refuses_step
+    rules = b"".join(map(_packed_rule, step.rules))
+    return bucket.step_state.program, step.addresses, rules, 0 if step.skip is None else step.skip.data_ptr()
+
+
+def _packed_rule(rule: AdamWRule) -> bytes:
+    numbers = float(rule.lr), rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.maximize, rule.correct_bias
+    return struct.pack("7d", *numbers)
 
 
 @dataclass

@@ -46,15 +46,15 @@ class AdamWStep:
     rules: tuple[AdamWRule, ...]
     rule_of: tuple[int, ...]  # of each gradient
     skip: Tensor | None = None  # float32 [] on the bucket's device: nothing at all is written unless it is 0
+    addresses: bytes | None = None  # of all that is written, where the backend has read them
 
     def rule(self, i: int) -> AdamWRule:
         """The hyperparameters for gradient i."""
         return self.rules[self.rule_of[i]]
 
-    def written(self) -> list[Tensor]:
-        """All tensors that the step writes."""
-        maxima = [w for w in self.max_exp_avg_sqs if w is not None]
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *maxima, *self.steps]
+    def written(self) -> list[Tensor | None]:
+        """All tensors that the step writes, five for each gradient: p, then m, v, w and t."""
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs, *self.steps]
 
 
 class StepBackend(Protocol):

@@ -68,7 +68,7 @@ class AdamWUpdate:
         step, reason = self._prepared[id(bucket)]
         if reason is not None:
             return None
-        torch.autograd.graph.increment_version(step.written())
+        _bump_versions(step)
         return FUSED_STEPS[bucket.backend].clip_adamw_(bucket, grads, step, caps, rule, loss_scale, addresses)
 
     def apply_(
@@ -76,7 +76,7 @@ class AdamWUpdate:
     ) -> None:
         """See ``core.run.Update``."""
         step, reason = self._prepared[id(bucket)]
-        torch.autograd.graph.increment_version(step.written())
+        _bump_versions(step)
         step_backend(bucket.backend, reason).adamw_(bucket, grads, step, factors, zero_fill, addresses)
 
     def _step_of(self, bucket: Bucket) -> AdamWStep:
@@ -95,6 +95,10 @@ class AdamWUpdate:
             maxima = [local_value(s["max_exp_avg_sq"]) if self._rules[i].amsgrad else None for i, s in pairs]
         steps = [s["step"] for s in states]
         return AdamWStep(params, exp_avgs, exp_avg_sqs, maxima, steps, self._rules, rule_of, self._skip)
+
+
+def _bump_versions(step: AdamWStep) -> None:
+    torch.autograd.graph.increment_version([t for t in step.written() if t is not None])
 
 
 def _refusal(fused: FusedStepBackend, bucket: Bucket, grads: list[Tensor], step: AdamWStep) -> str | None:

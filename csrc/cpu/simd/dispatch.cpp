@@ -41,4 +41,9 @@ void scale(void* data, int64_t n, DType dtype, double coef) {
   kernels_of(dtype).scale(static_cast<char*>(data), n, coef);
 }
 
+void adamw(const AdamWRun& run, int64_t n, const AdamWTypes& types, const AdamW& numbers) {
+  kernels_of(types.parameter)
+      .adamw[types.gradient != types.parameter][types.state != types.parameter](run, n, numbers);
+}
+
 }  // namespace cwclip::cpu
