@@ -91,8 +91,10 @@ def adamw_(
         v = rule.beta2 * v + (1 - rule.beta2) * g * g
         w = torch.maximum(w, v) if rule.amsgrad else v
         first, second = (1 - rule.beta1**time, 1 - rule.beta2**time) if rule.correct_bias else (1.0, 1.0)
-        size, root = torch.as_tensor(lr / first), torch.as_tensor(second) ** 0.5
-        decay = torch.as_tensor(1 - lr * rule.weight_decay)
+        size, root, decay = (
+            torch.as_tensor(number, dtype=time.dtype)
+            for number in (lr / first, second**0.5, 1 - lr * rule.weight_decay)
+        )
         p = decay.to(wide) * p - size.to(wide) * (m / (w.sqrt() / root.to(wide) + rule.eps))
         new = (p, m, v, w) if rule.amsgrad else (p, m, v)
         for tensor, value in zip(kept[1:], new, strict=False):

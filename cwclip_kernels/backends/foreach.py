@@ -183,7 +183,7 @@ def _step_alike(
         torch._foreach_neg_(g)
     lr = rule.lr.to(g[0].device, times[0].dtype).reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
     t = [times[i] for i, *_ in own]
-    first = [lr / (1 - rule.beta1**n) if rule.correct_bias else torch.as_tensor(lr) for n in t]
+    first = [lr / (1 - rule.beta1**n) if rule.correct_bias else torch.as_tensor(lr, dtype=n.dtype) for n in t]
     root = [(1 - rule.beta2**n).sqrt() if rule.correct_bias else torch.ones_like(n) for n in t]
     m = list(torch._foreach_lerp(m, g, 1 - rule.beta1))
     v = list(torch._foreach_mul(v, rule.beta2))

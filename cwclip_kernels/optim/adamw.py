@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..arguments import check_type
 from ..components.spec import Grouping
 from ..core.adamw import AdamWRule
 from ..core.loss_scale import LossScale
-from ..core.options import check_options
+from ..core.options import Options, check_options
 from ..core.run import nonfinite_message
 from ..result import ClipResult
 from ..thresholds import Threshold
@@ -41,7 +42,8 @@ class ComponentClipAdamW(AdamW):
     ``torch.optim.AdamW``, and checkpoints can be exchanged with it. Param groups have ``max_norm`` and
     ``correct_bias`` too; they can be changed between steps like ``lr``, and stay out of checkpoints, which hold what
     thresholds have learnt instead. Under a ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` without
-    ``scaler.unscale_(optimizer)`` unscales in the same pass; a skipped step changes no bit.
+    ``scaler.unscale_(optimizer)`` unscales in the same pass; a skipped step changes no bit, and is no error. Where
+    the step is skipped on a GPU, thresholds have counted it, but for norms that are inf or NaN.
 
     Args:
         params: parameters, (name, parameter) pairs or param groups, as for torch.
@@ -173,16 +175,20 @@ class ComponentClipAdamW(AdamW):
                 loss = closure()
         rules = tuple(map(self._rule, self.param_groups))
         scale, skip = self._loss_scale()
+        options, is_skipped = self._clipping.options, _is_known_to_hold(skip, self._clipping.options.raise_nonfinite)
+        if is_skipped and options.raise_nonfinite:  # for the scaler inf is no error
+            rule = replace(options.rule, nonfinite="propagate")
+            options = replace(options, rule=rule, raise_nonfinite=False)
         units = self._units()
         updates = [self._update(unit, rules, skip) for unit in units]
         if len(units) > 1:
-            self._check_all(units, updates, scale)
+            self._check_all(units, updates, scale, options)
         results = []
         for unit, update in zip(units, updates, strict=True):
-            session, tensors, options = unit.session, unit.tensors, self._clipping.options
+            session, tensors = unit.session, unit.tensors
             if unit.clips:
                 caps = session.caps_for(self._max_norm(unit), tensors, options.rule)
-                outcome = session.clip_(tensors, caps, options, scale, learns=skip is None, update=update)
+                outcome = session.clip_(tensors, caps, options, scale, learns=not is_skipped, update=update)
                 results.append(ClipResult(session.components.names, *outcome))
             else:
                 session.update_unclipped(tensors, options, scale, update)
@@ -238,9 +244,10 @@ class ComponentClipAdamW(AdamW):
         """The dtype of a parameter's running means."""
         return self._state_dtype if self._state_dtype is not None and p.dtype.itemsize == 2 else p.dtype
 
-    def _check_all(self, units: tuple[Unit, ...], updates: list[AdamWUpdate], scale: LossScale) -> None:
+    def _check_all(
+        self, units: tuple[Unit, ...], updates: list[AdamWUpdate], scale: LossScale, options: Options
+    ) -> None:
         """Raises if one of several calls would, before the first of them writes."""
-        options = self._clipping.options
         for unit, update in zip(units, updates, strict=True):
             unit.session.look(unit.tensors, options, update)
             if unit.clips and options.raise_nonfinite:
@@ -324,6 +331,11 @@ class ComponentClipAdamW(AdamW):
             params = [p for group in self.param_groups for p in group["params"]]
             own = {id(p): name for p, name in zip(params, names, strict=True) if name is not None}
             self._clipping = Clipping(options, components, names=own)
+
+
+def _is_known_to_hold(skip: Tensor | None, may_sync: bool) -> bool:
+    """Whether this step is skipped, as far as the host can tell without a sync, or with one if it may."""
+    return skip is not None and (may_sync or skip.device.type == "cpu") and bool(skip.item())
 
 
 def _joined(results: list[ClipResult]) -> ClipResult:

@@ -93,8 +93,10 @@ class AdamWUpdate:
         if any(rule.amsgrad for rule in self._rules):
             pairs = zip(rule_of, states, strict=True)
             maxima = [local_value(s["max_exp_avg_sq"]) if self._rules[i].amsgrad else None for i, s in pairs]
-        steps = [s["step"] for s in states]
-        return AdamWStep(params, exp_avgs, exp_avg_sqs, maxima, steps, self._rules, rule_of, self._skip)
+        steps, skip = [s["step"] for s in states], self._skip
+        if skip is not None:
+            skip = skip.to(bucket.device, torch.float32, non_blocking=bucket.device.type != "cpu")
+        return AdamWStep(params, exp_avgs, exp_avg_sqs, maxima, steps, self._rules, rule_of, skip)
 
 
 def _bump_versions(step: AdamWStep) -> None:
