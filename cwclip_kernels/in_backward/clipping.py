@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from ..arguments import type_name
 from ..clipper import ComponentClipper
+from ..components.membership import Components
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import Grouping
+from ..core.loss_scale import UNSCALED
+from ..core.parameter_clipper import ParameterClipper
+from ..core.run import Update
 from ..core.session import ClipSession
 from ..handle import Handle
+from ..optim.adamw import ComponentClipAdamW
 from ..result import ClipResult
 from ..thresholds import EMA, Threshold
 from ..thresholds.base import StepCaps
@@ -30,7 +35,7 @@ from .steps import Optimizers, Steps
 
 
 def clip_in_backward(
-    parameters: Parameters | ComponentClipper,
+    parameters: Parameters | ComponentClipper | None = None,
     max_norm: MaxNorm | None = None,
     norm_type: float | None = None,
     *,
@@ -47,6 +52,7 @@ def clip_in_backward(
     clipping after ``backward()``. With an ``optimizer`` each parameter is also stepped at once and its gradient
     freed: only a few gradients exist at any time, and peak memory falls by nearly the size of all of them. The
     training loop is just ``loss.backward()`` then; ``optimizer.step()`` and ``zero_grad()`` find nothing to do.
+    A ``ComponentClipAdamW`` clips and steps each parameter in one pass.
 
     Not supported, and refused:
 
@@ -77,9 +83,10 @@ def clip_in_backward(
         eps: added to norms.
         nonfinite: "propagate", "zero" or "skip".
         backend: by name.
-        optimizer: steps each of its parameters right after it is clipped. Any of ``torch.optim`` but LBFGS; of other
-            classes one for each parameter, ``{p: Optimizer([p], ...) for p in model.parameters()}``. What it owns
-            beyond ``parameters`` is left for ``optimizer.step()``.
+        optimizer: steps each of its parameters right after it is clipped. A ``ComponentClipAdamW`` has parameters,
+            caps and options of its own and is given alone. Else any of ``torch.optim`` but LBFGS; of other classes
+            one for each parameter, ``{p: Optimizer([p], ...) for p in model.parameters()}``. What it owns beyond
+            ``parameters`` is left for ``optimizer.step()``.
         on_clip: called with a ``ClipResult`` at the end of each backward pass, such as ``ClipRecorder.record``.
 
     Raises:
@@ -101,6 +108,15 @@ def clip_in_backward(
     settings = {"max_norm": max_norm, "norm_type": norm_type, "components": components}
     settings |= {"eps": eps, "nonfinite": nonfinite, "backend": backend}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(optimizer, ComponentClipAdamW):
+        if parameters is not None or given:
+            name = "parameters" if parameters is not None else next(iter(given))
+            raise TypeError(f"{name}: the ComponentClipAdamW has its own; leave it out")
+        own = optimizer._clipper()
+        check_parameters(None, own._session.components.tensor_names, own._all())
+        return BackwardClipping(own, None, optimizer, on_clip)
+    if parameters is None:
+        raise TypeError("parameters: missing; only a ComponentClipAdamW as optimizer has its own")
     if isinstance(parameters, ComponentClipper):
         if given:
             raise TypeError(f"{next(iter(given))}: the ComponentClipper has its own; leave it out")
@@ -145,7 +161,7 @@ class BackwardClipping(Handle):
 
     def __init__(
         self,
-        clipper: ComponentClipper,
+        clipper: ParameterClipper,
         module: nn.Module | None,
         optimizer: Optimizers | None,
         on_clip: Callable[[ClipResult], object] | None,
@@ -231,10 +247,15 @@ class BackwardClipping(Handle):
             raise
 
     def _clip_and_step(self, current: Pass, hook: ParameterHook, parameter: Tensor, grad: Tensor) -> None:
-        step = None if self._steps is None else self._steps.step_of(parameter)
-        if step is None and hook.components is None:
+        step = update = None
+        if self._steps is not None:
+            step = self._steps.step_of(parameter)
+            with self._lock:  # may make the parameter's state
+                update = self._steps.update_of(parameter)
+        steps = step is not None or update is not None
+        if not steps and hook.components is None:
             return
-        if step is None and torch.is_grad_enabled():
+        if not steps and torch.is_grad_enabled():
             raise RuntimeError(
                 "backward(create_graph=True) adds gradients to new tensors, so that it can't be told what has been "
                 f"clipped already; {AT_THE_STEP}"
@@ -249,16 +270,22 @@ class BackwardClipping(Handle):
                 current.was_searched = True
             hook.references = references
         if hook.components is not None:
-            self._clip(current, hook, parameter, grad.device)
+            self._clip(current, hook, parameter, grad.device, update)
+        elif update is not None:
+            session = ClipSession(Components(("",), (hook.name,), ((0, 0, ()),)), (parameter,))
+            session.update_unclipped((parameter,), self._options, UNSCALED, update)
         if step is not None:
             with self._lock:
                 step()
+        if steps:
             parameter.grad = None
         hook.clipped = None if parameter.grad is None else Mark(parameter.grad)
         if self._is_distributed:
             current.watched.append((hook.name, parameter, hook.clipped))
 
-    def _clip(self, current: Pass, hook: ParameterHook, parameter: Tensor, device: torch.device) -> None:
+    def _clip(
+        self, current: Pass, hook: ParameterHook, parameter: Tensor, device: torch.device, update: Update | None
+    ) -> None:
         check_whole(hook.name, parameter)
         if hook.shared is not None:
             raise RuntimeError(
@@ -281,7 +308,7 @@ class BackwardClipping(Handle):
                 caps = self._caps_from(lambda: all_norms).caps(device, None)
             own = caps[hook.own] if caps.ndim else caps
         known = StepCaps(self._caps.adds_eps, False, lambda *_: own, self._caps.update_)
-        norms, coefs, _ = hook.session.clip_((parameter,), known, self._options, learns=False)
+        norms, coefs, _ = hook.session.clip_((parameter,), known, self._options, learns=False, update=update)
         current.found.append((hook.own, norms, coefs, own))
 
     @torch.no_grad()
@@ -302,6 +329,8 @@ class BackwardClipping(Handle):
             if self._caps.update_ is not None:
                 self._caps.update_(result.norms, result.coefs)
             self.last = result
+            if self._steps is not None:
+                self._steps.report(result)
             if self._on_clip is not None:
                 self._on_clip(result)
 

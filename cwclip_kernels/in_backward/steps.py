@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from ..arguments import type_name
 from ..core.optimizers import attached_clippers, inside_of, parameters_of, runs_hooks
+from ..core.run import Update
+from ..optim.adamw import ComponentClipAdamW
+from ..result import ClipResult
 from .checks import AT_THE_STEP
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
@@ -31,7 +34,8 @@ class Steps:
         self._own: dict[int, tuple[str, Optimizer]] = {}
         if not isinstance(optimizer, Mapping):
             self._shared = _checked(optimizer, ", a mapping of parameters to optimizers, or None", tensors)
-            _check_class(type(self._shared))
+            if not isinstance(self._shared, ComponentClipAdamW):
+                _check_class(type(self._shared))
             self.begin()
             if not any(id(tensor) in self._groups for tensor in tensors):
                 raise ValueError("optimizer: owns none of the parameters")
@@ -57,20 +61,32 @@ class Steps:
             _check_step_is_own(self._shared)
             self._groups = {id(p): group for group in self._shared.param_groups for p in group["params"]}
 
+    def report(self, result: ClipResult) -> None:
+        """Tells an optimizer that clips by itself what came of a pass."""
+        if isinstance(self._shared, ComponentClipAdamW):
+            self._shared.last = result
+
     def parameters(self) -> list[Tensor]:
         """All that are stepped."""
         optimizers = [own for _, own in self._own.values()] if self._shared is None else [self._shared]
         return [p for optimizer in optimizers for p in parameters_of(optimizer)]
 
+    def update_of(self, parameter: Tensor) -> Update | None:
+        """The step of an optimizer that clips by itself; None for others."""
+        group = self._groups.get(id(parameter))
+        if group is None or not isinstance(self._shared, ComponentClipAdamW):
+            return None
+        return self._shared._update_one(parameter, group)
+
     def step_of(self, parameter: Tensor) -> Callable[[], object] | None:
-        """What steps this parameter; None if no optimizer owns it."""
+        """What steps this parameter after it is clipped; None if no optimizer owns it."""
         if id(parameter) in self._own:
             name, optimizer = self._own[id(parameter)]
             if list(map(id, parameters_of(optimizer))) != [id(parameter)]:
                 raise RuntimeError(f"optimizer: the one for {name!r} doesn't own that parameter alone any more")
             return optimizer.step
         group = self._groups.get(id(parameter))
-        if group is None or self._shared is None:
+        if group is None or self._shared is None or isinstance(self._shared, ComponentClipAdamW):
             return None
         return partial(_step_alone, self._shared, group, parameter)
 

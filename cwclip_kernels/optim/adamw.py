@@ -15,6 +15,7 @@ from ..components.spec import Grouping
 from ..core.adamw import AdamWRule
 from ..core.loss_scale import LossScale
 from ..core.options import Options, check_options
+from ..core.parameter_clipper import ParameterClipper
 from ..core.run import nonfinite_message
 from ..result import ClipResult
 from ..thresholds import Threshold
@@ -228,6 +229,17 @@ class ComponentClipAdamW(AdamW):
                 state = self.state[p] or self._new_state(p, rules[group].amsgrad)
             states.append(state)
         return AdamWUpdate(unit.tensors, states, rules, unit.groups, skip, self._clipping.options.backend)
+
+    def _clipper(self) -> ParameterClipper:
+        """All parameters as one set, for ``clip_in_backward``."""
+        tensors, session = self._clipping.whole(self.param_groups)
+        return ParameterClipper(tensors, session, self.param_groups[0]["max_norm"], self._clipping.options)
+
+    def _update_one(self, p: Tensor, group: dict[str, Any]) -> AdamWUpdate:
+        """One parameter's step, for ``clip_in_backward``; the parameter has a gradient."""
+        rule = self._rule(group)
+        state = self.state[p] or self._new_state(p, rule.amsgrad)
+        return AdamWUpdate((p,), (state,), (rule,), (0,), None, self._clipping.options.backend)
 
     def _new_state(self, p: Tensor, amsgrad: bool) -> dict[str, Any]:
         if p.grad is not None and p.grad.is_sparse:

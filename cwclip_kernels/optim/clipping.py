@@ -63,6 +63,20 @@ class Clipping:
             self._made_for = sharing, [list(group["params"]) for group in groups]
         return self._units
 
+    def whole(self, groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], ClipSession]:
+        """All parameters, with one session for those that some component has.
+
+        Raises:
+            ValueError: the groups have different ``max_norm``, or other ranks have parts of components.
+        """
+        if self.process_group is not None or self.pp_mesh is not None:
+            raise ValueError("optimizer: adds up norms over ranks (process_group, pp_mesh)")
+        if not all(are_equal(groups[0]["max_norm"], group["max_norm"]) for group in groups):
+            raise ValueError("optimizer: its param groups have different max_norm; give them one, a mapping perhaps")
+        tensors = [p for group in groups for p in group["params"]]
+        components = resolve(self._named(groups, tensors), self.components)
+        return tuple(tensors), ClipSession(components, tensors)
+
     def _make(self, groups: Sequence[Mapping[str, Any]], sharing: list[int]) -> tuple[Unit, ...]:
         tensors = [p for group in groups for p in group["params"]]
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]

@@ -37,9 +37,9 @@ ORDER = [
     distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/parameter_clipper core/optimizers
     handle attachment clipper
+    optim/clipping optim/update optim/adamw optim/__init__
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
-    optim/clipping optim/update optim/adamw optim/__init__
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan
