@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from ast import literal_eval
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -44,17 +44,11 @@ def clip_(
         TypeError, ValueError: a cap or a gradient that isn't what it should be.
     """
     rule, backend, inverse = options.rule, options.backend, scale.inverse
-    grads, text = _present(tensors, components)
+    grads, text = present(tensors, components)
     device = grads[0].device if grads else home_of(tensors)
     threshold = max_norm if isinstance(max_norm, Threshold) else None
     with torch.no_grad():
-        if threshold is not None:
-            _check(threshold, tensors)
-            norms = None
-            if threshold.needs_norms:
-                norms = scale.unscaled(norms_of(tensors, components, rule.norm_type, backend))
-            max_norm = threshold.caps(device, norms)
-        caps, patterns, values = _split(max_norm)
+        caps, patterns, values = caps_for(tensors, components, max_norm, options, scale, device)
         if grads:
             if inverse is not None and not isinstance(inverse, Tensor):
                 inverse = torch.full((), inverse, dtype=wide_dtype(device), device=device)
@@ -72,9 +66,27 @@ def clip_(
     return norms, coefs, used
 
 
+def caps_for(
+    tensors: Sequence[Tensor],
+    components: Components,
+    max_norm: MaxNorm,
+    options: Options,
+    scale: LossScale,
+    device: torch.device,
+) -> tuple[Tensor | None, str, list[float]]:
+    """The caps of a call as operators take them; a threshold is asked for them here."""
+    if isinstance(max_norm, Threshold):
+        _check(max_norm, tensors)
+        norms = None
+        if max_norm.needs_norms:
+            norms = scale.unscaled(norms_of(tensors, components, options.rule.norm_type, options.backend))
+        max_norm = max_norm.caps(device, norms)
+    return _split(max_norm)
+
+
 def norms_of(tensors: Sequence[Tensor], components: Components, norm_type: float, backend: str | None) -> Tensor:
     """Norms [K] of the tensors' gradients."""
-    grads, text = _present(tensors, components)
+    grads, text = present(tensors, components)
     if not grads:
         return _no_norms(tensors, components)
     with torch.no_grad():
@@ -112,15 +124,19 @@ def _split(max_norm: MaxNorm) -> tuple[Tensor | None, str, list[float]]:
     return None, repr(list(caps)), list(caps.values())
 
 
-def _present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
+def present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
     """The gradients that are clipped, and their components as text. Dynamo guards on which gradients there are."""
     # Text, because an operator takes no objects, and 400 strings cost it three times as much as a long one.
     clipped = components.clipped
     grads = {i: t.grad for i, t in enumerate(tensors) if t.grad is not None and i in clipped}
     # Here, because the operator may get a copy, which no longer shows what is wrong with the original.
     check_gradients(components, grads)
-    own = components.only(list(grads))
-    return list(grads.values()), repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
+    return list(grads.values()), in_words(components.only(list(grads)))
+
+
+def in_words(own: Components) -> str:
+    """Components as an operator takes them."""
+    return repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
 
 
 def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
@@ -143,8 +159,8 @@ def _component_clip_(
     nonfinite: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan, found = _plans_for(grads, components).get(list(grads), grads, norm_type, backend)
-    policy = _fixed(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
+    plan, found = plans_for(grads, components).get(list(grads), grads, norm_type, backend)
+    policy = policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
     scale = LossScale.of(inv_scale, found_inf)
     scale_here = scale.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
@@ -156,21 +172,29 @@ def _component_clip_(
 def _fake_component_clip_(
     grads: list[Tensor], components: str, caps: Tensor | None, patterns: str, values: list[float], *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_outcome(grads, components, caps, patterns)
+
+
+def fake_outcome(
+    grads: list[Tensor], components: str, caps: Tensor | None, patterns: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms, coefficients and caps without values."""
     norms = _fake_component_norms(grads, components)
     shape = (norms.shape if patterns else ()) if caps is None else caps.shape
     return norms, torch.empty_like(norms), norms.new_empty(shape, dtype=wide_dtype(norms.device))
 
 
 def _component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
-    plan, found = _plans_for(grads, components).measured(list(grads), grads, norm_type, backend)
+    plan, found = plans_for(grads, components).measured(list(grads), grads, norm_type, backend)
     return run.norms_of(plan, found, norm_type)
 
 
 def _fake_component_norms(grads: list[Tensor], components: str, *_: object) -> Tensor:
-    return grads[0].new_empty(len(_read(components).names), dtype=norm_dtype_of(grads))
+    return grads[0].new_empty(len(read(components).names), dtype=norm_dtype_of(grads))
 
 
-def _plans_for(grads: list[Tensor], components: str) -> Plans:
+def plans_for(grads: list[Tensor], components: str) -> Plans:
+    """The plans of an operator's gradients, kept from call to call."""
     # The first gradient tells apart models whose parameters came without names, that is numbered alike.
     first = grads[0]
     return _plans(components, first.device, first.dtype, first.shape)
@@ -178,17 +202,19 @@ def _plans_for(grads: list[Tensor], components: str) -> Plans:
 
 @lru_cache(maxsize=64)
 def _plans(components: str, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> Plans:
-    return Plans(_read(components))
+    return Plans(read(components))
 
 
 @lru_cache(maxsize=64)
-def _fixed(components: str, patterns: str, values: tuple[float, ...]) -> StepCaps:
+def policy_for(components: str, patterns: str, values: tuple[float, ...]) -> StepCaps:
+    """The caps that ``caps_for`` has split, where they aren't a tensor."""
     max_norm = dict(zip(literal_eval(patterns), values, strict=True)) if patterns else values[0]
-    return fixed_caps(max_norm, _read(components))
+    return fixed_caps(max_norm, read(components))
 
 
 @lru_cache(maxsize=64)
-def _read(components: str) -> Components:
+def read(components: str) -> Components:
+    """What ``in_words`` has written."""
     return Components(*literal_eval(components))
 
 
@@ -196,11 +222,16 @@ def _read(components: str) -> Components:
 # memory of the graph that happened to be captured first.
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe
 
-# Not by torch.library.custom_op, whose wrappers around a call take longer than the call itself.
-for _name, _function, _fake, _mutated in (
-    ("cwclip_kernels::component_clip_", _component_clip_, _fake_component_clip_, ("grads", "found_inf")),
-    ("cwclip_kernels::component_norms", _component_norms, _fake_component_norms, ()),
-):
-    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=_mutated), tags=_TAGS)
-    torch.library.impl(_name, "default", _function)
-    torch.library.register_fake(_name, _fake)
+
+def define(
+    name: str, function: Callable[..., object], fake: Callable[..., object], mutated: Sequence[str] = ()
+) -> None:
+    """Makes a function an operator."""
+    # Not by torch.library.custom_op, whose wrappers around a call take longer than the call itself.
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated), tags=_TAGS)
+    torch.library.impl(name, "default", function)
+    torch.library.register_fake(name, fake)
+
+
+define("cwclip_kernels::component_clip_", _component_clip_, _fake_component_clip_, ("grads", "found_inf"))
+define("cwclip_kernels::component_norms", _component_norms, _fake_component_norms)

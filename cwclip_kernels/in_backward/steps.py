@@ -64,7 +64,7 @@ class Steps:
     def report(self, result: ClipResult) -> None:
         """Tells an optimizer that clips by itself what came of a pass."""
         if isinstance(self._shared, ComponentClipAdamW):
-            self._shared.last = result
+            self._shared._clipping.last = result
 
     def parameters(self) -> list[Tensor]:
         """All that are stepped."""

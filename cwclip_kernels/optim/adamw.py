@@ -12,16 +12,20 @@ from torch.optim import AdamW
 
 from ..arguments import check_type
 from ..components.spec import Grouping
+from ..core import traced as core_traced
 from ..core.adamw import AdamWRule
 from ..core.loss_scale import LossScale
+from ..core.modes import is_traced
 from ..core.options import Options, check_options
 from ..core.parameter_clipper import ParameterClipper
 from ..core.run import nonfinite_message
+from ..core.session import ClipSession
 from ..result import ClipResult
 from ..thresholds import Threshold
 from ..thresholds.base import learnt, load_learnt
 from ..thresholds.constant import MaxNorm
-from .clipping import Clipping, Names, Unit, names_of
+from . import traced
+from .clipping import Clipping, Names, Unit, is_known_to_hold, joined, names_of
 from .update import AdamWUpdate
 
 _OWN = ("max_norm", "correct_bias")  # entries of param groups that torch's AdamW doesn't have
@@ -96,8 +100,6 @@ class ComponentClipAdamW(AdamW):
         Clipping", EMNLP 2022, arXiv 2210.10325.
     """
 
-    last: ClipResult | None = None
-
     def __init__(
         self,
         params: Any,
@@ -147,15 +149,23 @@ class ComponentClipAdamW(AdamW):
         )
         self._step_supports_amp_scaling = True
         self.defaults.update(self._own_defaults)
+        self._is_made = True
         for unit in self._units():
             if unit.clips:  # checks max_norm
                 unit.session.caps_for(self._max_norm(unit), unit.tensors, options.rule)
+
+    @property
+    def last(self) -> ClipResult | None:
+        """What the last step's clipping found and did; None before the first."""
+        return self._clipping.last
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may have its own ``max_norm`` and ``correct_bias``."""
         for key, value in self._own_defaults.items():
             param_group.setdefault(key, value)
         super().add_param_group(param_group)
+        if "_is_made" in self.__dict__:
+            self._units()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -174,9 +184,12 @@ class ComponentClipAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if is_traced():
+            self._traced_step()
+            return loss
         rules = tuple(map(self._rule, self.param_groups))
         scale, skip = self._loss_scale()
-        options, is_skipped = self._clipping.options, _is_known_to_hold(skip, self._clipping.options.raise_nonfinite)
+        options, is_skipped = self._clipping.options, is_known_to_hold(skip, self._clipping.options.raise_nonfinite)
         if is_skipped and options.raise_nonfinite:  # for the scaler inf is no error
             rule = replace(options.rule, nonfinite="propagate")
             options = replace(options, rule=rule, raise_nonfinite=False)
@@ -193,8 +206,52 @@ class ComponentClipAdamW(AdamW):
                 results.append(ClipResult(session.components.names, *outcome))
             else:
                 session.update_unclipped(tensors, options, scale, update)
-        self.last = _joined(results)
+        self._clipping.last = joined(results)
         return loss
+
+    def _traced_step(self) -> None:
+        """The same under ``torch.compile``. Which parameters have gradients becomes part of the compiled function."""
+        clipping = self._clipping
+        core_traced.refuse_ranks(clipping.is_spread)
+        whole, components = clipping.whole()
+        states = traced.States([], [], [], [], [], [])
+        rule_of: list[int] = []
+        for i, group in enumerate(self.param_groups):
+            own: list[list[Tensor]] = [[], [], [], [], [], []]
+            self._init_group(group, *own)  # which Dynamo calls at once, outside of what it compiles
+            for known, found in zip(states, own, strict=True):
+                known += found
+            rule_of += [i] * len(own[0])
+        present = [i for i, p in enumerate(whole) if p.grad is not None]
+        if present:
+            max_norm = self.param_groups[0]["max_norm"]
+            clipping.last = traced.clip_adamw_(
+                whole,
+                components,
+                present,
+                max_norm,
+                clipping.options,
+                states,
+                self.param_groups,
+                rule_of,
+                *self._loss_scale(),
+            )
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Parameters with gradients, these, and their states: what Dynamo asks torch's optimizers for."""
+        params, grads, exp_avgs, exp_avg_sqs, maxima, steps = lists
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p] or self._new_state(p, group["amsgrad"])
+            params.append(p)
+            grads.append(p.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            if group["amsgrad"]:
+                maxima.append(state["max_exp_avg_sq"])
+            steps.append(state["step"])
+        return any(map(torch.is_complex, params))
 
     # -------------------------------------------------------------------------------------------------------
     # A step's parts
@@ -232,7 +289,11 @@ class ComponentClipAdamW(AdamW):
 
     def _clipper(self) -> ParameterClipper:
         """All parameters as one set, for ``clip_in_backward``."""
-        tensors, session = self._clipping.whole(self.param_groups)
+        self._units()
+        if self._clipping.is_spread:
+            raise ValueError("optimizer: its norms are added up over ranks, which can't be done in the backward pass")
+        tensors, components = self._clipping.whole()
+        session = ClipSession(components, tensors)
         return ParameterClipper(tensors, session, self.param_groups[0]["max_norm"], self._clipping.options)
 
     def _update_one(self, p: Tensor, group: dict[str, Any]) -> AdamWUpdate:
@@ -332,6 +393,7 @@ class ComponentClipAdamW(AdamW):
             "_own_defaults": self._own_defaults,
             "_state_dtype": self._state_dtype,
             "_step_supports_amp_scaling": True,
+            "_is_made": True,
             "_clipping": (clipping.options, clipping.components, names),
         }
 
@@ -343,24 +405,6 @@ class ComponentClipAdamW(AdamW):
             params = [p for group in self.param_groups for p in group["params"]]
             own = {id(p): name for p, name in zip(params, names, strict=True) if name is not None}
             self._clipping = Clipping(options, components, names=own)
-
-
-def _is_known_to_hold(skip: Tensor | None, may_sync: bool) -> bool:
-    """Whether this step is skipped, as far as the host can tell without a sync, or with one if it may."""
-    return skip is not None and (may_sync or skip.device.type == "cpu") and bool(skip.item())
-
-
-def _joined(results: list[ClipResult]) -> ClipResult:
-    """The results of several calls as one."""
-    if len(results) == 1:
-        return results[0]
-    if not results:
-        return ClipResult((), torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.float64))
-    device = results[0].norms.device
-    wait = device.type == "cpu"  # for a copy to the host, which is read at once
-    parts = zip(*((r.norms, r.coefs, r.caps.expand(r.norms.shape)) for r in results), strict=True)
-    norms, coefs, caps = (torch.cat([t.to(device, non_blocking=not wait) for t in each]) for each in parts)
-    return ClipResult(tuple(name for r in results for name in r.names), norms, coefs, caps)
 
 
 def _check_capture(optimizer: AdamW) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..components.membership import Components
@@ -16,6 +17,7 @@ from ..components.spec import Grouping
 from ..core.options import Options
 from ..core.session import ClipSession
 from ..distributed.shards import is_flat
+from ..result import ClipResult
 from ..thresholds.constant import MaxNorm
 
 Names = nn.Module | Iterable[tuple[str, Tensor]] | None
@@ -39,6 +41,7 @@ class Clipping:
         options: norm, non-finite policy and backend.
         components: the grouping.
         names: of parameters, where the groups have none.
+        last: the last step's result. Here, as Dynamo loses what is assigned to an optimizer's own attributes.
     """
 
     options: Options
@@ -46,8 +49,10 @@ class Clipping:
     process_group: Any = None
     pp_mesh: Any = None
     names: dict[int, str] = field(default_factory=dict)  # by id of the parameter
+    last: ClipResult | None = None
     _units: tuple[Unit, ...] = ()
     _made_for: object = None
+    _whole: tuple[tuple[Tensor, ...], Components, bool] = ((), Components((), (), ()), True)
 
     def units_of(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Unit, ...]:
         """The groups' parameters by ``max_norm``, those that no component has last.
@@ -63,19 +68,21 @@ class Clipping:
             self._made_for = sharing, [list(group["params"]) for group in groups]
         return self._units
 
-    def whole(self, groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], ClipSession]:
-        """All parameters, with one session for those that some component has.
+    def whole(self) -> tuple[tuple[Tensor, ...], Components]:
+        """All parameters of the last ``units_of`` and their components, where one call can serve them.
 
         Raises:
-            ValueError: the groups have different ``max_norm``, or other ranks have parts of components.
+            ValueError: param groups have different ``max_norm``.
         """
-        if self.process_group is not None or self.pp_mesh is not None:
-            raise ValueError("optimizer: adds up norms over ranks (process_group, pp_mesh)")
-        if not all(are_equal(groups[0]["max_norm"], group["max_norm"]) for group in groups):
+        tensors, components, has_one_cap = self._whole
+        if not has_one_cap:
             raise ValueError("optimizer: its param groups have different max_norm; give them one, a mapping perhaps")
-        tensors = [p for group in groups for p in group["params"]]
-        components = resolve(self._named(groups, tensors), self.components)
-        return tuple(tensors), ClipSession(components, tensors)
+        return tensors, components
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether other ranks have parts of components, or of the model."""
+        return any(unit.session.reductions is not None for unit in self._units)
 
     def _make(self, groups: Sequence[Mapping[str, Any]], sharing: list[int]) -> tuple[Unit, ...]:
         tensors = [p for group in groups for p in group["params"]]
@@ -91,6 +98,7 @@ class Clipping:
                     f"different max_norm ({named.names[before]!r} and {named.names[position]!r}); give these groups "
                     "the same, or choose components that lie within one group"
                 )
+        self._whole = tuple(tensors), everything, len(set(sharing)) <= 1
         clipped = everything.clipped
         units = []
         for cap in dict.fromkeys(sharing):
@@ -164,3 +172,21 @@ def _compact(components: Components) -> Components:
 
 def _one_component(named: NamedTensors, tensors: Sequence[Tensor]) -> Components:
     return Components(("not clipped",), named.names, tuple((i, 0, ()) for i in range(len(tensors))))
+
+
+def is_known_to_hold(skip: Tensor | None, may_sync: bool) -> bool:
+    """Whether this step is skipped, as far as the host can tell without a sync, or with one if it may."""
+    return skip is not None and (may_sync or skip.device.type == "cpu") and bool(skip.item())
+
+
+def joined(results: list[ClipResult]) -> ClipResult:
+    """The results of several calls as one."""
+    if len(results) == 1:
+        return results[0]
+    if not results:
+        return ClipResult((), torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.float64))
+    device = results[0].norms.device
+    wait = device.type == "cpu"  # for a copy to the host, which is read at once
+    parts = zip(*((r.norms, r.coefs, r.caps.expand(r.norms.shape)) for r in results), strict=True)
+    norms, coefs, caps = (torch.cat([t.to(device, non_blocking=not wait) for t in each]) for each in parts)
+    return ClipResult(tuple(name for r in results for name in r.names), norms, coefs, caps)
