@@ -1,4 +1,4 @@
-"""``ComponentClipAdamW.step()`` under torch.compile(fullgraph=True): the eager step's bits, nothing compiled twice."""
+"""``ComponentClipAdamW.step()`` under torch.compile(fullgraph=True): the eager step's bits, compiled once."""
 
 import math
 
