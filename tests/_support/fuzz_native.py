@@ -104,7 +104,9 @@ def one_call(rng):
     places = wrong(rng, addresses)
     order = rng.choice([1.0, 2.0, float("inf"), 2.0, 3.0 if rng.random() < 0.1 else 2.0])
     doubles = torch.rand(max(count, 1), dtype=torch.float64)
-    which = rng.randrange(3)
+    which = rng.randrange(5)
+    if which > 2:
+        return one_step(rng, own, program, signature, places, doubles, count, which == 3)
     if which == 0:
         extension.cpu_power_sums(program, places, order, doubles.data_ptr())
     elif which == 1:
@@ -121,6 +123,37 @@ def one_call(rng):
     return "worked"
 
 
+def one_step(rng, own, program, signature, places, doubles, count, clips):
+    """A step of random parameters and states, most like their gradients."""
+    extension = native._C
+    written = []
+    for kind in range(5):
+        for grad in own:
+            other = torch.empty_like(grad, dtype=torch.float32 if rng.random() < 0.1 else None)
+            other = torch.zeros(()) if kind == 4 else gradient(rng) if rng.random() < 0.01 else other
+            written.append(None if kind == 3 and rng.random() < 0.5 else other)
+    their = extension.signature_of(written)
+    if their is None:
+        return "others"
+    rule_of = native.packed([number(rng, 0, 1) for _ in own])
+    step = extension.cpu_step_program(program, wrong(rng, signature), wrong(rng, their), wrong(rng, rule_of))
+    addresses = extension.addresses_of(written, their, None, True)
+    if addresses is None:
+        return "others"
+    rules = wrong(rng, torch.rand(2, 7, dtype=torch.float64).numpy().tobytes())
+    skip = torch.tensor(float(rng.random() < 0.1))
+    begin = program, places, step, wrong(rng, addresses), rules, skip.data_ptr() if rng.random() < 0.5 else 0
+    if clips:
+        rule = extension.rule(2.0, 1e-6, number(rng, 0, 2))
+        norms, coefs = torch.empty(max(count, 1)), torch.empty(max(count, 1))
+        extension.cpu_clip_adamw(
+            *begin, rule, doubles.data_ptr(), int(rng.random() < 0.5), 0, 0, norms.data_ptr(), coefs.data_ptr()
+        )
+    else:
+        extension.cpu_adamw(*begin, doubles.data_ptr(), rng.random() < 0.5)
+    return "stepped"
+
+
 def main(seconds, seed):
     assert native.unavailable() is None, native.unavailable()
     rng = random.Random(seed)
@@ -132,7 +165,7 @@ def main(seconds, seed):
         except (RuntimeError, TypeError, ValueError, OverflowError, BufferError) as error:
             outcomes[type(error).__name__] += 1
     print(dict(outcomes))
-    for outcome in ("worked", "others", "RuntimeError", "TypeError", "ValueError"):
+    for outcome in ("worked", "stepped", "others", "RuntimeError", "TypeError", "ValueError"):
         assert outcomes[outcome] > 20, outcome
 
 

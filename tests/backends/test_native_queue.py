@@ -1,4 +1,4 @@
-"""The CPU queue by itself, without torch: random work by several threads, under sanitizers."""
+"""The CPU's queues by themselves, without torch: random work by several threads, under sanitizers."""
 
 import os
 import shutil
@@ -12,19 +12,16 @@ from helpers import DEVICE
 from seed import SEED
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [
-    ROOT / "tests/_support/native/queue_stress.cpp",
-    ROOT / "csrc/cpu/queue.cpp",
-    *ROOT.glob("csrc/cpu/simd/*.cpp"),
-]
+SOURCES = [*(ROOT / "csrc/cpu" / name for name in ("queue.cpp", "step_queue.cpp")), *ROOT.glob("csrc/cpu/simd/*.cpp")]
 CXX = os.environ.get("CXX", "g++").split()[0]
 
 
 @pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
 # Races; then memory errors and undefined behaviour; then what users run, as fast as it goes.
 @pytest.mark.parametrize("flags", ["-O1 -fsanitize=thread", "-O1 -fsanitize=address,undefined", "-O3"])
-def test_random_work_by_several_threads(flags, tmp_path):
-    program = tmp_path / "queue_stress"
+@pytest.mark.parametrize("queue", ["queue", "step"])
+def test_random_work_by_several_threads(queue, flags, tmp_path):
+    program = tmp_path / "stress"
     sanitized = "sanitize" in flags
     command = [
         CXX,
@@ -37,11 +34,15 @@ def test_random_work_by_several_threads(flags, tmp_path):
         "-Werror",
         "-Wno-psabi",
     ]
-    built = subprocess.run([*command, *SOURCES, "-pthread", "-o", program], capture_output=True, text=True)
+    built = subprocess.run(
+        [*command, ROOT / f"tests/_support/native/{queue}_stress.cpp", *SOURCES, "-pthread", "-o", program],
+        capture_output=True,
+        text=True,
+    )
     if built.returncode and sanitized and "cannot find" in built.stderr:
         pytest.skip("this compiler came without sanitizers")
     assert built.returncode == 0, built.stderr
-    rounds = 150 if sanitized else 500
+    rounds = 500 if not sanitized else 150 if queue == "queue" else 50
     done = subprocess.run([program, str(SEED), str(rounds)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"{rounds} cases\n"
@@ -63,6 +64,7 @@ def test_every_instruction_set_gives_the_same_bits():
 DIGEST = """
 import hashlib, math, sys, torch
 from cwclip_kernels import ComponentClipper
+from cwclip_kernels.optim import ComponentClipAdamW
 torch.manual_seed(int(sys.argv[1]))
 digest = hashlib.sha256()
 every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -78,7 +80,12 @@ for p in (1.0, 2.0, math.inf):
         for param, grad in zip(params, grads):
             param.grad = grad
         result = ComponentClipper(params, 0.37, p, backend="cpu").clip_()
-        for tensor in (result.norms, result.coefs, *(param.grad for param in params)):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        params = [param for param in params if param.grad.is_contiguous() or p == 2.0]
+        kept = torch.float32 if p == 1.0 else None
+        optimizer = ComponentClipAdamW(params, max_norm=0.37, amsgrad=p == 2.0, state_dtype=kept)
+        optimizer.step(), optimizer.step()
+        states = (value for param in params for value in optimizer.state[param].values())
+        for tensor in (result.norms, result.coefs, *(param.grad for param in params), *params, *states):
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """
