@@ -279,13 +279,13 @@ class ComponentClipAdamW(AdamW):
         return LossScale.of(inverse, None), None if found_inf is None else found_inf.reshape(())
 
     def _update(self, unit: Unit, rules: tuple[AdamWRule, ...], skip: Tensor | None) -> AdamWUpdate:
-        states: list[dict[str, Any] | None] = []
-        for p, group in zip(unit.tensors, unit.groups, strict=True):
-            state = None
-            if p.grad is not None:
-                state = self.state[p] or self._new_state(p, rules[group].amsgrad)
-            states.append(state)
-        return AdamWUpdate(unit.tensors, states, rules, unit.groups, skip, self._clipping.options.backend)
+        states = unit.states_in(self.state)
+        if None in states:
+            for i, p in enumerate(unit.tensors):
+                if states[i] is None and p.grad is not None:
+                    states[i] = self._new_state(p, rules[unit.groups[i]].amsgrad)
+        is_spread = unit.session.reductions is not None
+        return AdamWUpdate(unit.tensors, states, rules, unit.groups, skip, self._clipping.options.backend, is_spread)
 
     def _clipper(self) -> ParameterClipper:
         """All parameters as one set, for ``clip_in_backward``."""

@@ -23,7 +23,7 @@ from ..thresholds.constant import MaxNorm
 Names = nn.Module | Iterable[tuple[str, Tensor]] | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Unit:
     """Parameters that are clipped by one ``max_norm``; or by none."""
 
@@ -31,6 +31,16 @@ class Unit:
     groups: tuple[int, ...]  # the param group of each
     session: ClipSession
     clips: bool  # False for the parameters that no component has
+    _known: tuple[list[Any], list[Any]] | None = None  # all states of an optimizer, and those of ``tensors``
+
+    def states_in(self, states: Mapping[Tensor, Any]) -> list[Any]:
+        """The state of each parameter in an optimizer's; None if it has none yet."""
+        now = list(states.values())
+        # A tensor is looked up in Python, which takes long; that nothing has changed is found out fast.
+        known = self._known
+        if known is None or len(known[0]) != len(now) or not all(map(is_, known[0], now)):
+            known = self._known = now, [states.get(p) or None for p in self.tensors]
+        return known[1]
 
 
 @dataclass

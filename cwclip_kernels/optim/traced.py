@@ -117,7 +117,7 @@ def _component_clip_adamw_(
         if rules[rule_of[i]].amsgrad:
             state["max_exp_avg_sq"] = next(maxima)
         states.append(state)
-    update = AdamWUpdate(params, states, rules, rule_of, found_inf, backend)
+    update = AdamWUpdate(params, states, rules, tuple(rule_of), found_inf, backend)
     calls = []
     for plans in (traced.plans_for(grads, components), _rest(components, grads[0].device, len(grads))):
         plan, found = plans.measured(list(grads), params, norm_type, backend)

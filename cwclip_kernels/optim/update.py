@@ -26,6 +26,7 @@ class AdamWUpdate:
         rule_of: of each parameter, which of these.
         skip: see ``AdamWStep``.
         backend: the one asked for by name.
+        is_spread: whether some are DTensors.
     """
 
     def __init__(
@@ -33,14 +34,16 @@ class AdamWUpdate:
         tensors: Sequence[Tensor],
         states: Sequence[dict[str, Any] | None],
         rules: tuple[AdamWRule, ...],
-        rule_of: Sequence[int],
+        rule_of: tuple[int, ...],
         skip: Tensor | None,
         backend: str | None,
+        is_spread: bool = False,
     ) -> None:
         self._tensors, self._states = tensors, states
         self._rules, self._rule_of = rules, rule_of
         self._skip = skip
         self._backend = backend
+        self._is_spread = is_spread
         self._prepared: dict[int, tuple[AdamWStep, str | None]] = {}
 
     def prepare(self, buckets: Sequence[Bucket], found: Sequence[Found]) -> None:
@@ -80,27 +83,29 @@ class AdamWUpdate:
         step_backend(bucket.backend, reason).adamw_(bucket, grads, step, factors, zero_fill, addresses)
 
     def _step_of(self, bucket: Bucket) -> AdamWStep:
-        positions, states = bucket.positions, []
-        for i in positions:
-            state = self._states[i]
-            assert state is not None  # since there is a gradient
-            states.append(state)
-        params = [self._tensors[i] for i in positions]
-        kept = params, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        params, exp_avgs, exp_avg_sqs = ([local_value(t) for t in each] for each in kept)
-        rule_of = tuple([self._rule_of[i] for i in positions])
+        positions, rules = bucket.positions, self._rules
+        params, states, rule_of = self._tensors, self._states, self._rule_of
+        if len(positions) < len(params):
+            params, states = [params[i] for i in positions], [states[i] for i in positions]
+            rule_of = tuple([rule_of[i] for i in positions])
+        # All have one, since there are gradients.
+        kept = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step")]  # type: ignore[index]
         maxima: list[Tensor | None] = [None] * len(positions)
-        if any(rule.amsgrad for rule in self._rules):
+        if any(rule.amsgrad for rule in rules):
             pairs = zip(rule_of, states, strict=True)
-            maxima = [local_value(s["max_exp_avg_sq"]) if self._rules[i].amsgrad else None for i, s in pairs]
-        steps, skip = [s["step"] for s in states], self._skip
+            maxima = [s["max_exp_avg_sq"] if rules[i].amsgrad else None for i, s in pairs]  # type: ignore[index]
+        lists: list[list[Tensor | None]] = [[*params], *kept[:2], maxima]
+        if self._is_spread:
+            lists = [[None if t is None else local_value(t) for t in each] for each in lists]
+        skip = self._skip
         if skip is not None:
             skip = skip.to(bucket.device, torch.float32, non_blocking=bucket.device.type != "cpu")
-        return AdamWStep(params, exp_avgs, exp_avg_sqs, maxima, steps, self._rules, rule_of, skip)
+        return AdamWStep(*lists, kept[2], rules, rule_of, skip)  # type: ignore[arg-type, call-arg]
 
 
 def _bump_versions(step: AdamWStep) -> None:
-    torch.autograd.graph.increment_version([t for t in step.written() if t is not None])
+    # Of parameters alone: what autograd has saved is never a running mean.
+    torch.autograd.graph.increment_version(step.params)
 
 
 def _refusal(fused: FusedStepBackend, bucket: Bucket, grads: list[Tensor], step: AdamWStep) -> str | None:
