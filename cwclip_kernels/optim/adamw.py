@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from ..arguments import check_type
+from ..arguments import check_type, type_name, warn_caller
 from ..components.spec import Grouping
 from ..core import traced as core_traced
 from ..core.adamw import AdamWRule
@@ -362,6 +362,12 @@ class ComponentClipAdamW(AdamW):
         self._restore_dtypes(state_dict)
         for threshold, state in zip(thresholds, found, strict=False):
             load_learnt(threshold, state)
+        learner = next((t for t in thresholds if type(t).update_ is not Threshold.update_), None)
+        if learner is not None and not found:
+            warn_caller(
+                f"state_dict: has no 'clipping', so {type_name(learner)} goes on from what it has learnt here; of a "
+                "distributed checkpoint, which keeps torch's own entries alone, load max_norm's state beside it"
+            )
 
     def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
         """Running means as they were saved, where torch has rounded them to the parameter's dtype."""

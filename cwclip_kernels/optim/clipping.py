@@ -16,7 +16,7 @@ from ..components.resolve import resolve
 from ..components.spec import Grouping
 from ..core.options import Options
 from ..core.session import ClipSession
-from ..distributed.shards import is_flat
+from ..distributed.shards import is_flat, originals_of
 from ..result import ClipResult
 from ..thresholds.constant import MaxNorm
 
@@ -108,6 +108,7 @@ class Clipping:
                     f"different max_norm ({named.names[before]!r} and {named.names[position]!r}); give these groups "
                     "the same, or choose components that lie within one group"
                 )
+        _check_flat(named, everything)
         self._whole = tuple(tensors), everything, len(set(sharing)) <= 1
         clipped = everything.clipped
         units = []
@@ -140,6 +141,20 @@ class Clipping:
                 f"the first of shape {list(tensors[missing[0]].shape)}; give names for all, or for none"
             )
         return named_tensors([(str(name), p) for name, p in zip(names, tensors, strict=True)])
+
+
+def _check_flat(named: NamedTensors, components: Components) -> None:
+    """Raises ValueError if a flat parameter lies in part outside of all components, and wouldn't be stepped there."""
+    covered: dict[int, int] = {}
+    for position, _, place in components.members:
+        covered[position] = covered.get(position, 0) + sum(size for _, _, size in place)
+    for position, count in covered.items():
+        name, flat = named.names[position], named.tensors[position]
+        if is_flat(flat) and count < sum(one.tensor.numel() for one in originals_of(name, flat, named.named)):
+            raise ValueError(
+                f"components: leave out a part of the flat parameter {name!r}; make FullyShardedDataParallel with "
+                "use_orig_params=True, or choose components for all of it"
+            )
 
 
 def names_of(source: Names) -> dict[int, str]:

@@ -87,6 +87,16 @@ def test_a_checkpoint_of_other_thresholds_is_refused():
         other.load_state_dict(learning.state_dict())
 
 
+def test_a_checkpoint_without_what_thresholds_have_learnt_is_no_secret():
+    params, _ = twins(SHAPES)
+    plain = AdamW(params)
+    run(1, (params, plain.step))
+    for cap in (CAP, thresholds.ParamRelative()):  # which learn nothing
+        ComponentClipAdamW(params, max_norm=cap).load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="EMA goes on from what it has learnt here"):
+        ComponentClipAdamW(params, max_norm=thresholds.EMA()).load_state_dict(plain.state_dict())
+
+
 @pytest.mark.parametrize("kept", [None, torch.float32])
 def test_the_running_means_of_halves_survive_a_checkpoint(kept):
     ours, theirs = twins(SHAPES, torch.bfloat16)

@@ -90,6 +90,25 @@ def test_fsdp_1():
 
 
 @on_ranks(2)
+def test_flat_parameters():
+    def left_alone(name, p):
+        return None if name.endswith("bias") else name
+
+    model = FullyShardedDataParallel(made(), use_orig_params=False, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="leave out a part of the flat parameter"):
+        ComponentClipAdamW(
+            model.named_parameters(), max_norm=CAP, components=left_alone, process_group=dist.group.WORLD
+        )
+    plain = made()
+    ours = ComponentClipAdamW(model.named_parameters(), lr=LR, max_norm=CAP, process_group=dist.group.WORLD)
+    theirs = ComponentClipAdamW(plain.named_parameters(), lr=LR, max_norm=CAP)
+    train(model, ours)
+    train(plain, theirs)
+    with FullyShardedDataParallel.summon_full_params(model):
+        assert_stepped_alike(model.parameters(), plain.parameters(), 40, LR)
+
+
+@on_ranks(2)
 def test_thresholds_and_groups():
     for cap in (lambda: thresholds.EMA(warmup_steps=2, warmup_norm=0.1), thresholds.ParamRelative):
         model, plain = sharded("FSDP2"), made()
