@@ -16,6 +16,7 @@ from .core.optimizers import (
     OptimizerParts,
     attached_clippers,
     check_runs_hooks,
+    clipping_optimizer,
     is_compiled_in_parts,
     may_step_within_step,
     outer_steps,
@@ -67,6 +68,12 @@ class Attachment(Handle):
         self._may_nest = may_step_within_step(optimizer)
         self._part = self._part_of(optimizer)
         self._part.check_not_in_backward()
+        clipping = clipping_optimizer(optimizer, self._part.clipped)
+        if clipping is not None:
+            raise ValueError(
+                f"optimizer: {type_name(clipping)} clips in its own step, and an attached clipper would clip the "
+                "same gradients before; don't attach one, or use torch.optim.AdamW"
+            )
         earlier = attached_clippers(optimizer, self._part.clipped)
         if earlier and not replace:
             raise ValueError(

@@ -187,7 +187,8 @@ class ComponentClipper(ParameterClipper):
         Raises:
             TypeError: not a ``torch.optim.Optimizer``, or one whose steps aren't certain to run its hooks.
             ValueError: it owns none of the parameters, shares a component with another, steps in the backward pass,
-                or has a clipper attached for some of the parameters already.
+                clips in its own step (``ComponentClipAdamW``), or has a clipper attached for some of the parameters
+                already.
             RuntimeError: gradients are clipped in the backward pass as well. At a step: the same, or they still carry
                 the loss scale, as a fused optimizer's do under a ``GradScaler``. Nothing is changed.
         """

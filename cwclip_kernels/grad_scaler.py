@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import check_type, warn_caller
+from .arguments import check_type, type_name, warn_caller
 from .clipper import ComponentClipper
 from .core.loss_scale import UNSCALED, LossScale
 from .core.modes import is_recorded
-from .core.optimizers import OptimizerPart, OptimizerParts, attached_clippers, parameters_of
+from .core.optimizers import OptimizerPart, OptimizerParts, attached_clippers, clipping_optimizer, parameters_of
 from .core.parameter_clipper import ParameterClipper
 from .result import ClipResult
 
@@ -108,8 +108,8 @@ class ComponentClipGradScaler(GradScaler):
         """Unscales and clips the optimizer's gradients, once for each ``step``, after the last backward pass.
 
         Raises:
-            RuntimeError: called twice, or between ``step`` and ``update``; or ``attach`` or ``clip_in_backward``
-                clips some of the gradients, too. Nothing is changed.
+            RuntimeError: called twice, or between ``step`` and ``update``; or ``attach``, ``clip_in_backward`` or the
+                optimizer itself (``ComponentClipAdamW``) clips some of the gradients, too. Nothing is changed.
             ValueError: float16 gradients, or a component of which another optimizer owns a part.
         """
         part = self._parts.of(optimizer)
@@ -231,6 +231,12 @@ class ComponentClipGradScaler(GradScaler):
 
 def _check_alone(part: OptimizerPart, optimizer: Optimizer) -> None:
     """Raises RuntimeError if what is clipped here is clipped elsewhere as well."""
+    clipping = clipping_optimizer(optimizer, part.clipped)
+    if clipping is not None:
+        raise RuntimeError(
+            f"optimizer: {type_name(clipping)} clips in its own step, and this ComponentClipGradScaler would clip "
+            "the same gradients before; use torch.amp.GradScaler, whose scale this optimizer takes out in its step"
+        )
     too = attached_clippers(optimizer, part.clipped)
     if too:
         raise RuntimeError(

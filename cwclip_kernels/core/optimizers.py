@@ -174,6 +174,24 @@ def runner_of_hooks() -> CodeType:
         ) from None
 
 
+def clipping_optimizer(optimizer: object, parameters: Sequence[Tensor] | None = None) -> Optimizer | None:
+    """The optimizer, or one inside it, whose own step clips (``ComponentClipAdamW``); None if there is none.
+
+    Args:
+        optimizer: perhaps a trainer's wrapper.
+        parameters: only an optimizer that owns one of these counts.
+    """
+
+    def counts(owner: Any) -> bool:
+        # Known by its class: this file can't import it, and a wrapper may pass attributes through.
+        if not (getattr(type(owner), "clips_by_component", False) and isinstance(owner, Optimizer)):
+            return False
+        return parameters is None or not set(map(id, parameters)).isdisjoint(map(id, parameters_of(owner)))
+
+    held: tuple[Any, ...] = (optimizer, *(inner for _, inner in inner_optimizers(optimizer)))
+    return next(filter(counts, held), None)
+
+
 def attached_clippers(
     optimizer: Optimizer, parameters: Sequence[Tensor], *, but: object = None
 ) -> list[tuple[Any, str]]:

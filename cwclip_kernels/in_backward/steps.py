@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..arguments import type_name
-from ..core.optimizers import attached_clippers, inside_of, parameters_of, runs_hooks
+from ..core.optimizers import attached_clippers, clipping_optimizer, inside_of, parameters_of, runs_hooks
 from ..core.run import Update
 from ..optim.adamw import ComponentClipAdamW
 from ..result import ClipResult
@@ -35,6 +35,7 @@ class Steps:
         if not isinstance(optimizer, Mapping):
             self._shared = _checked(optimizer, ", a mapping of parameters to optimizers, or None", tensors)
             if not isinstance(self._shared, ComponentClipAdamW):
+                _check_clips_not(self._shared, tensors)
                 _check_class(type(self._shared))
             self.begin()
             if not any(id(tensor) in self._groups for tensor in tensors):
@@ -48,6 +49,7 @@ class Steps:
                 raise ValueError(f"optimizer: a key of shape {list(parameter.shape)} is none of the parameters")
             name = name_of[id(parameter)]
             self._own[id(parameter)] = name, _checked(own, f" for {name!r}", tensors)
+            _check_clips_not(own, tensors)
             if list(map(id, parameters_of(own))) != [id(parameter)]:
                 raise ValueError(
                     f"optimizer: the one for {name!r} must own that parameter and no other: Optimizer([p], ...)"
@@ -122,6 +124,17 @@ def _checked(optimizer: object, wanted: str, tensors: Sequence[Tensor]) -> Optim
             f"optimizer: {kind} needs {needed[0]!r} at its step, which takes all parameters at once; {AT_THE_STEP}"
         )
     return optimizer
+
+
+def _check_clips_not(optimizer: Optimizer, tensors: Sequence[Tensor]) -> None:
+    """Raises ValueError if the step of an optimizer, or of one inside it, would clip again."""
+    clipping = clipping_optimizer(optimizer, tensors)
+    if clipping is not None:
+        kind = type_name(clipping)
+        raise ValueError(
+            f"optimizer: {kind} clips in its own step, after clip_in_backward has clipped the same gradients; pass "
+            f"one {kind} of all parameters, clip_in_backward(optimizer=...), or use torch.optim.AdamW"
+        )
 
 
 def _check_class(kind: type[Optimizer]) -> None:

@@ -16,7 +16,7 @@ from ..arguments import type_name, warn_caller
 from ..clipper import ComponentClipper
 from ..components.parameters import NamedTensors, Parameters, named_tensors
 from ..core.cache import session_for
-from ..core.optimizers import attached_clippers
+from ..core.optimizers import attached_clippers, clipping_optimizer
 from ..core.options import ClipOptions, Options, check_options
 from ..distributed.groups import RankGroup
 from ..distributed.shards import is_flattened
@@ -166,13 +166,19 @@ def warn_already_clipped(setting: str, value: object, effect: str) -> None:
 def refuse_double_clipping(
     optimizers: Iterable[Optimizer], scaler: object, parameters: Sequence[Tensor], ours: str
 ) -> None:
-    """Raises RuntimeError if a scaler or an attachment of this package clips the same gradients as ``ours``."""
+    """Raises RuntimeError if this package's scaler, attachment or optimizer clips the same gradients as ``ours``."""
     if isinstance(scaler, ComponentClipGradScaler):
         raise RuntimeError(
             f"scaler: a ComponentClipGradScaler clips when it unscales, and {ours} would clip the same gradients "
             f"again; use torch.amp.GradScaler, or leave out {ours}"
         )
     for optimizer in optimizers:
+        clipping = clipping_optimizer(optimizer, parameters)
+        if clipping is not None:
+            raise RuntimeError(
+                f"optimizer: {type_name(clipping)} clips in its own step, and {ours} would clip the same gradients "
+                f"before; leave out {ours}, or use torch.optim.AdamW"
+            )
         shared = attached_clippers(optimizer, parameters)
         if shared:
             raise RuntimeError(

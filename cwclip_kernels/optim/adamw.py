@@ -100,6 +100,8 @@ class ComponentClipAdamW(AdamW):
         Clipping", EMNLP 2022, arXiv 2210.10325.
     """
 
+    clips_by_component = True  # by which everything else in this package that clips recognizes it, and refuses it
+
     def __init__(
         self,
         params: Any,
