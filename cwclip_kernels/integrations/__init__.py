@@ -6,6 +6,9 @@
     lightning      ``ComponentClip``, a callback; ``configure_gradient_clipping`` for the hook of that name
     transformers   ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` for ``Trainer``
 
+With ``optim.ComponentClipAdamW``, which clips in its own step, none of these is used, and each refuses it;
+``transformers`` has ``ComponentClipLogCallback``, which logs what it clips.
+
 Replacements return what the originals do: the norm of all components together. Only ``lightning`` and
 ``transformers`` import their trainers.
 """

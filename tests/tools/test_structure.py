@@ -43,8 +43,8 @@ ORDER = [
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan
-    integrations/transformers/clipping integrations/transformers/callback integrations/transformers/mixin
-    integrations/transformers/__init__
+    integrations/transformers/step_log integrations/transformers/clipping integrations/transformers/callback
+    integrations/transformers/mixin integrations/transformers/log integrations/transformers/__init__
     integrations/lightning/clipping integrations/lightning/callback
     integrations/lightning/__init__
     __init__ __main__

@@ -15,9 +15,10 @@ from typing_extensions import Unpack
 from ...core.options import ClipOptions
 from ...result import ClipResult
 from ...thresholds.constant import MaxNorm
-from .._common import innermost, warn_already_clipped
+from .._common import innermost
 from ..accelerate import check_gradients_are_here
 from .clipping import TrainerClipping
+from .step_log import warn_of_max_grad_norm
 
 
 class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy doesn't look into transformers
@@ -94,12 +95,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks the same for a callback that was added later, and goes on from a checkpoint."""
         check_gradients_are_here(kwargs["optimizer"].accelerator_state)
-        warn_already_clipped(
-            f"max_grad_norm of TrainingArguments (1.0 by default) is {args.max_grad_norm!r},",
-            args.max_grad_norm,
-            "so Trainer first clips these gradients, all by one norm, which changes what components are clipped to; "
-            "set max_grad_norm=0",
-        )
+        warn_of_max_grad_norm(args)
         is_again = args.auto_find_batch_size and self._begins_again(state)
         self._clipping.start(again=is_again, anew=state.is_hyper_param_search)
         self._batch_size = state.train_batch_size
@@ -130,10 +126,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Adds the numbers of the steps since the last log."""
-        if logs is not None and "loss" in logs and "learning_rate" in logs:
-            numbers = self._clipping.numbers()
-            logs.update(numbers)
-            state.log_history[-1].update(numbers)
+        self._clipping.add_to(logs, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Saves what caps have learnt beside the optimizer's state."""

@@ -13,27 +13,21 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ...arguments import type_name, warn_caller
-from ...components.naming import Aliases
 from ...components.parameters import named_tensors
-from ...components.patterns import matches, no_match
 from ...components.resolve import resolve
 from ...core.caps import fixed_caps
 from ...core.options import ClipOptions
-from ...result import ClipResult, ClipStatistics
+from ...result import ClipResult
 from ...thresholds import Threshold
 from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, clipper_arguments, learner, learning_unless_skipped, refuse_double_clipping
+from .step_log import StepLog
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
 
 
-class TrainerClipping:
-    """Clips a trainer's model at each optimizer step. Arguments are those of ``ComponentClipCallback``.
-
-    Attributes:
-        last: the ``ClipResult`` of the last step; None before the first.
-        steps: clipped since ``start``.
-    """
+class TrainerClipping(StepLog):
+    """Clips a trainer's model at each optimizer step. Arguments are those of ``ComponentClipCallback``."""
 
     def __init__(
         self,
@@ -45,11 +39,9 @@ class TrainerClipping:
         on_clip: Callable[[ClipResult], object] | None = None,
         **options: Unpack[ClipOptions],
     ) -> None:
-        if log_norms is not None and not isinstance(log_norms, str):
-            raise TypeError(f"log_norms: expected a pattern of component names or None, not {type_name(log_norms)}")
+        super().__init__(log_norms, on_clip)
         self._arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
         self._max_norm = max_norm
-        self._log_norms, self._on_clip = log_norms, on_clip
         self._untrained: dict[str, Any] | None = None  # states of a threshold: before any run,
         self._at_start: dict[str, Any] | None = None  # and before this one
         self.start()
@@ -69,10 +61,8 @@ class TrainerClipping:
             self._at_start = policy.state_dict()
             if anew and not again:
                 self._untrained = self._at_start
-        self.last: ClipResult | None = None
-        self.steps = 0
+        self.begin()
         self._made: tuple[nn.Module, ModelClipping] | None = None
-        self._statistics = ClipStatistics()
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for arguments that would be wrong at the first step."""
@@ -80,7 +70,7 @@ class TrainerClipping:
         cap = self._cap(trainers_cap)
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
             fixed_caps(cap, components)
-        self._logged(components.names, components.aliases)
+        self.logged(components.names, components.aliases)
 
     def clip_(
         self,
@@ -97,12 +87,9 @@ class TrainerClipping:
         unscale()
         clipper = clipping.clipper
         with learning_unless_skipped(clipper.max_norm, scaler, optimizers):
-            self.last = clipper.clip_()
-        self.steps += 1
-        self._statistics.add(self.last)
-        if self._on_clip is not None:
-            self._on_clip(self.last)
-        return clipper.total_norm(self.last.norms)
+            result = clipper.clip_()
+        self.add(result)
+        return clipper.total_norm(result.norms)
 
     def _clipping_of(self, model: nn.Module, cap: MaxNorm, is_scaled: bool) -> ModelClipping:
         if self._made is not None and self._made[0] is model and self._made[1].is_for(cap, self._arguments):
@@ -115,15 +102,6 @@ class TrainerClipping:
             )
         self._made = model, clipping
         return clipping
-
-    def numbers(self) -> dict[str, float]:
-        """For the log: statistics of the steps since the last call; waits for the device."""
-        found = self._statistics.as_dict()
-        self._statistics.reset()
-        if self.last is not None and self._log_norms is not None:
-            logged, norms = self._logged(self.last.names), self.last.norms.tolist()
-            found |= {f"component_norm/{self.last.names[i]}": norms[i] for i in logged}
-        return found
 
     def save(self, folder: str | Path, **more: Any) -> None:
         """Writes what caps have learnt into a checkpoint's folder; nothing if they don't learn."""
@@ -152,13 +130,3 @@ class TrainerClipping:
         if self._max_norm is not None:
             return self._max_norm
         return trainers_cap if trainers_cap is not None and trainers_cap > 0 else math.inf
-
-    def _logged(self, names: tuple[str, ...], aliases: Aliases = ()) -> list[int]:
-        if self._log_norms is None:
-            return []
-        found = [i for i, name in enumerate(names) if matches(name, self._log_norms)]
-        if not found:
-            raise ValueError(
-                f"log_norms: {self._log_norms!r} {no_match(self._log_norms, names, 'components', aliases)}"
-            )
-        return found
