@@ -173,7 +173,7 @@ def refuse_double_clipping(
             f"again; use torch.amp.GradScaler, or leave out {ours}"
         )
     for optimizer in optimizers:
-        clipping = clipping_optimizer(optimizer, parameters)
+        clipping = clipping_optimizer(innermost(optimizer), parameters)
         if clipping is not None:
             raise RuntimeError(
                 f"optimizer: {type_name(clipping)} clips in its own step, and {ours} would clip the same gradients "

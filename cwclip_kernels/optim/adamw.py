@@ -137,6 +137,8 @@ class ComponentClipAdamW(AdamW):
         self._own_defaults = {"max_norm": max_norm, "correct_bias": correct_bias}
         self._state_dtype = state_dtype
         self._clipping = Clipping(options, components, process_group, pp_mesh, names_of(named_parameters))
+        # No class attribute: Lightning's wrapper has this class among its bases, and would show that one.
+        self.last: ClipResult | None = None
         super().__init__(
             params,
             lr,
@@ -407,6 +409,7 @@ class ComponentClipAdamW(AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("last", None)  # of a copy
         clipping = self._clipping
         if isinstance(clipping, tuple):  # of a copy
             options, components, names = clipping

@@ -114,6 +114,7 @@ def test_copies(copy_):
     run(2, (params, optimizer.step))
     others, twin = copy_((params, optimizer))
     assert twin.param_groups[0]["params"][0] is others[0]
+    assert twin.last is None
     run(2, (params, optimizer.step), (others, twin.step))
     assert all(map(same_bits, params, others))
     assert twin.last.names == optimizer.last.names == ("layers.0", "layers.1")
