@@ -1,4 +1,4 @@
-"""The README's pieces of Python for Trainers, of Hugging Face and Lightning: they run, and they clip."""
+"""The README's pieces of Python for Trainers, of Hugging Face and Lightning, and Accelerate: they clip."""
 
 import functools
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cwclip_kernels import component_norms
+from cwclip_kernels.optim import ComponentClipAdamW
 from readme_blocks import PYTHON
 
 
@@ -28,7 +29,12 @@ def hf():
         yield hf
 
 
-@pytest.mark.parametrize(("word", "cap"), [("ComponentClipTrainerMixin", 0.05), ("ComponentClipCallback", 0)])
+@pytest.mark.parametrize(
+    ("word", "cap"),
+    [
+        *(("ComponentClipTrainerMixin", 0.05), ("ComponentClipCallback", 0), ("ComponentClipLogCallback", 0)),
+    ],
+)
 def test_hugging_face(hf, word, cap, tmp_path):
     names = {
         "Trainer": hf.Trainer,
@@ -84,8 +90,31 @@ def test_lightning_callback(lightning):
 
 @pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
 def test_lightning_helper(lightning):
-    exec(block("LightningModule"), lightning)
+    exec(block("gradient_clip_algorithm"), lightning)
     model = lightning["Model"]()
     lightning["Trainer"](gradient_clip_val=0.05).fit(model, lightning["loader"])
     assert len(model.found) == 3
     assert all((norms <= 0.0501).all() for norms in model.found)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
+def test_lightning_with_an_optimizer_that_clips(lightning):
+    exec(block("def configure_optimizers"), {**lightning, "ComponentClipAdamW": ComponentClipAdamW}, lightning)
+    trainer = lightning["Trainer"](accumulate_grad_batches=2)
+    trainer.fit(lightning["Model"](), lightning["loader"])
+    assert trainer.optimizers[0].last.names == ("head.weight", "head.bias")
+    assert trainer.callback_metrics["clip_rate"] == trainer.optimizers[0].last.clipped.float().mean() > 0
+
+
+def test_accelerate_with_an_optimizer_that_clips():
+    accelerate = pytest.importorskip("accelerate")
+    state = accelerate.state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    names = {"ComponentClipAdamW": ComponentClipAdamW, "model": nn.Linear(4, 2), "accelerator": accelerator}
+    exec(block("accelerator.prepare"), names)
+    accelerator.backward(100 * names["model"](torch.ones(1, 4)).sum())
+    names["optimizer"].step()
+    state._reset_state(reset_partial_state=True)
+    assert names["optimizer"].optimizer.last.names == ("weight", "bias")
+    assert names["optimizer"].optimizer.last.clipped.all()
