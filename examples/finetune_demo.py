@@ -38,13 +38,19 @@ import figure
 import report
 import timing
 from cwclip_kernels import ComponentClipper, fused_component_clip_
+from cwclip_kernels.optim import ComponentClipAdamW
 from setup_demo import fail, load_model, make_batches, parse_arguments
 
 
 def train(model: nn.Module, batches: DataLoader, args: Namespace, console: Console) -> Tensor:
     """Fine-tunes `model`; returns the norm of every component at every step, before clipping: [steps, K]."""
     steps = args.epochs * len(batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    if args.optimizer == "fused":  # clips in its step, in place of clipping before it
+        optimizer: torch.optim.Optimizer = ComponentClipAdamW(
+            model.named_parameters(), lr=args.lr, weight_decay=0.01, max_norm=args.max_norm
+        )
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
     norms_by_step: list[Tensor] = []
     losses: list[Tensor] = []
@@ -56,8 +62,12 @@ def train(model: nn.Module, batches: DataLoader, args: Namespace, console: Conso
             for batch in batches:
                 loss = model(**batch.to(args.device)).loss
                 loss.backward()
-                norms = fused_component_clip_(model, args.max_norm)  # in place of clip_grad_norm_
-                optimizer.step()
+                if isinstance(optimizer, ComponentClipAdamW):
+                    optimizer.step()
+                    norms = optimizer.last.norms
+                else:
+                    norms = fused_component_clip_(model, args.max_norm)  # in place of clip_grad_norm_
+                    optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
 

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from timing import OURS, Row
 
+OPTIMIZERS = {
+    "torch": "torch.optim.AdamW, after clipping",
+    "fused": "ComponentClipAdamW, which clips in its step",
+}
+
 
 def component_type(name: str, model: nn.Module) -> str:
     """What the same component of every layer shares: `encoder.layer.*.output.dense.weight`."""
@@ -42,6 +47,7 @@ def print_header(
         "task": "from which part of the Python standard library is a docstring?",
         "data": f"{training} docstrings to train on, {held_out} held out",
         "clipping": f"each of {len(parameters)} components by itself, to a norm of {args.max_norm:g}",
+        "optimizer": OPTIMIZERS[args.optimizer],
         "backend": backend,
     }.items():
         table.add_row(key, escape(value))

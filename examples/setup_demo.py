@@ -39,6 +39,12 @@ def parse_arguments(description: str) -> Namespace:
     add("--max-length", type=count, default=40, metavar="N", help="tokens an example, the rest is cut off")
     add("--lr", type=positive, default=2e-4, metavar="X", help="AdamW's peak learning rate")
     add("--max-norm", type=positive, default=0.05, metavar="X", help="cap on each component's norm; inf: none")
+    add(
+        "--optimizer",
+        choices=("torch", "fused"),
+        default="torch",
+        help="fused: ComponentClipAdamW, clips in its step",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the new head, dropout, order and split")
     add("--limit", type=_number(int, 32), metavar="N", help="use only N examples, for a quick run")
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="where the picture goes")

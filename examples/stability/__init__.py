@@ -6,6 +6,7 @@ arms.py         ways to clip: read from a word, made for a model
 tasks.py        what is learnt and when a run counts as failed; names.py, hub.py: the data; metrics.py: the scores
 models.py       a pretrained encoder with a fresh head
 optimizer.py    Adam with or without bias correction
+stepping.py     clipping and Adam's step, one after the other or in one pass
 train.py        one run
 runs.py         finished runs on disk
 schedule.py     many runs, several processes, a progress bar

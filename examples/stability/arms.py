@@ -113,19 +113,27 @@ def threshold(call: str) -> Any:
 Clip = Callable[[], tuple[Tensor, Tensor]]
 
 
+def max_norm_of(arm: Arm) -> Any:
+    """The cap of each component, `math.inf` where nothing is clipped; of an arm that clips by component, or not.
+
+    Raises:
+        ValueError: the arm has to be calibrated first.
+    """
+    if arm.kind not in ("none", "component", "threshold"):
+        raise ValueError(f"arm {arm.label} has to be calibrated first")
+    return threshold(arm.call) if arm.kind == "threshold" else arm.cap
+
+
 def clip_of(arm: Arm, model: nn.Module) -> tuple[tuple[str, ...], Clip]:
     """The components' names, and what clips the model's gradients: norms before [K], and coefficients [K]."""
-    if arm.kind in ("none", "component", "threshold"):
-        cap = threshold(arm.call) if arm.kind == "threshold" else arm.cap
-        clipper = ComponentClipper(model, cap)
+    if arm.kind != "global":
+        clipper = ComponentClipper(model, max_norm_of(arm))
 
         def clip() -> tuple[Tensor, Tensor]:
             result = clipper.clip_()
             return result.norms, result.coefs
 
         return clipper.names, clip
-    if arm.kind != "global":
-        raise ValueError(f"arm {arm.label} has to be calibrated first")
     measure, whole = ComponentClipper(model, math.inf), ComponentClipper(model, arm.cap, components="all")
 
     def clip_all() -> tuple[Tensor, Tensor]:

@@ -67,6 +67,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--weight-decay", type=share, default=0.01, metavar="X", help="default: 0.01")
     add("--eps", type=positive, default=1e-8, metavar="X", help="Adam's (default: 1e-8)")
     add("--bias-correction", action="store_true", help="Adam with bias correction (default: without)")
+    add(
+        "--optimizer",
+        choices=("separate", "fused"),
+        default="separate",
+        help="fused: ComponentClipAdamW clips and steps in one pass, but for global norms (default: separate)",
+    )
     add("--evaluations", type=count, default=6, metavar="N", help="looks at the dev set in a run (default: 6)")
     add("--target", type=float, metavar="X", help="the score of 'steps to a score'")
     add("--limit", type=count, metavar="N", help="training examples at most")
@@ -98,6 +104,7 @@ def settle(args: Namespace) -> tuple[Settings, list[Arm], list[int], list[int]]:
         weight_decay=args.weight_decay,
         eps=args.eps,
         bias_correction=args.bias_correction,
+        optimizer=args.optimizer,
         evaluations=args.evaluations,
         **{**own, **given},
     )

@@ -111,6 +111,8 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
     """The whole report."""
     settings = about["settings"]
     correction = "with" if settings["bias_correction"] else "without"
+    fused = settings.get("optimizer") == "fused"
+    one_pass = ", with clipping in its step (`ComponentClipAdamW`) in arms without a global norm" if fused else ""
     model = settings["model"]
     data = f"{about['train']} examples to train on, {about['dev']} to judge by"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -123,8 +125,8 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
         f"{about['majority']:.3f}; a run that does not beat {about['cutoff']:.3f} has failed.{_lenient(about)}",
         f"- Training: {model}, {settings['epochs']} epochs of batches of {settings['batch_size']}, at most "
         f"{settings['max_length']} tokens, AdamW {correction} bias correction (eps {settings['eps']:g}, weight decay "
-        f"{settings['weight_decay']:g}, not on biases and normalisation), learning rate {settings['lr']:g} with "
-        f"linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of the data and dropout "
+        f"{settings['weight_decay']:g}, not on biases and normalisation){one_pass}, learning rate {settings['lr']:g} "
+        f"with linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of the data and dropout "
         "depend on the seed alone and are the same in each arm.",
         f"- Judged seeds: {_ranges(about['seeds'])}. {_before(about, chosen)}",
         _missing(about, arms, found, chosen),

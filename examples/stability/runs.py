@@ -12,6 +12,7 @@ from typing import Any
 
 from .arms import Arm
 from .problem import Problem
+from .settings import LATER
 
 Run = dict[str, Any]
 
@@ -89,7 +90,7 @@ class Store:
         if found is None:
             write_whole(path, json.dumps(identity, indent=1))
             return
-        wanted = json.loads(json.dumps(identity))
+        found, wanted = {**LATER, **found}, {**LATER, **json.loads(json.dumps(identity))}
         differing = [
             f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
             for key in {**found, **wanted}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LATER = {"optimizer": "separate"}  # settings that older experiments don't record, and what they were
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,6 +19,8 @@ class Settings:
         limit: use that many training examples at most.
         epochs, batch_size, max_length, lr, warmup, weight_decay, eps: as usual; `warmup` is a share of the steps.
         bias_correction: of Adam.
+        optimizer: "separate" clips, then steps; "fused" does both in one pass, `optim.ComponentClipAdamW`, where an
+            arm clips by component or not at all.
         evaluations: how many times the dev set is looked at, evenly spread; the last is the score.
         target: the score that "steps to a score" is about.
     """
@@ -33,6 +37,7 @@ class Settings:
     weight_decay: float
     eps: float
     bias_correction: bool
+    optimizer: str
     evaluations: int
     target: float
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .arms import Arm, clip_of
-from .optimizer import AdamW, groups
+from .arms import Arm
 from .settings import Settings
+from .stepping import stepping_of
 from .tasks import Row, Task
 
 MOST_STEPS = 100  # whose norms, component by component, are kept; what is one number a step is kept of every step
@@ -49,10 +49,8 @@ class Trainer:
         steps, judged_after = schedule(settings, len(self._train))
         model = models.load(settings.model, self._task.classes, seed, self._tokenizer.pad_token_id).to(device)
         lr = settings.lr if arm.lr is None else arm.lr
-        optimizer = AdamW(
-            groups(model, settings.weight_decay), lr, eps=settings.eps, bias_correction=settings.bias_correction
-        )
-        names, clip = clip_of(arm, model)
+        stepping = stepping_of(arm, model, settings, lr)
+        optimizer, names = stepping.optimizer, stepping.names
         batches = self._batches(seed)
         norms: list[Tensor] = []
         coefs: list[Tensor] = []
@@ -67,8 +65,7 @@ class Trainer:
                 group["lr"] = lr * rate(step - 1, steps, settings.warmup)
             loss = model(**{field: values.to(device) for field, values in next(batches).items()}).loss
             loss.backward()
-            before, coef = clip()
-            optimizer.step()
+            before, coef = stepping.step()
             optimizer.zero_grad()
             for kept, value in ((norms, before), (coefs, coef), (losses, loss.detach())):
                 kept.append(value)  # on the device: nothing waits for it
@@ -95,6 +92,7 @@ class Trainer:
             "seconds": round(time.perf_counter() - started, 1),
             "made_by": {
                 "torch": torch.__version__,
+                "optimizer": type(optimizer).__name__,
                 "device": str(device),
                 "threads": torch.get_num_threads(),
                 "date": time.strftime("%Y-%m-%d %H:%M"),

@@ -92,15 +92,24 @@ def tiny_model(tmp_path_factory, docstrings, examples):
     return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "model", texts, words=500, width=32)
 
 
-def test_demo_from_end_to_end(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "named"),
+    [
+        ((), "torch.optim.AdamW, after clipping"),
+        (("--optimizer", "fused"), "ComponentClipAdamW, which clips in its step"),
+    ],
+    ids=["torch", "fused"],
+)
+def test_demo_from_end_to_end(tiny_model, tmp_path, optimizer, named):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("PIL.Image")
-    options = ("--model", tiny_model, "--limit", 64, "--epochs", 2, "--batch-size", 8, "--max-norm", 0.01)
+    options = ("--model", tiny_model, "--limit", 64, "--epochs", 2, "--batch-size", 8, "--max-norm", 0.01, *optimizer)
     done = run_demo(*options, "--out", "pictures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for expected in (
+        named,
         "41 components",  # 16 in each of two layers, 5 embeddings, pooler and classifier
         "epoch 2 of 2",
         "encoder.layer.*\n",
