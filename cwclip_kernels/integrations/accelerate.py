@@ -53,7 +53,8 @@ def clip_grad_norm_(
         TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
             several, or some that are sharded beside some that aren't.
         RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; DeepSpeed, Megatron-LM
-            or XLA clip them; or a clipper is attached to the optimizer. No gradient is changed.
+            or XLA clip them; or a clipper is attached to the optimizer, or it clips in its own step
+            (``ComponentClipAdamW``). No gradient is changed.
 
     Example:
         >>> import torch

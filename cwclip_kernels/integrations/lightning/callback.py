@@ -63,7 +63,8 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
     Raises:
         TypeError, ValueError: a wrong argument; those that need names are checked when a fit starts.
         RuntimeError: when a fit starts, if DeepSpeed or XLA's FSDP clip the gradients; at a step, if the optimizer
-            insists on unscaling by itself, or another clipper is attached to it.
+            insists on unscaling by itself, clips in its own step (``ComponentClipAdamW``), or has another clipper
+            attached.
 
     Example:
         >>> import torch

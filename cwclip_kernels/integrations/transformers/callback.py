@@ -47,7 +47,8 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     Raises:
         TypeError, ValueError: a wrong argument.
         RuntimeError: when the Trainer is made, or training begins, if DeepSpeed, Megatron-LM or XLA clip the
-            gradients; at a step, if a clipper is attached to the optimizer.
+            gradients; at a step, if a clipper is attached to the optimizer, or it clips in its own step
+            (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
 
     Example:
         >>> import tempfile, torch

@@ -56,7 +56,8 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
     Raises:
         TypeError, ValueError: ``component_clipping`` is wrong, or doesn't fit the model.
         RuntimeError: this version of transformers has another Trainer than this class is made for; DeepSpeed,
-            Megatron-LM or XLA clip the gradients; or, at a step, a clipper is attached to the optimizer.
+            Megatron-LM or XLA clip the gradients; or, at a step, a clipper is attached to the optimizer, or it clips
+            in its own step (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
 
     Example:
         >>> import tempfile, torch
