@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -22,3 +25,85 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
 def keep_for_graphs(*used: object) -> None:
     """Keeps what a graph being captured reads for as long as the program runs."""
     _KEPT_FOR_GRAPHS.append(used)
+
+
+T = TypeVar("T", bound="Tables")
+
+
+class Tables(Protocol):
+    """Static tables on the host."""
+
+    def to(self: T, device: torch.device) -> T:
+        """The same on a device."""
+
+
+def stream_of(device: torch.device) -> int | None:
+    """The current stream's id, 0 where there are no streams; None while it is captured into a CUDA graph."""
+    if device.type == "cpu":
+        return 0
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.accelerator.current_stream().stream_id
+
+
+def place(tables: T, placed: dict[int, T], device: torch.device, stream: int | None) -> T:
+    """Tables on the device, copied once for each stream: for others that copy may not have arrived yet.
+
+    Args:
+        tables: on the host.
+        placed: the copies, by stream; added to.
+        device: where to.
+        stream: ``stream_of(device)``.
+
+    Raises:
+        RuntimeError: while capturing, before any copy has been made.
+    """
+    if stream is None:
+        earlier = next(iter(placed.values()), None)
+        if earlier is None:
+            raise RuntimeError(BEFORE_CAPTURE)
+        keep_for_graphs(earlier)
+        return earlier
+    if stream not in placed:
+        placed[stream] = tables.to(device)
+    return placed[stream]
+
+
+@dataclass
+class Numbers:
+    """int64 numbers on a device, copied there again whenever they change, without waiting."""
+
+    sent: dict[int, tuple[bytes, Tensor]] = field(default_factory=dict)  # by stream, as in ``place``
+    spare: Tensor | None = None  # pinned, for a call that is captured
+
+    def on(self, device: torch.device, numbers: bytes, stream: int | None) -> Tensor:
+        """These numbers on the device: int64 [n]."""
+        if stream is None:
+            return self._captured(device, numbers)
+        if device.type == "cuda" and (self.spare is None or self.spare.nbytes != len(numbers)):
+            self.spare = _pinned(numbers)
+        last = self.sent.get(stream)
+        if last is None or last[0] != numbers:
+            last = self.sent[stream] = numbers, upload(_on_host(numbers), device)
+        return last[1]
+
+    def _captured(self, device: torch.device, numbers: bytes) -> Tensor:
+        """The graph's own, copied at each replay from host memory that is never written again."""
+        host, self.spare = self.spare, None
+        if host is None or host.nbytes != len(numbers):
+            host = _pinned(numbers)  # allocating now may fail in older versions of torch
+        host.copy_(_on_host(numbers))
+        copy = torch.empty(len(host), dtype=torch.int64, device=device)
+        copy.copy_(host, non_blocking=True)
+        keep_for_graphs(host)
+        return copy
+
+
+def _on_host(numbers: bytes) -> Tensor:
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+
+
+def _pinned(numbers: bytes) -> Tensor:
+    return torch.empty(len(numbers) // 8, dtype=torch.int64, device="cpu", pin_memory=True)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
 from . import triton_tables
-from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
+from .memory import Numbers, place, stream_of
 from .native import packed
 from .served import unserved
 from .triton_tables import Tiles, TileTables, build_tables
@@ -50,7 +50,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cuda", "xpu", "cpu"):
         return f"serves CUDA, ROCm and XPU devices, not {device.type}"
     try:
-        interpreted = _kernels().interpreted
+        interpreted = kernels().interpreted
     except ImportError as error:
         return f"needs Triton 3.4 or newer ({error}): pip install --upgrade triton"
     if device.type == "cpu" and not interpreted:
@@ -69,17 +69,17 @@ def unavailable(device: torch.device) -> str | None:
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:
     """sum |g|^p of each component, or max |g|: float64 [K]."""
     sums = torch.zeros(bucket.count, dtype=torch.float64, device=bucket.device)
-    with _launching_on(bucket.device):
-        call = _prepare(bucket, grads, addresses)
+    with launching_on(bucket.device):
+        call = prepare(bucket, grads, addresses)
         if call.tables.count:
-            _combine(_partials(call, norm_type), call.tables.spans, sums, norm_type)
+            _combine(partial_sums(call, norm_type), call.tables.spans, sums, norm_type)
     return sums
 
 
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """``g <- coef * g`` in place; nothing written where coef is 1."""
-    with _launching_on(bucket.device):
-        call = _prepare(bucket, grads, addresses)
+    with launching_on(bucket.device):
+        call = prepare(bucket, grads, addresses)
         coefs = coefs.contiguous()
         for tiles in call.tables.scale_tiles:
             _launch("scale_kernel", call, tiles, coefs, ZERO_FILL=zero_fill)
@@ -91,12 +91,12 @@ def clip_(
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs = torch.empty_like(norms)
-    with _launching_on(bucket.device):
-        call = _prepare(bucket, grads, addresses)
+    with launching_on(bucket.device):
+        call = prepare(bucket, grads, addresses)
         if not call.tables.covers_all:  # no program writes the results of components without elements
             norms.fill_(0.0)
             coefs.fill_(1.0)
-        partials = _partials(call, rule.norm_type)
+        partials = partial_sums(call, rule.norm_type)
         stride = caps.stride(0) if caps.ndim else 0
         read = (partials, call.tables.spans, caps, stride, loss_scale.inverse)
         constants = {"EPS": rule.eps, "NONFINITE": rule.nonfinite, "CHUNK": triton_tables.CHUNK}
@@ -106,7 +106,7 @@ def clip_(
     return norms, coefs
 
 
-def _partials(call: _Call, norm_type: float) -> Tensor:
+def partial_sums(call: Call, norm_type: float) -> Tensor:
     """Launches the first pass: partial power sums, float64, to be read with ``call.tables.spans``."""
     tables = call.tables
     partials = torch.empty(tables.count, dtype=torch.float64, device=call.addresses.device)
@@ -119,21 +119,21 @@ def _partials(call: _Call, norm_type: float) -> Tensor:
     return merged
 
 
-def _launch(kernel: str, call: _Call, tiles: Tiles, *arguments: object, **constants: object) -> None:
+def _launch(kernel: str, call: Call, tiles: Tiles, *arguments: object, **constants: object) -> None:
     """One program for each tile."""
-    getattr(_kernels(), kernel)[(len(tiles.rows),)](
+    getattr(kernels(), kernel)[(len(tiles.rows),)](
         call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **_block(tiles.dtype, tiles.dims)
     )
 
 
 def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) -> None:
-    _kernels().combine_kernel[(len(sums),)](
+    kernels().combine_kernel[(len(sums),)](
         partials, spans, sums, ORDER=norm_type, CHUNK=triton_tables.CHUNK, enable_fp_fusion=True
     )
 
 
 @cache
-def _kernels() -> Any:
+def kernels() -> Any:
     """The kernels. Imported when first needed, since Triton may be missing and takes long to import."""
     from ..kernels import combine, power_sums, scale, tile
 
@@ -162,7 +162,7 @@ def _block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
     }
 
 
-def _launching_on(device: torch.device) -> AbstractContextManager[object]:
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its arguments are on."""
     if device.type == "cpu":
         import numpy  # the interpreter computes with it; its warnings of overflow say nothing here
@@ -172,13 +172,12 @@ def _launching_on(device: torch.device) -> AbstractContextManager[object]:
     return context
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Tables and addresses (int64 [n]) on the device, and the addresses as bytes."""
+class Call(NamedTuple):
+    """What the kernels need of one call, on the device."""
 
     tables: TileTables
-    addresses: Tensor
-    pointers: bytes
+    addresses: Tensor  # of the gradients' first elements, int64 [n]
+    stream: int | None  # see ``memory.stream_of``
 
 
 @dataclass
@@ -187,11 +186,11 @@ class _State:
 
     tables: TileTables  # on the host
     signature: object  # of the gradients that the tables were made for; None where the plan compares them
-    calls: dict[int, _Call] = field(default_factory=dict)  # by stream: its tables may not have arrived for others
-    spare: Tensor | None = None  # pinned, for the addresses of a call that is captured
+    placed: dict[int, TileTables] = field(default_factory=dict)  # by stream
+    addresses: Numbers = field(default_factory=Numbers)
 
 
-def _prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> _Call:
+def prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> Call:
     """Looks up or builds what the kernels need."""
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
     signature = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
@@ -200,39 +199,6 @@ def _prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> _C
         with torch.device("cpu"):  # whatever the default device is
             state = bucket.state = _State(build_tables(bucket, grads), signature)
     pointers = packed(map(Tensor.data_ptr, grads)) if addresses is None else addresses
-    if bucket.device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _prepare_captured(state, bucket.device, pointers)
-        if state.spare is None:
-            state.spare = _pinned(pointers)
-    stream = torch.accelerator.current_stream().stream_id if bucket.device.type != "cpu" else 0
-    last = state.calls.get(stream)
-    if last is None or last.pointers != pointers:
-        tables = last.tables if last else state.tables.to(bucket.device)
-        last = state.calls[stream] = _Call(tables, upload(_on_host(pointers), bucket.device), pointers)
-    return last
-
-
-def _prepare_captured(state: _State, device: torch.device, pointers: bytes) -> _Call:
-    """Addresses of the graph's own, copied at each replay from host memory that is never written again."""
-    earlier = next(iter(state.calls.values()), None)
-    if earlier is None:
-        raise RuntimeError(BEFORE_CAPTURE)
-    host, state.spare = state.spare, None
-    if host is None:  # a second capture in a row; allocating now may fail in older versions of torch
-        host = _pinned(pointers)
-    host.copy_(_on_host(pointers))
-    addresses = torch.empty(len(host), dtype=torch.int64, device=device)
-    addresses.copy_(host, non_blocking=True)
-    keep_for_graphs(host, earlier.tables)
-    return _Call(earlier.tables, addresses, pointers)
-
-
-def _on_host(pointers: bytes) -> Tensor:
-    if not pointers:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    return torch.frombuffer(bytearray(pointers), dtype=torch.int64)
-
-
-def _pinned(pointers: bytes) -> Tensor:
-    return torch.empty(len(pointers) // 8, dtype=torch.int64, device="cpu", pin_memory=True)
+    device, stream = bucket.device, stream_of(bucket.device)
+    tables = place(state.tables, state.placed, device, stream)
+    return Call(tables, state.addresses.on(device, pointers, stream), stream)

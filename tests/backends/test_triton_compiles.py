@@ -52,7 +52,7 @@ def compile_all(target):
 
     kind, arch = target.split(":")
     gpu = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
-    kernels = backend._kernels()
+    kernels = backend.kernels()
     tables = {"pointers": "*i64", "tiles": "*i64", "layouts": "*i64"}
     sums = {**tables, "partials": "*fp64"}
     scale = {**tables, "coefs": "*fp32"}

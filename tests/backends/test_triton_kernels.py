@@ -79,7 +79,7 @@ def test_dense_layouts_are_clipped_in_place():
     check_clip(grads, list(range(len(grads))), cap(0.5), ClipRule())
     backend.power_sums(bucket, grads, 2.0, None)
     assert {group.dims for group in bucket.state.tables.sum_tiles} == {0}
-    assert [call.pointers for call in bucket.state.calls.values()] == [pointers]
+    assert [sent for sent, _ in bucket.state.addresses.sent.values()] == [pointers]
 
 
 def test_layouts_with_gaps():

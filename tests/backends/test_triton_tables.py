@@ -50,16 +50,16 @@ def test_offsets_beyond_32_bits():
     grads = [random_grad((5000,), dtype) for dtype in DTYPES]
     bucket = one_each(grads)
     for i, grad in enumerate(grads):
-        call = backend._prepare(bucket, grads, None)
+        call = backend.prepare(bucket, grads, None)
         far = call.addresses - 2**33 * grad.element_size()
         tiles = []
         for group in call.tables.sum_tiles:
             moved_tiles = group.rows.clone()
             moved_tiles[:, 1] += 2**33
             tiles.append(group._replace(rows=moved_tiles))
-        moved = replace(call, addresses=far, tables=replace(call.tables, count=len(grads), sum_tiles=[tiles[i]]))
-        with backend._launching_on(bucket.device):
-            partials = backend._partials(moved, 1.0)
+        moved = call._replace(addresses=far, tables=replace(call.tables, count=len(grads), sum_tiles=[tiles[i]]))
+        with backend.launching_on(bucket.device):
+            partials = backend.partial_sums(moved, 1.0)
         assert partials[i].item() == pytest.approx(grad.double().abs().sum().item(), rel=1e-6)
 
 
@@ -68,14 +68,14 @@ def test_gradients_move_between_calls():
     bucket = one_each(grads)
     first = backend.power_sums(bucket, grads, 2.0, None)
     tables = bucket.state.tables
-    (before,) = bucket.state.calls.values()
+    ((_, before),) = bucket.state.addresses.sent.values()
     assert same_bits(backend.power_sums(bucket, grads, 2.0, None), first)
-    (again,) = bucket.state.calls.values()
+    ((_, again),) = bucket.state.addresses.sent.values()
     assert again is before
     moved = [g.clone() for g in grads]
     assert same_bits(backend.power_sums(bucket, moved, 2.0, None), first)
-    (after,) = bucket.state.calls.values()
-    assert after.pointers == packed(g.data_ptr() for g in moved)
+    ((pointers, _),) = bucket.state.addresses.sent.values()
+    assert pointers == packed(g.data_ptr() for g in moved)
     assert bucket.state.tables is tables
 
 
@@ -97,21 +97,21 @@ def test_default_device_does_not_matter():
 
 def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
     # Only the bookkeeping: nothing is captured here, and pinned memory needs a GPU.
-    monkeypatch.setattr(backend, "_pinned", lambda pointers: torch.empty(len(pointers) // 8, dtype=torch.int64))
+    monkeypatch.setattr(memory, "_pinned", lambda numbers: torch.empty(len(numbers) // 8, dtype=torch.int64))
     monkeypatch.setattr(memory, "_KEPT_FOR_GRAPHS", [])
     grads = [random_grad((300,)), random_grad((9,))]
     bucket = one_each(grads)
-    eager = backend._prepare(bucket, grads, None)
-    calls, bucket.state.calls = bucket.state.calls, {}
+    eager = backend.prepare(bucket, grads, None)
+    numbers, placed = bucket.state.addresses, bucket.state.placed
     with pytest.raises(RuntimeError, match="make one before"):
-        backend._prepare_captured(bucket.state, bucket.device, packed((1, 2)))
-    bucket.state.calls = calls
-    captured = [
-        backend._prepare_captured(bucket.state, bucket.device, packed(pointers)) for pointers in ((1, 2), (3, 4))
-    ]
-    assert [call.addresses.tolist() for call in captured] == [[1, 2], [3, 4]]
-    assert [host.tolist() for host, _ in memory._KEPT_FOR_GRAPHS] == [[1, 2], [3, 4]]
-    assert backend._prepare(bucket, grads, None) is eager
+        memory.place(bucket.state.tables, {}, bucket.device, None)
+    assert memory.place(bucket.state.tables, placed, bucket.device, None) is eager.tables
+    captured = [numbers.on(bucket.device, packed(pointers), None) for pointers in ((1, 2), (3, 4))]
+    assert [addresses.tolist() for addresses in captured] == [[1, 2], [3, 4]]
+    ((tables,), *hosts) = memory._KEPT_FOR_GRAPHS
+    assert tables is eager.tables
+    assert [host.tolist() for (host,) in hosts] == [[1, 2], [3, 4]]
+    assert backend.prepare(bucket, grads, None).addresses is eager.addresses
 
 
 def test_refusals_say_what_to_do(monkeypatch):
@@ -122,8 +122,8 @@ def test_refusals_say_what_to_do(monkeypatch):
     assert "not mps" in backend.unavailable(torch.device("mps"))
 
     unavailable = backend.unavailable.__wrapped__
-    interpreted = backend._kernels().interpreted
-    monkeypatch.setattr(backend._kernels(), "interpreted", not interpreted)
+    interpreted = backend.kernels().interpreted
+    monkeypatch.setattr(backend.kernels(), "interpreted", not interpreted)
     wrong = unavailable(device)
     assert "TRITON_INTERPRET" in wrong
     assert ("set" if DEVICE == "cpu" else "unset") in wrong
@@ -131,5 +131,5 @@ def test_refusals_say_what_to_do(monkeypatch):
     def missing():
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(backend, "_kernels", missing)
+    monkeypatch.setattr(backend, "kernels", missing)
     assert "pip install" in unavailable(device)
