@@ -35,7 +35,7 @@ from .served import unserved
 from .triton_tables import Tiles, TileTables, build_tables
 
 # Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight.
-_THREADS = 256
+THREADS = 256
 _ROWS = 8
 
 
@@ -135,7 +135,7 @@ def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) ->
 @cache
 def kernels() -> Any:
     """The kernels. Imported when first needed, since Triton may be missing and takes long to import."""
-    from ..kernels import combine, power_sums, scale, tile
+    from ..kernels import adamw, combine, power_sums, scale, tile
 
     return SimpleNamespace(
         interpreted=tile.INTERPRETED.value,
@@ -143,23 +143,32 @@ def kernels() -> Any:
         combine_kernel=combine.combine_kernel,
         scale_kernel=scale.scale_kernel,
         clip_kernel=scale.clip_kernel,
+        coefficients_kernel=adamw.coefficients_kernel,
+        advance_kernel=adamw.advance_kernel,
+        adamw_kernel=adamw.adamw_kernel,
     )
 
 
 @cache
 def _block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
     """The launch configuration. Fixed: tuning would scale the gradients over and over."""
+    constants = {"DTYPE": type_of(dtype), "DIMS": dims, "ROWS": _ROWS, "COLUMNS": THREADS * 16 // dtype.itemsize}
+    return constants | options()
+
+
+def type_of(dtype: torch.dtype) -> Any:
+    """Triton's name for it."""
     import triton.language as tl
 
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@cache
+def options() -> dict[str, Any]:
+    """Of the compiler."""
     warp = 64 if torch.version.hip else 32
-    return {
-        "DTYPE": getattr(tl, str(dtype).removeprefix("torch.")),
-        "DIMS": dims,
-        "ROWS": _ROWS,
-        "COLUMNS": _THREADS * 16 // dtype.itemsize,
-        "num_warps": _THREADS // warp,
-        "enable_fp_fusion": True,  # the default differs between versions of Triton
-    }
+    # The default of the latter differs between versions of Triton.
+    return {"num_warps": THREADS // warp, "enable_fp_fusion": True}
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from .memory import upload
 # scaling: many find a coefficient of 1 and leave.
 SUM_TILE_BYTES = 64 << 10
 SCALE_TILE_BYTES = 256 << 10
+STEP_TILE_BYTES = 64 << 10  # of gradients, to which come parameters and states
 # Every program that clips first adds up its component's partials. Beyond this number of them, sum tiles grow
 # up to the size of scale tiles; where that is not enough, partials are merged in a launch of their own.
 CHUNK = 1024
@@ -51,6 +53,42 @@ class TileTables:
             chunks=None if self.chunks is None else upload(self.chunks, device),
             spans=upload(self.spans, device),
         )
+
+
+class StepTiles(NamedTuple):
+    """The tiles of one launch of an optimizer's step."""
+
+    kind: int  # of their gradients, as given to ``build_step_tables``
+    dims: int  # see ``Tiles``
+    rows: Tensor  # int64 [programs, 6], the tile table that kernels read
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """What is static about the steps of a bucket's parameters."""
+
+    tiles: list[
+        StepTiles
+    ]  # rows of gradient, start, length, component, the gradient's number from ``column``, layout
+    layouts: Tensor  # see ``TileTables``
+
+    def to(self, device: torch.device) -> StepTables:
+        """The same on a device."""
+        tiles = [some._replace(rows=upload(some.rows, device)) for some in self.tiles]
+        return StepTables(tiles, upload(self.layouts, device))
+
+
+def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], column: list[int]) -> StepTables:
+    """Cuts the gradients into tiles, those of gradients of each kind in launches of their own.
+
+    Parameters and their states have their gradients' layouts, so that one table serves all of these.
+    """
+    pieces = _pieces(bucket, grads)
+    cut = _cut(pieces.numels, STEP_TILE_BYTES // pieces.itemsizes, bucket.components.argsort(stable=True))
+    piece, start, length = (each.flip(0) for each in cut)  # what was read last first, as in ``build_tables``
+    gradient = pieces.gradients[piece]
+    groups = pieces.groups(_int64(kinds), piece, start, length, bucket.components[piece], _int64(column)[gradient])
+    return StepTables([StepTiles(*group) for group in groups], pieces.layouts)
 
 
 def build_tables(bucket: Bucket, grads: list[Tensor]) -> TileTables:
@@ -97,20 +135,25 @@ class _Pieces:
     dims: int  # of layouts; 0 if there are none
     layouts: Tensor  # see ``TileTables``
     dtypes: list[torch.dtype]
-    dtype_codes: Tensor  # which of them each has
+    dtype_codes: Tensor  # which of them each gradient has
 
     def tiles(self, piece: Tensor, start: Tensor, length: Tensor, *more: Tensor) -> list[Tiles]:
         """Tiles in launches of one dtype each, those with gaps apart."""
-        place = self.places[piece]
-        rows = (self.gradients[piece], self.offsets[piece] + start, length, *more, place.clamp(min=0))
-        table, codes = torch.stack(rows, 1), self.dtype_codes[piece]
-        found = []
-        for code, dtype in enumerate(self.dtypes):
+        groups = self.groups(self.dtype_codes, piece, start, length, *more)
+        return [Tiles(self.dtypes[code], dims, rows) for code, dims, rows in groups]
+
+    def groups(
+        self, codes: Tensor, piece: Tensor, start: Tensor, length: Tensor, *more: Tensor
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Tables of tiles whose gradients have the same code, those with gaps apart: code, dims of layouts, table."""
+        place, gradient = self.places[piece], self.gradients[piece]
+        table = torch.stack((gradient, self.offsets[piece] + start, length, *more, place.clamp(min=0)), 1)
+        own_code = codes[gradient]
+        for code in dict.fromkeys(codes.tolist()):
             for dims in sorted({0, self.dims}):
-                own = table[(codes == code) & ((place >= 0) == (dims > 0))]
+                own = table[(own_code == code) & ((place >= 0) == (dims > 0))]
                 if len(own):
-                    found.append(Tiles(dtype, dims, own.contiguous()))
-        return found
+                    yield code, dims, own.contiguous()
 
 
 def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:
@@ -144,7 +187,7 @@ def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:
         dims,
         _int64(layouts or [0]),
         dtypes,
-        _int64([dtypes.index(g.dtype) for g in grads])[gradient],
+        _int64([dtypes.index(g.dtype) for g in grads]),
     )
 
 

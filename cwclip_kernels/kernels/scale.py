@@ -77,12 +77,9 @@ def clip_kernel(
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
     component = tl.load(row + 3)
-    total = merge_partials(partials, tl.load(spans + component), tl.load(spans + component + 1), ORDER, CHUNK)
-    norm = tl.sqrt(total) if ORDER == 2.0 else total
-    if inverse is not None:
-        norm = norm * tl.load(inverse)
-    norm = norm.to(norms.dtype.element_ty)
-    coef = coefficient(norm, tl.load(caps + component * cap_stride), EPS, NONFINITE)
+    norm, coef, total = measured(
+        component, partials, spans, caps, cap_stride, inverse, norms.dtype.element_ty, ORDER, EPS, NONFINITE, CHUNK
+    )
     if tl.load(row + 4) != 0:
         tl.store(norms + component, norm)
         tl.store(coefs + component, coef)
@@ -92,6 +89,29 @@ def clip_kernel(
     factor = coef if inverse is None else coef.to(tl.float64) * tl.load(inverse)
     if factor != 1.0:
         scale_tile(pointers, row, layouts, factor, coef == 0.0, DTYPE, DIMS, NONFINITE == "zero", ROWS, COLUMNS)
+
+
+@triton.jit
+def measured(
+    component,
+    partials,
+    spans,
+    caps,
+    cap_stride,
+    inverse,
+    DTYPE: tl.constexpr,
+    ORDER: tl.constexpr,
+    EPS: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Norm and coefficient of a component, in DTYPE, and its power sum before unscaling; see ``clip_kernel``."""
+    total = merge_partials(partials, tl.load(spans + component), tl.load(spans + component + 1), ORDER, CHUNK)
+    norm = tl.sqrt(total) if ORDER == 2.0 else total
+    if inverse is not None:
+        norm = norm * tl.load(inverse)
+    norm = norm.to(DTYPE)
+    return norm, coefficient(norm, tl.load(caps + component * cap_stride), EPS, NONFINITE), total
 
 
 @triton.jit

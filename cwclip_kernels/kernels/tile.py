@@ -6,7 +6,7 @@ differs between launches is data, not code. All kernels have these arguments in 
 
     pointers        int64 [n], addresses of the gradients' first elements, which change from step to step
     tiles           int64 [programs, 5 or 6]: gradient, start, length (in elements), two or three columns more
-    layouts         int64, for tiles with gaps between their elements: see ``gapped_lanes``
+    layouts         int64, for tiles with gaps between their elements: see ``gapped_offsets``
     DTYPE           element type of the gradients of this launch
     DIMS            dimensions of the layouts, 0 where there are no gaps
     ORDER           order p of the norm: 1.0, 2.0 or inf
@@ -65,7 +65,15 @@ def edge_lanes(first, head, body, length):
 
 @triton.jit
 def gapped_lanes(pointers, row, layout, at, DTYPE: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to and mask of elements [at, at + COLUMNS) of the tile of one table row, where memory has gaps.
+    """Pointers to and mask of elements [at, at + COLUMNS) of the tile of one table row, where memory has gaps."""
+    offset, mask = gapped_offsets(row, layout, at, DIMS, COLUMNS)
+    first = tl.load(pointers + tl.load(row)).to(tl.pointer_type(DTYPE))
+    return first + offset, mask
+
+
+@triton.jit
+def gapped_offsets(row, layout, at, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of these elements from the gradient's first, and their mask.
 
     ``layout`` points to the offset of the tile's run from the gradient's first element, and then size and stride of
     each dimension, innermost first. The tile's start is an index into that run.
@@ -77,8 +85,7 @@ def gapped_lanes(pointers, row, layout, at, DTYPE: tl.constexpr, DIMS: tl.conste
         size = tl.load(layout + 1 + 2 * dim)
         offset += index % size * tl.load(layout + 2 + 2 * dim)
         index = index // size
-    first = tl.load(pointers + tl.load(row)).to(tl.pointer_type(DTYPE))
-    return first + offset, lane < tl.load(row + 2)
+    return offset, lane < tl.load(row + 2)
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def compile_all(target):
         jobs.append((kernels.clip_kernel, clip, {**fused, **gapped}))
     jobs.append((kernels.power_sums_kernel, sums, {"ORDER": math.inf, **block}))
     jobs.append((kernels.combine_kernel, merge, {"ORDER": 2.0, "CHUNK": triton_tables.CHUNK}))
-    options = {"num_warps": backend._THREADS // gpu.warp_size, "enable_fp_fusion": True}
+    options = {"num_warps": backend.THREADS // gpu.warp_size, "enable_fp_fusion": True}
     reports = []
     for kernel, arguments, constants in jobs:
         types = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}

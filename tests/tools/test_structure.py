@@ -28,10 +28,10 @@ ORDER = [
     components/spec
     thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
-    kernels/tile kernels/combine kernels/power_sums kernels/scale
+    kernels/tile kernels/combine kernels/power_sums kernels/scale kernels/adamw
     backends/served core/checks core/loss_scale backends/memory backends/native core/bucket core/adamw
     reference backends/foreach backends/programs backends/cpu backends/cuda
-    backends/triton_tables backends/triton backends/registry
+    backends/triton_tables backends/triton backends/triton_step backends/registry
     core/options core/plan core/run
     distributed/groups distributed/reduction distributed/local distributed/reduction_plan
     distributed/set_up distributed/run
