@@ -32,8 +32,6 @@ from .served import DTYPES
 from .triton import Call, kernels, launching_on, partial_sums, prepare
 from .triton_tables import StepTables, build_step_tables
 
-# 16-byte loads that each thread has in flight at the least: in gradients, parameters and states together.
-_LOADS = 6
 _BLOCK = 128  # gradients of a program that advances t
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -100,6 +98,7 @@ def _step(bucket: Bucket, call: Call, grads: list[Tensor], step: AdamWStep, fact
         raise RuntimeError(f"backend='triton' {reason}")
     state: _State = bucket.step_state
     found = state.addresses_of(step)
+    state.last = None
     assert found is not None  # since there was no reason against
     tables = place(state.tables, state.placed, device, stream)
     states = state.addresses.on(device, found, stream)
@@ -135,17 +134,18 @@ class Kind(NamedTuple):
 
 
 def block(kind: Kind) -> dict[str, Any]:
-    """The launch configuration. A thread has the same elements of all tensors, in 16 bytes of the widest type."""
-    read = [kind.grad, kind.param, kind.state, kind.state] + [kind.state] * kind.amsgrad
-    each = 16 // max(dtype.itemsize for dtype in read)
-    row = sum(dtype.itemsize for dtype in read) * each / 16
+    """The launch configuration. A thread has the same elements of all tensors, 16 bytes of them in the widest type.
+
+    With 16 bytes of narrower types, stores of the widest would have to exchange elements between threads.
+    """
+    widest = max(dtype.itemsize for dtype in kind[:3])
     return {
         "GRAD": triton.type_of(kind.grad),
         "PARAM": triton.type_of(kind.param),
         "STATE": triton.type_of(kind.state),
         "AMSGRAD": kind.amsgrad,
-        "ROWS": 1 << math.ceil(math.log2(_LOADS / row)),
-        "COLUMNS": triton.THREADS * each,
+        "COLUMNS": triton.THREADS * 16 // widest,
+        "LANES": triton.THREADS,
     }
 
 
@@ -167,7 +167,7 @@ class _State:
     rules: Numbers = field(default_factory=Numbers)
     rule_of: Numbers = field(default_factory=Numbers)
     last_rule_of: tuple[tuple[int, ...], bytes] = ((), b"")
-    last: tuple[weakref.ref[AdamWStep], bytes | None] | None = None  # a step is asked about twice
+    last: tuple[weakref.ref[AdamWStep], bytes | None] | None = None  # a step is checked, then done
 
     @classmethod
     def of(cls, bucket: Bucket, grads: list[Tensor], step: AdamWStep) -> _State:
@@ -177,10 +177,10 @@ class _State:
             for g, p, m, w in zip(grads, step.params, step.exp_avgs, step.max_exp_avg_sqs, strict=True)
         ]
         kinds = list(dict.fromkeys(each))
-        column, place = [], 4 * len(grads)  # of w in the table of addresses
+        column, end = [], 4 * len(grads)  # of w in the table of addresses
         for kind in each:
-            column.append(place if kind.amsgrad else 0)
-            place += kind.amsgrad
+            column.append(end if kind.amsgrad else 0)
+            end += kind.amsgrad
         tables = build_step_tables(bucket, grads, [kinds.index(kind) for kind in each], column)
         tensors = _tensors(step)
         known = None
@@ -214,7 +214,7 @@ def _tensors(step: AdamWStep) -> list[Tensor]:
 
 
 def _forms(tensors: list[Tensor]) -> list[object]:
-    return [(t.dtype, t.shape, t.stride()) for t in tensors]
+    return [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
 
 
 # -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .scale import measured
-from .tile import INF, VECTOR_BYTES, body_lanes, gapped_offsets, narrow, widen
+from .tile import INF, VECTOR_BYTES, gapped_offsets, narrow, widen
 
 
 @triton.jit
@@ -109,16 +109,17 @@ def adamw_kernel(
     AMSGRAD: tl.constexpr,
     DIMS: tl.constexpr,
     ZERO_FILL: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """``m, v, p <- AdamW(factor * g)``, with AMSGRAD w too, over one tile; nothing where ``skip`` is not 0.
 
-    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes for each element, in float32: 16 read and 12 written;
-    with AMSGRAD 20 and 16. Deterministic: elementwise. Float32 arithmetic, float64 for float64; each result is
-    rounded once.
+    Program: one tile, COLUMNS elements at a time, of all tensors. With four tensors to read and few registers, that
+    is enough in flight. Bytes for each element, in float32: 16 read and 12 written; with AMSGRAD 20 and 16.
+    Deterministic: elementwise. Float32 arithmetic, float64 for float64; each result is rounded once.
 
-    Where the tensors don't lie alike in memory modulo 16 bytes, elements are read one by one.
+    What lies outside whole 16-byte vectors goes element by element, LANES at a time, and so does a tile whose tensors
+    don't have their 16-byte boundaries at the same elements, or have gaps.
 
     Further columns of ``tiles``: component, place of w's address in ``states``, layout. Args, beside ``tile``'s:
         factors: float32 or float64 [K], for g; with ZERO_FILL, 0 erases inf and NaN.
@@ -127,6 +128,7 @@ def adamw_kernel(
         scalars: float64 [n, 8], from ``advance_kernel``.
         skip: float32 [] or None.
         GRAD, PARAM, STATE: element types of g; p; m, v and w.
+        COLUMNS, LANES: powers of two.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
     runs = True
@@ -168,8 +170,8 @@ def adamw_kernel(
             others = misalignment(g_at, head, GRAD) | misalignment(m_at, head, STATE)
             others |= misalignment(v_at, head, STATE) | misalignment(w_at, head, STATE)
             body = tl.where(others == 0, (length - head) // VECTOR * VECTOR, 0)
-            for at in range(0, length - body, COLUMNS):
-                lane = at + tl.arange(0, COLUMNS)
+            for at in range(0, length - body, LANES):
+                lane = at + tl.arange(0, LANES)
                 offset = tl.where(lane < head, lane, lane + body)
                 mask = lane < length - body
                 # fmt: off
@@ -181,9 +183,8 @@ def adamw_kernel(
             m = tl.multiple_of(m + head, [VECTOR_BYTES])
             v = tl.multiple_of(v + head, [VECTOR_BYTES])
             w = tl.multiple_of(w + head, [VECTOR_BYTES])
-            _, lanes = body_lanes(g, ROWS, COLUMNS)
-            for at in range(0, body, ROWS * COLUMNS):
-                offset = at + lanes
+            for at in range(0, body, COLUMNS):
+                offset = at + tl.arange(0, COLUMNS)
                 mask = offset < body
                 # fmt: off
                 step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size,
@@ -191,8 +192,8 @@ def adamw_kernel(
                 # fmt: on
         else:
             layout = layouts + tl.load(row + 5)
-            for at in range(0, length, COLUMNS):
-                offset, mask = gapped_offsets(row, layout, at, DIMS, COLUMNS)
+            for at in range(0, length, LANES):
+                offset, mask = gapped_offsets(row, layout, at, DIMS, LANES)
                 # fmt: off
                 step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size,
                      root, rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)

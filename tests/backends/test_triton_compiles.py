@@ -16,11 +16,19 @@ import pytest
 import torch
 
 from cwclip_kernels.backends import triton as backend
-from cwclip_kernels.backends import triton_tables
+from cwclip_kernels.backends import triton_step, triton_tables
 
 # Hopper, Ampere and CDNA 3, the kinds of GPU that training runs on.
 TARGETS = ("cuda:90", "cuda:80", "hip:gfx942")
 COMPILED = (torch.float32, torch.bfloat16)
+# Gradients, parameters and states of an optimizer's step, and how many tensors it reads and writes 16 bytes at a
+# time: those of the widest type, since a thread has the same elements of all.
+STEPPED = {
+    triton_step.Kind(torch.float32, torch.float32, torch.float32, False): (4, 3),
+    triton_step.Kind(torch.bfloat16, torch.bfloat16, torch.bfloat16, False): (4, 3),
+    triton_step.Kind(torch.bfloat16, torch.bfloat16, torch.float32, False): (2, 2),
+    triton_step.Kind(torch.float32, torch.bfloat16, torch.float32, True): (4, 3),
+}
 
 
 @pytest.mark.slow
@@ -34,9 +42,13 @@ def test_compiles_to_wide_loads_without_spills(target, tmp_path):
     run = subprocess.run([sys.executable, __file__, target], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
-    assert len(reports) == 7 * len(COMPILED) + 2
+    assert len(reports) == 7 * len(COMPILED) + 2 + 2 * len(STEPPED) + 3
+    expected = iter(STEPPED.values())
     for report in reports:
-        if report["kernel"] != "combine_kernel" and not report["dims"]:
+        if report["kernel"] == "adamw_kernel" and not report["dims"]:
+            assert (report["wide_loads"], report["wide_stores"]) == next(expected), report
+            assert report["shared"] == 0, report  # bytes, through which threads would exchange elements
+        if report["kernel"] in ("power_sums_kernel", "scale_kernel", "clip_kernel") and not report["dims"]:
             assert report["wide_loads"] >= backend._ROWS, report
         if report["kernel"] in ("scale_kernel", "clip_kernel") and not report["dims"]:
             assert report["wide_stores"] >= backend._ROWS, report
@@ -84,6 +96,7 @@ def compile_all(target):
         jobs.append((kernels.clip_kernel, clip, {**fused, **gapped}))
     jobs.append((kernels.power_sums_kernel, sums, {"ORDER": math.inf, **block}))
     jobs.append((kernels.combine_kernel, merge, {"ORDER": 2.0, "CHUNK": triton_tables.CHUNK}))
+    jobs += jobs_of_a_step(kernels, tables, clip, plain)
     options = {"num_warps": backend.THREADS // gpu.warp_size, "enable_fp_fusion": True}
     reports = []
     for kernel, arguments, constants in jobs:
@@ -94,8 +107,23 @@ def compile_all(target):
     return reports
 
 
+def jobs_of_a_step(kernels, tables, clip, plain):
+    """The kernels of an optimizer's step, with and without what may be None."""
+    once = {**tables, "factors": "*fp32", "states": "*i64", "count": "i32", "scalars": "*fp64"}
+    step = {**once, "skip": "*fp32"}
+    for dtypes in STEPPED:
+        block = {**triton_step.block(dtypes), "ZERO_FILL": True}
+        yield kernels.adamw_kernel, step, {**block, "DIMS": 0}
+        yield kernels.adamw_kernel, once, {**block, "DIMS": 2, "skip": None}
+    advance = {**step, "rule_of": "*i64", "rules": "*fp64"}
+    yield kernels.advance_kernel, advance, {"TIME": backend.type_of(torch.float32), "BLOCK": triton_step._BLOCK}
+    rule = {"ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero", "CHUNK": triton_tables.CHUNK}
+    yield kernels.coefficients_kernel, {**clip, "factors": "*fp64"}, rule
+    yield kernels.coefficients_kernel, plain, {**rule, **dict.fromkeys(("inverse", "factors", "found_inf"))}
+
+
 def inspect(compiled, kind):
-    """Counts 16-byte and other accesses of global memory, and bytes spilled per thread."""
+    """Counts 16-byte and other accesses of global memory, bytes of shared memory, and bytes spilled per thread."""
     if kind == "hip":
         assembly = compiled.asm["amdgcn"]
         names = r"global_load_dwordx4", r"global_store_dwordx4", r"global_store_(?!dwordx4)"
@@ -106,7 +134,8 @@ def inspect(compiled, kind):
         names = rf"ld\.global\S*{wide}", rf"st\.global\S*{wide}", rf"st\.global(?!\S*{wide})"
         spills = spilled(compiled.asm["cubin"])
     loads, stores, others = (len(re.findall(name, assembly)) for name in names)
-    return {"wide_loads": loads, "wide_stores": stores, "narrow_stores": others, "spills": spills}
+    counts = {"wide_loads": loads, "wide_stores": stores, "narrow_stores": others}
+    return {**counts, "shared": compiled.metadata.shared, "spills": spills}
 
 
 def spilled(cubin):
