@@ -161,23 +161,22 @@ def adamw_kernel(
         m = m_at.to(tl.pointer_type(STATE))
         v = v_at.to(tl.pointer_type(STATE))
         w = w_at.to(tl.pointer_type(STATE))
+        layout = layouts + tl.load(row + 5)
+        body = 0
         if DIMS == 0:
-            # Parameters have the smallest elements, hence the most in a vector.
-            SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
-            VECTOR: tl.constexpr = VECTOR_BYTES // SIZE
-            boundary = (p_at + (VECTOR_BYTES - 1)) // VECTOR_BYTES * VECTOR_BYTES
-            head = tl.minimum((boundary - p_at).to(tl.int32) // SIZE, length)
-            others = misalignment(g_at, head, GRAD) | misalignment(m_at, head, STATE)
-            others |= misalignment(v_at, head, STATE) | misalignment(w_at, head, STATE)
-            body = tl.where(others == 0, (length - head) // VECTOR * VECTOR, 0)
-            for at in range(0, length - body, LANES):
+            head, body = common_body(g_at, p_at, m_at, v_at, w_at, length, GRAD, PARAM, STATE)
+        for at in range(0, length - body, LANES):
+            if DIMS == 0:
                 lane = at + tl.arange(0, LANES)
                 offset = tl.where(lane < head, lane, lane + body)
                 mask = lane < length - body
-                # fmt: off
-                step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size,
-                     root, rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)
-                # fmt: on
+            else:
+                offset, mask = gapped_offsets(row, layout, at, DIMS, LANES)
+            # fmt: off
+            step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size, root,
+                 rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)
+            # fmt: on
+        if DIMS == 0:
             g = tl.multiple_of(g + head, [VECTOR_BYTES])
             p = tl.multiple_of(p + head, [VECTOR_BYTES])
             m = tl.multiple_of(m + head, [VECTOR_BYTES])
@@ -190,20 +189,25 @@ def adamw_kernel(
                 step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size,
                      root, rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)
                 # fmt: on
-        else:
-            layout = layouts + tl.load(row + 5)
-            for at in range(0, length, LANES):
-                offset, mask = gapped_offsets(row, layout, at, DIMS, LANES)
-                # fmt: off
-                step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size,
-                     root, rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)
-                # fmt: on
 
 
 @triton.jit
 def element_address(base, start, DTYPE: tl.constexpr):
     """The address of element ``start`` of the tensor whose address is at ``base``."""
     return tl.load(base) + start * (DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def common_body(g_at, p_at, m_at, v_at, w_at, length, GRAD: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr):
+    """Elements before the first 16-byte boundary, and in whole vectors from there on: 0 if these differ by tensor."""
+    # Parameters have the smallest elements, hence the most in a vector.
+    SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = VECTOR_BYTES // SIZE
+    boundary = (p_at + (VECTOR_BYTES - 1)) // VECTOR_BYTES * VECTOR_BYTES
+    head = tl.minimum((boundary - p_at).to(tl.int32) // SIZE, length)
+    off = misalignment(g_at, head, GRAD) | misalignment(m_at, head, STATE)
+    off |= misalignment(v_at, head, STATE) | misalignment(w_at, head, STATE)
+    return head, tl.where(off == 0, (length - head) // VECTOR * VECTOR, 0)
 
 
 @triton.jit
@@ -235,20 +239,25 @@ def step(
     """One block of elements: g times ``factor``, or 0 if ``is_zero``, with ZERO_FILL, into m, v, w and p."""
     WIDE: tl.constexpr = factor.dtype
     STATE: tl.constexpr = m_at.dtype.element_ty
-    g = widen(tl.load(g_at, mask=mask, other=0.0), WIDE) * factor
+    # All loads come first, so that they are in flight together.
+    g = tl.load(g_at, mask=mask, other=0.0)
+    m = tl.load(m_at, mask=mask, other=0.0)
+    v = tl.load(v_at, mask=mask, other=0.0)
+    w = tl.load(w_at, mask=mask, other=0.0) if AMSGRAD else v
+    p = tl.load(p_at, mask=mask, other=0.0)
+    g = widen(g, WIDE) * factor
     if ZERO_FILL:
         g = tl.where(is_zero, 0.0, g)
-    p = widen(tl.load(p_at, mask=mask, other=0.0), WIDE)
-    m = widen(tl.load(m_at, mask=mask, other=0.0), WIDE)
-    v = widen(tl.load(v_at, mask=mask, other=0.0), WIDE)
+    m = widen(m, WIDE)
     m += rate1 * (g - m)
-    v = beta2 * v + rate2 * g * g
+    v = beta2 * widen(v, WIDE) + rate2 * g * g
     tl.store(m_at, narrow(m, STATE), mask=mask)
     tl.store(v_at, narrow(v, STATE), mask=mask)
     if AMSGRAD:
-        w = widen(tl.load(w_at, mask=mask, other=0.0), WIDE)
+        w = widen(w, WIDE)
         v = tl.where((v > w) | (v != v), v, w)  # NaN wins
         tl.store(w_at, narrow(v, STATE), mask=mask)
+    p = widen(p, WIDE)
     if WIDE.is_fp64():
         p = decay * p - size * (m / (tl.sqrt(v) * root + eps))
     else:  # the plain operators are approximations

@@ -8,7 +8,7 @@ import torch
 
 from adamw_steps import LR, RULE, assert_stepped, copy_of, default_dtype_of, layout_copy, random_like, step_of
 from cwclip_kernels import reference
-from cwclip_kernels.backends import triton_step
+from cwclip_kernels.backends import triton, triton_step
 from cwclip_kernels.core.adamw import AdamWStep
 from cwclip_kernels.core.formula import ClipRule
 from cwclip_kernels.core.loss_scale import UNSCALED, LossScale
@@ -76,6 +76,32 @@ def test_misaligned_tensors(backend, state_dtype):
         for now, then, at in zip(memory, before, offsets, strict=True):
             for start, end in ((0, at), (at + 2100, 2150 + at), (2152 + at, 2200)):
                 assert same_bits(now[start:end], then[start:end])
+
+
+# A GPU faults on 16 bytes at any other address, the interpreter doesn't: first elements, then vectors' in bfloat16.
+@pytest.mark.parametrize(
+    ("elements", "state", "expected"),
+    [
+        ([0, 0, 0, 0, 0], torch.bfloat16, (0, 96)),
+        ([3, 3, 3, 3, 3], torch.bfloat16, (5, 88)),
+        ([3, 3, 3, 3, 3], torch.float32, (5, 88)),
+        ([3, 3, 7, 3, 3], torch.float32, (5, 88)),
+        ([3, 3, 7, 3, 3], torch.bfloat16, (5, 0)),
+        ([1, 0, 0, 0, 0], torch.float32, (0, 0)),
+        ([0, 1, 0, 0, 0], torch.float32, (7, 0)),
+        ([0, 0, 1, 0, 0], torch.float32, (0, 0)),
+        ([0, 0, 0, 1, 0], torch.float32, (0, 0)),
+        ([0, 0, 0, 0, 1], torch.float32, (0, 0)),
+    ],
+)
+def test_vectors_are_aligned_in_all_tensors(backend, elements, state, expected):
+    from triton_probe import common_body_kernel
+
+    dtypes = [torch.bfloat16, torch.bfloat16, state, state, state]
+    at = torch.tensor([2**40 + n * dtype.itemsize for n, dtype in zip(elements, dtypes, strict=True)], device=DEVICE)
+    found = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    common_body_kernel[(1,)](at, found, *map(triton.type_of, (torch.bfloat16, torch.bfloat16, state)))
+    assert tuple(found.tolist()) == expected
 
 
 def test_mixed_dtypes_in_one_bucket(backend):
