@@ -16,10 +16,12 @@ import math
 import struct
 import weakref
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..core.adamw import AdamWRule, AdamWStep
 from ..core.bucket import Bucket
@@ -133,6 +135,7 @@ class Kind(NamedTuple):
     amsgrad: bool
 
 
+@cache
 def block(kind: Kind) -> dict[str, Any]:
     """The launch configuration. A thread has the same elements of all tensors, 16 bytes of them in the widest type.
 
@@ -184,7 +187,7 @@ class _State:
         tables = build_step_tables(bucket, grads, [kinds.index(kind) for kind in each], column)
         tensors = _tensors(step)
         known = None
-        if native.unavailable() is None and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+        if native.unavailable() is None and all(type(t) in (Tensor, Parameter) for t in tensors if t is not None):
             known = Addresses(tensors)
         return cls(kinds, tables, known, None if known else _forms(tensors))
 
@@ -196,7 +199,8 @@ class _State:
         if self.native is not None:
             found = self.native.of(tensors, writes=True)
         else:
-            found = packed(map(Tensor.data_ptr, tensors)) if _forms(tensors) == self.forms else None
+            alike = _forms(tensors) == self.forms
+            found = packed(t.data_ptr() for t in tensors if t is not None) if alike else None
         self.last = weakref.ref(step), found
         return found
 
@@ -207,14 +211,13 @@ class _State:
         return self.last_rule_of[1]
 
 
-def _tensors(step: AdamWStep) -> list[Tensor]:
-    """What the step writes, in the order of the kernels' table of addresses."""
-    maxima = [w for w in step.max_exp_avg_sqs if w is not None]
-    return [*step.params, *step.exp_avgs, *step.exp_avg_sqs, *step.steps, *maxima]
+def _tensors(step: AdamWStep) -> list[Tensor | None]:
+    """What the step writes, in the order of the kernels' table of addresses, in which None has no place."""
+    return [*step.params, *step.exp_avgs, *step.exp_avg_sqs, *step.steps, *step.max_exp_avg_sqs]
 
 
-def _forms(tensors: list[Tensor]) -> list[object]:
-    return [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+def _forms(tensors: list[Tensor | None]) -> list[object]:
+    return [None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors]
 
 
 # -------------------------------------------------------------------------------------------------------

@@ -183,6 +183,22 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(backend, monkeypat
     assert len(bucket.step_state.kinds) == 1
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_amsgrad_moves_from_one_parameter_to_another(backend, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(triton_step.native, "unavailable", lambda: "missing")
+    grads = [random_grad((20,)) for _ in range(2)]
+    rules, bucket = (RULE, RULE._replace(amsgrad=True)), one_each(grads)
+    for rule_of in ((0, 1), (1, 0)):
+        step = step_of([random_like(g) for g in grads], rules, rule_of)
+        expected, factors = copy_of(step), torch.ones(2, device=DEVICE)
+        assert triton_step.refuses_step(bucket, grads, step) is None
+        triton_step.adamw_(bucket, grads, step, factors, False, None)
+        reference.adamw_(bucket, grads, expected, factors, False, None)
+        for actual, wanted in zip(step.written(), expected.written(), strict=True):
+            assert_stepped(actual, wanted)
+
+
 # 2^33 elements further on, with addresses as much lower.
 def test_offsets_beyond_32_bits(backend):
     grads = [random_grad((50,), dtype) for dtype in (torch.float32, torch.bfloat16)]
