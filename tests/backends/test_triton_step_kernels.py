@@ -8,7 +8,7 @@ import torch
 
 from adamw_steps import LR, RULE, assert_stepped, copy_of, default_dtype_of, layout_copy, random_like, step_of
 from cwclip_kernels import reference
-from cwclip_kernels.backends import triton, triton_step
+from cwclip_kernels.backends import memory, triton, triton_step
 from cwclip_kernels.core.adamw import AdamWStep
 from cwclip_kernels.core.formula import ClipRule
 from cwclip_kernels.core.loss_scale import UNSCALED, LossScale
@@ -181,6 +181,33 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(backend, monkeypat
         max_exp_avg_sqs=[random_like(g).abs_() for g in grads],
     )
     assert len(bucket.step_state.kinds) == 1
+
+
+# Only the bookkeeping: nothing is captured here, and pinned memory needs a GPU.
+def test_a_captured_step_has_copies_of_its_own(backend, monkeypatch):
+    monkeypatch.setattr(memory, "_pinned", lambda numbers: torch.empty(len(numbers) // 8, dtype=torch.int64))
+    monkeypatch.setattr(memory, "_KEPT_FOR_GRAPHS", kept := [])
+    grads, factors = [random_grad((20,)), random_grad((3,))], torch.ones(2, device=DEVICE)
+    bucket = check_step(grads, step_of([random_like(g) for g in grads]))
+    sent = numbers_of(bucket)
+    before = [numbers.clone() for numbers in sent]
+    monkeypatch.setattr(triton, "stream_of", lambda device: None)
+    step = step_of([random_like(g) for g in grads], (RULE._replace(lr=0.3),))
+    expected = copy_of(step)
+    triton_step.adamw_(bucket, grads, step, factors, False, None)
+    reference.adamw_(bucket, grads, expected, factors, False, None)
+    for actual, wanted in zip(step.written(), expected.written(), strict=True):
+        assert_stepped(actual, wanted)
+    assert all(now is then for now, then in zip(numbers_of(bucket), sent, strict=True))
+    assert all(map(torch.equal, sent, before))
+    assert len(kept) == 6  # two tables, and the addresses and hyperparameters on the host
+
+
+def numbers_of(bucket):
+    """What eager calls have sent to the device."""
+    state = bucket.step_state
+    each = (bucket.state.addresses, state.addresses, state.rules, state.rule_of)
+    return [sent for numbers in each for _, sent in numbers.sent.values()]
 
 
 @pytest.mark.parametrize("native", [True, False])
