@@ -79,9 +79,13 @@ class StepTables:
 
 
 def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], column: list[int]) -> StepTables:
-    """Cuts the gradients into tiles, those of gradients of each kind in launches of their own.
+    """Cuts the gradients into tiles for a step of their parameters, whose memory layouts are the same.
 
-    Parameters and their states have their gradients' layouts, so that one table serves all of these.
+    Args:
+        bucket: of the gradients.
+        grads: its gradients.
+        kinds: of each gradient; those of a kind are stepped in one launch.
+        column: of each gradient a number, which its rows will have.
     """
     pieces = _pieces(bucket, grads)
     cut = _cut(pieces.numels, STEP_TILE_BYTES // pieces.itemsizes, bucket.components.argsort(stable=True))

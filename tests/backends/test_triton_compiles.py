@@ -114,7 +114,7 @@ def jobs_of_a_step(kernels, tables, clip, plain):
     for dtypes in STEPPED:
         block = {**triton_step.block(dtypes), "ZERO_FILL": True}
         yield kernels.adamw_kernel, step, {**block, "DIMS": 0}
-        yield kernels.adamw_kernel, once, {**block, "DIMS": 2, "skip": None}
+        yield kernels.adamw_kernel, {**once, "factors": "*fp64"}, {**block, "DIMS": 2, "skip": None}
     advance = {**step, "rule_of": "*i64", "rules": "*fp64"}
     yield kernels.advance_kernel, advance, {"TIME": backend.type_of(torch.float32), "BLOCK": triton_step._BLOCK}
     rule = {"ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero", "CHUNK": triton_tables.CHUNK}
