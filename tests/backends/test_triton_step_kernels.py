@@ -118,6 +118,23 @@ def test_mixed_dtypes_in_one_bucket(backend):
     assert len(bucket.step_state.kinds) == 6
 
 
+# An optimizer reads a tensor on the CPU itself, so that it takes a GPU to get one here by way of it.
+def test_learning_rates_that_are_tensors_are_read_at_every_step(backend):
+    kinds = (torch.float32, torch.float64, torch.bfloat16)
+    lrs = [torch.full((1,) * i, 0.25, dtype=dtype, device=DEVICE) for i, dtype in enumerate(kinds)]
+    grads = [random_grad((20,)) for _ in range(4)]
+    bucket, factors = one_each(grads), torch.ones(4, device=DEVICE)
+    for _ in range(2):
+        step = step_of([random_like(g) for g in grads], (RULE, *(RULE._replace(lr=lr) for lr in lrs)), (2, 3, 1, 0))
+        expected = copy_of(step)
+        triton_step.adamw_(bucket, grads, step, factors, False, None)
+        reference.adamw_(bucket, grads, expected, factors, False, None)
+        for actual, wanted in zip(step.written(), expected.written(), strict=True):
+            assert_stepped(actual, wanted)
+        for lr in lrs:
+            lr.mul_(2.0)
+
+
 # beta1 = 1/2 makes m half of g, exactly, until it is rounded: to each value's nearest, ties among them.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_are_rounded_once_to_nearest_even(backend, dtype):
@@ -215,7 +232,7 @@ def test_amsgrad_moves_from_one_parameter_to_another(backend, native, monkeypatc
     if not native:
         monkeypatch.setattr(triton_step.native, "unavailable", lambda: "missing")
     grads = [random_grad((20,)) for _ in range(2)]
-    rules, bucket = (RULE, RULE._replace(amsgrad=True)), one_each(grads)
+    rules, bucket = (RULE, RULE._replace(amsgrad=True, lr=0.3)), one_each(grads)
     for rule_of in ((0, 1), (1, 0)):
         step = step_of([random_like(g) for g in grads], rules, rule_of)
         expected, factors = copy_of(step), torch.ones(2, device=DEVICE)
