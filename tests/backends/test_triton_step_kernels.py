@@ -124,8 +124,8 @@ def test_learning_rates_that_are_tensors_are_read_at_every_step(backend):
     lrs = [torch.full((1,) * i, 0.25, dtype=dtype, device=DEVICE) for i, dtype in enumerate(kinds)]
     grads = [random_grad((20,)) for _ in range(4)]
     bucket, factors = one_each(grads), torch.ones(4, device=DEVICE)
-    for _ in range(2):
-        step = step_of([random_like(g) for g in grads], (RULE, *(RULE._replace(lr=lr) for lr in lrs)), (2, 3, 1, 0))
+    for rule_of in ((2, 3, 1, 0), (1, 0, 3, 2)):
+        step = step_of([random_like(g) for g in grads], (RULE, *(RULE._replace(lr=lr) for lr in lrs)), rule_of)
         expected = copy_of(step)
         triton_step.adamw_(bucket, grads, step, factors, False, None)
         reference.adamw_(bucket, grads, expected, factors, False, None)
