@@ -26,7 +26,7 @@ from ..thresholds.base import learnt, load_learnt
 from ..thresholds.constant import MaxNorm
 from . import traced
 from .clipping import Clipping, Names, Unit, is_known_to_hold, joined, names_of
-from .update import AdamWUpdate
+from .update import AdamWUpdate, check_capture, loss_scale_of, rule_of
 
 _OWN = ("max_norm", "correct_bias")  # entries of param groups that torch's AdamW doesn't have
 
@@ -137,8 +137,6 @@ class ComponentClipAdamW(AdamW):
         self._own_defaults = {"max_norm": max_norm, "correct_bias": correct_bias}
         self._state_dtype = state_dtype
         self._clipping = Clipping(options, components, process_group, pp_mesh, names_of(named_parameters))
-        # No class attribute: Lightning's wrapper has this class among its bases, and would show that one.
-        self.last: ClipResult | None = None
         super().__init__(
             params,
             lr,
@@ -183,7 +181,7 @@ class ComponentClipAdamW(AdamW):
                 parameter; nothing is stepped then.
             TypeError, ValueError: a gradient that can't be clipped; nothing is stepped.
         """
-        _check_capture(self)
+        check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -191,8 +189,8 @@ class ComponentClipAdamW(AdamW):
         if is_traced():
             self._traced_step()
             return loss
-        rules = tuple(map(self._rule, self.param_groups))
-        scale, skip = self._loss_scale()
+        rules = tuple(map(rule_of, self.param_groups))
+        scale, skip = loss_scale_of(self)
         options, is_skipped = self._clipping.options, is_known_to_hold(skip, self._clipping.options.raise_nonfinite)
         if is_skipped and options.raise_nonfinite:  # for the scaler inf is no error
             rule = replace(options.rule, nonfinite="propagate")
@@ -238,7 +236,7 @@ class ComponentClipAdamW(AdamW):
                 states,
                 self.param_groups,
                 rule_of,
-                *self._loss_scale(),
+                *loss_scale_of(self),
             )
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
@@ -268,20 +266,6 @@ class ComponentClipAdamW(AdamW):
         max_norm: MaxNorm = self.param_groups[unit.groups[0]]["max_norm"]
         return max_norm
 
-    def _rule(self, group: dict[str, Any]) -> AdamWRule:
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
-        beta1, beta2 = map(float, group["betas"])
-        flags = group["amsgrad"], group["maximize"], group["correct_bias"]
-        return AdamWRule(lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), *flags)
-
-    def _loss_scale(self) -> tuple[LossScale, Tensor | None]:
-        """What ``torch.amp.GradScaler.step`` hands over: the loss's scale, and whether to skip the step."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        inverse = None if grad_scale is None else grad_scale.double().reciprocal()
-        return LossScale.of(inverse, None), None if found_inf is None else found_inf.reshape(())
-
     def _update(self, unit: Unit, rules: tuple[AdamWRule, ...], skip: Tensor | None) -> AdamWUpdate:
         states = unit.states_in(self.state)
         if None in states:
@@ -302,7 +286,7 @@ class ComponentClipAdamW(AdamW):
 
     def _update_one(self, p: Tensor, group: dict[str, Any]) -> AdamWUpdate:
         """One parameter's step, for ``clip_in_backward``; the parameter has a gradient."""
-        rule = self._rule(group)
+        rule = rule_of(group)
         state = self.state[p] or self._new_state(p, rule.amsgrad)
         return AdamWUpdate((p,), (state,), (rule,), (0,), None, self._clipping.options.backend)
 
@@ -409,19 +393,9 @@ class ComponentClipAdamW(AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("last", None)  # of a copy
         clipping = self._clipping
         if isinstance(clipping, tuple):  # of a copy
             options, components, names = clipping
             params = [p for group in self.param_groups for p in group["params"]]
             own = {id(p): name for p, name in zip(params, names, strict=True) if name is not None}
             self._clipping = Clipping(options, components, names=own)
-
-
-def _check_capture(optimizer: AdamW) -> None:
-    """Torch's own check that a step that is captured into a graph can be."""
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-        check = getattr(optimizer, name, None)
-        if check is not None:
-            check()
-            return

@@ -133,7 +133,7 @@ class Clipping:
         given = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
         names = [self.names.get(id(p), name) for p, name in zip(tensors, given, strict=True)]
         missing = [i for i, name in enumerate(names) if name is None]
-        if len(missing) == len(names):
+        if len(missing) == len(names) and not self.names:
             return named_tensors(tensors)
         if missing:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..backends.registry import FUSED, FUSED_STEPS, step_backend
 from ..core.adamw import AdamWRule, AdamWStep, FusedStepBackend
@@ -112,3 +113,29 @@ def _refusal(fused: FusedStepBackend, bucket: Bucket, grads: list[Tensor], step:
     if not bucket.plain:
         return "doesn't step complex parameters"
     return fused.refuses_step(bucket, grads, step)
+
+
+def rule_of(group: dict[str, Any]) -> AdamWRule:
+    """The hyperparameters of a param group, a tensor on the CPU as number."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = lr.item()
+    beta1, beta2 = map(float, group["betas"])
+    flags = group["amsgrad"], group["maximize"], group["correct_bias"]
+    return AdamWRule(lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), *flags)
+
+
+def loss_scale_of(optimizer: Optimizer) -> tuple[LossScale, Tensor | None]:
+    """What ``torch.amp.GradScaler.step`` hands over: the loss's scale, and whether to skip the step."""
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    inverse = None if grad_scale is None else grad_scale.double().reciprocal()
+    return LossScale.of(inverse, None), None if found_inf is None else found_inf.reshape(())
+
+
+def check_capture(optimizer: Optimizer) -> None:
+    """Torch's own check that a step that is captured into a graph can be."""
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        check = getattr(optimizer, name, None)
+        if check is not None:
+            check()
+            return
