@@ -244,7 +244,7 @@ def test_what_a_named_backend_cant_step_is_refused_before_anything_changes(backe
     optimizer = ComponentClipAdamW(params, max_norm=CAP, backend=backend)
     give_gradients(params)
     params[1].grad = params[1].grad.t().contiguous().t()  # another layout than its parameter's
-    with pytest.raises(RuntimeError, match=f"backend='{backend}' .*shapes and strides"):
+    with pytest.raises(RuntimeError, match=f"backend='{backend}' .*(strides|layout)"):
         optimizer.step()
     assert all(map(same_bits, params, before))
 
