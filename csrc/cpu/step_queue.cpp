@@ -10,7 +10,7 @@ namespace {
 // Half of a small L2: the gradient of a component that one thread measures and updates, beside what streams through.
 constexpr int64_t kAloneBytes = 512 * 1024;
 constexpr int64_t kBatchBytes = 256 * 1024;
-constexpr int64_t kRunTiles = 8;    // of kTileBytes: what is updated in one go
+constexpr int64_t kRunTiles = 64;   // of kTileBytes: what is updated in one go
 constexpr int64_t kShareTiles = 4;  // at the least
 
 }  // namespace

@@ -56,15 +56,18 @@ CWCLIP_INLINE void update(Vector& p, Vector g, Vector& m, Vector& v, Vector& w, 
   p = p * a.decay - (m / (root_of(kMaximum ? w : v) + a.eps)) * a.size;
 }
 
-// Calls each(p, g, m, v, w) for runs of kLanes elements; the last ones in copies padded with zeros, which are copied back.
+// Calls each(p, g, m, v, w) for runs of kLanes elements, backwards: what was read last, for the norm, is still in cache.
+// The elements that don't fill a run come last, in copies padded with zeros, which are copied back.
 template <int64_t kLanes, int64_t kP, int64_t kG, int64_t kS, class Each>
 CWCLIP_INLINE void for_each_vector(char* p, const char* g, char* m, char* v, char* w, int64_t n, const Each& each) {
-  for (; n >= kLanes; n -= kLanes) {
-    each(p, g, m, v, w);
-    p += kLanes * kP, g += kLanes * kG, m += kLanes * kS, v += kLanes * kS;
-    if (w != nullptr) w += kLanes * kS;
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = whole - kLanes; i >= 0; i -= kLanes) {
+    each(p + i * kP, g + i * kG, m + i * kS, v + i * kS, w == nullptr ? nullptr : w + i * kS);
   }
-  if (n == 0) return;
+  if (n == whole) return;
+  n -= whole;
+  p += whole * kP, g += whole * kG, m += whole * kS, v += whole * kS;
+  if (w != nullptr) w += whole * kS;
   char padded[5][kLanes * 8] = {};
   std::memcpy(padded[0], p, n * kP);
   std::memcpy(padded[1], g, n * kG);
