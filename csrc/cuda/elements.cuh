@@ -116,6 +116,21 @@ CWCLIP_DEVICE Vector map_elements(const Vector& v, Map&& map) {
   return result;
 }
 
+// Calls work(std::integral_constant-like tag) with the job's dtype as a compile-time constant.
+template <DType value>
+struct DTypeTag {
+  static constexpr DType dtype = value;
+};
+template <class Each>
+CWCLIP_DEVICE void with_dtype(DType dtype, Each&& work) {
+  switch (dtype) {
+    case DType::f32: return work(DTypeTag<DType::f32>());
+    case DType::bf16: return work(DTypeTag<DType::bf16>());
+    case DType::f16: return work(DTypeTag<DType::f16>());
+    case DType::f64: return work(DTypeTag<DType::f64>());
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Walking a dense run
 // ---------------------------------------------------------------------------------------------------------------------
