@@ -189,6 +189,63 @@ def cuda_clip(
 ) -> None:
     """Launches what ``cpu_clip`` does."""
 
+def cuda_step_table(program: CudaProgram, stepped: bytes, /) -> bytes:
+    """What ``cuda_adamw`` and ``cuda_clip_adamw`` need on the device, for tensors that lie where they are.
+
+    Args:
+        program: of the bucket of gradients.
+        stepped: int64, for each gradient: addresses of p, m, v, w (0 without amsgrad) and t; its rule; the dtype of
+            p, and that of m, v and w: 0 float32, 1 bfloat16, 2 float16, 3 float64; whether t is float64, not float32.
+    """
+
+def cuda_adamw(
+    program: CudaProgram,
+    addresses: bytes,
+    stream: int,
+    workspace: int,
+    table: int,
+    rules: bytes,
+    skip: int,
+    factors: int,
+    wide: bool,
+    zero_fill: bool,
+    /,
+) -> None:
+    """Launches the step of ``core.adamw``.
+
+    Args:
+        program: of the bucket of gradients.
+        addresses: of the gradients, which are read only.
+        stream: to launch on.
+        workspace: as for ``cuda_power_sums``.
+        table: from ``cuda_step_table``, on the device; a part of it is written.
+        rules: of each float64 lr, beta1, beta2, eps, weight_decay; the address of lr on the device, or 0; int32
+            whether that is float64, not float32; maximize; correct_bias; 0.
+        skip: float32 [], nothing is stepped unless it is 0; or 0.
+        factors: [K], float64 if ``wide``, else float32.
+        wide: see there.
+        zero_fill: whether a factor of 0 erases inf and NaN.
+    """
+
+def cuda_clip_adamw(
+    program: CudaProgram,
+    addresses: bytes,
+    stream: int,
+    workspace: int,
+    table: int,
+    rules: bytes,
+    skip: int,
+    rule: Rule,
+    caps: int,
+    caps_stride: int,
+    inverse: int,
+    found_inf: int,
+    norms: int,
+    coefs: int,
+    /,
+) -> None:
+    """Launches norms and coefficients as ``cuda_clip``, and the step by them; arguments as there and above."""
+
 def cuda_stream(device: int, /) -> tuple[int, bool]:
     """Torch's current stream on a device, and whether it is being captured."""
 

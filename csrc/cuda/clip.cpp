@@ -64,20 +64,22 @@ PyObject* py_power_sums(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return enqueued(arguments, request);
 }
 
-PyObject* py_scale(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 7, "cuda_scale(program, addresses, stream, workspace, coefs, wide, zero_fill)");
-  Request request = request_of(arguments, Kind::scale);
+// What is multiplied with given factors takes these, whether they are float64, and whether 0 erases inf and NaN.
+void read_factors(Arguments& arguments, Request& request) {
   request.results.coefs = arguments.pointer<void>();
   request.rule.wide = arguments.flag();
   request.rule.nonfinite = arguments.flag() ? NonFinite::zero : NonFinite::propagate;
+}
+
+PyObject* py_scale(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 7, "cuda_scale(program, addresses, stream, workspace, coefs, wide, zero_fill)");
+  Request request = request_of(arguments, Kind::scale);
+  read_factors(arguments, request);
   return enqueued(arguments, request);
 }
 
-PyObject* py_clip(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 11,
-                      "cuda_clip(program, addresses, stream, workspace, rule, caps, caps_stride, inverse, found_inf, "
-                      "norms, coefs)");
-  Request request = request_of(arguments, Kind::clip);
+// What clipping takes: rule, caps, caps_stride, inverse, found_inf, norms, coefs.
+void read_clip(Arguments& arguments, Request& request) {
   const auto* const rule = arguments.capsule<ClipRule>();
   const auto* const caps = arguments.pointer<const double>();
   const int64_t caps_stride = arguments.number();
@@ -85,9 +87,62 @@ PyObject* py_clip(PyObject*, PyObject* const* values, Py_ssize_t count) {
   request.results.found_inf = arguments.pointer<uint32_t>();
   request.results.norms = arguments.pointer<void>();
   request.results.coefs = arguments.pointer<void>();
-  if (arguments.failed()) return nullptr;
+  if (arguments.failed()) return;
   request.order = rule->order;
   request.rule = {caps, caps_stride, inverse, rule->eps, rule->nonfinite, request.program->wide};
+}
+
+PyObject* py_clip(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 11,
+                      "cuda_clip(program, addresses, stream, workspace, rule, caps, caps_stride, inverse, found_inf, "
+                      "norms, coefs)");
+  Request request = request_of(arguments, Kind::clip);
+  read_clip(arguments, request);
+  return enqueued(arguments, request);
+}
+
+PyObject* py_step_table(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 2, "cuda_step_table(program, stepped)");
+  const auto* const program = arguments.capsule<Program>();
+  const Bytes stepped = arguments.bytes();
+  if (arguments.failed()) return nullptr;
+  if (stepped.size != static_cast<Py_ssize_t>(sizeof(Stepped)) * program->gradients) {
+    return raise(PyExc_ValueError, "stepped: expected 9 numbers for each gradient of the program");
+  }
+  return guarded([&] {
+    const std::string table = make_step_table(*program, stepped.as<Stepped>());
+    return PyBytes_FromStringAndSize(table.data(), static_cast<Py_ssize_t>(table.size()));
+  });
+}
+
+// What a step takes first: table, rules, skip.
+void read_step(Arguments& arguments, Request& request) {
+  request.step.table = arguments.pointer<char>();
+  const Bytes rules = arguments.bytes();
+  request.step.skip = arguments.pointer<const float>();
+  request.step.rules = rules.as<AdamWRule>();
+  request.step.count = static_cast<size_t>(rules.size) / sizeof(AdamWRule);
+  if (rules.size % static_cast<Py_ssize_t>(sizeof(AdamWRule)) != 0) {
+    arguments.fail(PyExc_ValueError, "rules: expected 64 bytes for each");
+  }
+}
+
+PyObject* py_adamw(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 10,
+                      "cuda_adamw(program, addresses, stream, workspace, table, rules, skip, factors, wide, zero_fill)");
+  Request request = request_of(arguments, Kind::step);
+  read_step(arguments, request);
+  read_factors(arguments, request);
+  return enqueued(arguments, request);
+}
+
+PyObject* py_clip_adamw(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 14,
+                      "cuda_clip_adamw(program, addresses, stream, workspace, table, rules, skip, rule, caps, "
+                      "caps_stride, inverse, found_inf, norms, coefs)");
+  Request request = request_of(arguments, Kind::clip_step);
+  read_step(arguments, request);
+  read_clip(arguments, request);
   return enqueued(arguments, request);
 }
 
@@ -121,6 +176,9 @@ PyMethodDef methods[] = {
     method("cuda_power_sums", &py_power_sums),
     method("cuda_scale", &py_scale),
     method("cuda_clip", &py_clip),
+    method("cuda_step_table", &py_step_table),
+    method("cuda_adamw", &py_adamw),
+    method("cuda_clip_adamw", &py_clip_adamw),
     method("cuda_stream", &py_stream),
     method("cuda_obstacle", &py_obstacle),
     {nullptr, nullptr, 0, nullptr},

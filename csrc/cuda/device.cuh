@@ -21,6 +21,9 @@ constexpr int kWorkerWarps = 8;
 struct alignas(16) Vector {
   uint32_t word[4];
 };
+struct alignas(8) HalfVector {
+  uint32_t word[2];
+};
 
 CWCLIP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 CWCLIP_DEVICE uint32_t block_index() { return blockIdx.x; }
@@ -36,6 +39,12 @@ CWCLIP_DEVICE void pause() {
 #if __CUDA_ARCH__ >= 700
   __nanosleep(100);
 #endif
+}
+
+// The same value, of which the compiler knows nothing, and no load is moved to before it.
+CWCLIP_DEVICE int hidden(int value) {
+  asm volatile("" : "+r"(value)::"memory");
+  return value;
 }
 
 // What blocks share. Relaxed: the value alone. Acquire and release: with everything written before.
@@ -81,6 +90,14 @@ CWCLIP_DEVICE void store_vector_last(Vector* p, Vector v) {
   __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 
+CWCLIP_DEVICE HalfVector load_vector_last(const HalfVector* p) {
+  const uint2 v = __ldcs(reinterpret_cast<const uint2*>(p));
+  return {{v.x, v.y}};
+}
+CWCLIP_DEVICE void store_vector_last(HalfVector* p, HalfVector v) {
+  __stcs(reinterpret_cast<uint2*>(p), make_uint2(v.word[0], v.word[1]));
+}
+
 CWCLIP_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 CWCLIP_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 CWCLIP_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
@@ -117,7 +134,11 @@ CWCLIP_DEVICE double multiply_add(double a, double b, double c) { return __fma_r
 // IEEE, whatever flags the file is compiled with.
 CWCLIP_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 CWCLIP_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+CWCLIP_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+CWCLIP_DEVICE double quotient(double a, double b) { return __ddiv_rn(a, b); }
+CWCLIP_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 CWCLIP_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
+CWCLIP_DEVICE double power(double a, double b) { return ::pow(a, b); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // On the host

@@ -1,4 +1,5 @@
-// Component clipping on a GPU: one kernel in three modes, and a small one that starts from given coefficients.
+// Component clipping on a GPU: one kernel in three modes, and a small one that starts from given coefficients. An
+// optimizer's step takes Mode::sum alone, and then what adamw.cuh has.
 //
 //   norm_c = (sum over the tiles of component c of |g|^p)^(1/p);  coef_c = min(1, cap_c / (norm_c + eps));  g <- coef_c g
 //

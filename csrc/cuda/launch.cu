@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include "adamw.cuh"
 #include "kernels.cuh"
 
 #include <algorithm>
@@ -38,6 +39,8 @@ class Launcher {
     call_.rule = request.rule;
     call_.components = program_.components;
     call_.measured = program_.measured;
+    call_.lists = request.kind == Kind::clip;
+    if (request.step.table != nullptr) steps_ = steps_at(program_, request.step.table, request.step.skip);
   }
 
   Failure all() {
@@ -54,6 +57,11 @@ class Launcher {
         if (one_launch) return by_order<Mode::both>(true);
         const Failure failure = by_order<Mode::sum>(false);
         return failure != nullptr ? failure : by_capacity<Mode::scale, Order::two>(true);
+      }
+      case Kind::step: return step();
+      case Kind::clip_step: {
+        const Failure failure = by_order<Mode::sum>(true);
+        return failure != nullptr ? failure : step();
       }
     }
     return "no such call";
@@ -88,14 +96,48 @@ class Launcher {
       // What was measured last is scaled first.
       call_.range = program_.ranges[mode == Mode::scale ? launches - 1 - i : i];
       call_.range.last = last && i == launches - 1;
-      const Range& range = call_.range;
-      for (int32_t s = range.segment_begin; s < range.segment_end; ++s) {
-        addresses.address[s - range.segment_begin] = request_.addresses[program_.gradient_of[s]];
-      }
-      const uint32_t blocks = blocks_for(range.tile_end - range.tile_begin);
+      fill(addresses);
+      const uint32_t blocks = blocks_for(call_.range.tile_end - call_.range.tile_begin);
       constexpr auto kernel = clip_kernel<mode, order, kCapacity, kGaps>;
       const Failure failure = launch<kernel>(blocks, kThreads, stream(), call_, addresses);
       if (failure != nullptr) return failure;
+    }
+    return nullptr;
+  }
+
+  // The addresses of the gradients in this launch's range.
+  template <int kCapacity>
+  void fill(Addresses<kCapacity>& addresses) const {
+    const Range& range = call_.range;
+    for (int32_t s = range.segment_begin; s < range.segment_end; ++s) {
+      addresses.address[s - range.segment_begin] = request_.addresses[program_.gradient_of[s]];
+    }
+  }
+
+  Failure step() {
+    const uint32_t gradients = static_cast<uint32_t>(program_.gradients);
+    const uint32_t blocks = blocks_for((gradients + kWorkers - 1) / kWorkers);
+    Rules rules;
+    for (size_t first = 0; first < request_.step.count; first += kRules) {
+      rules.first = static_cast<uint32_t>(first);
+      rules.count = static_cast<uint32_t>(std::min<size_t>(kRules, request_.step.count - first));
+      std::copy_n(request_.step.rules + first, rules.count, rules.rule);
+      if (const Failure failure = launch<advance_kernel>(blocks, kWorkers, stream(), steps_, gradients, rules)) return failure;
+    }
+    if (program_.gaps) return step_ranges<kManyAddresses, true>();
+    return program_.few ? step_ranges<kFewAddresses, false>() : step_ranges<kManyAddresses, false>();
+  }
+
+  template <int kCapacity, bool kGaps>
+  Failure step_ranges() {
+    Addresses<kCapacity> addresses;
+    for (size_t i = program_.ranges.size(); i-- > 0;) {  // what was measured last first
+      call_.range = program_.ranges[i];
+      if (call_.range.tile_begin == call_.range.tile_end) continue;
+      fill(addresses);
+      const uint32_t blocks = call_.range.tile_end - call_.range.tile_begin;
+      constexpr auto kernel = step_kernel<kCapacity, kGaps>;
+      if (const Failure failure = launch<kernel>(blocks, kWorkers, stream(), call_, steps_, addresses)) return failure;
     }
     return nullptr;
   }
@@ -108,6 +150,7 @@ class Launcher {
   const Program& program_;
   const uint32_t resident_;  // blocks that run at a time
   Call call_ = {};
+  Steps steps_ = {};
 };
 
 }  // namespace

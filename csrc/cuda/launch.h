@@ -5,9 +5,17 @@
 
 namespace cwclip::cuda {
 
-enum class Kind : int32_t { power_sums, scale, clip };
+enum class Kind : int32_t { power_sums, scale, clip, step, clip_step };
 
-// Everything about one call. Memory is the device's, but for program and addresses.
+// What the calls that step parameters bring.
+struct StepRequest {
+  char* table;             // make_step_table
+  const AdamWRule* rules;  // not the device's
+  size_t count;
+  const float* skip;       // see Steps
+};
+
+// Everything about one call. Memory is the device's, but for program, addresses and rules.
 struct Request {
   Kind kind;
   Order order;
@@ -17,6 +25,7 @@ struct Request {
   Results results;
   CallRule rule;
   void* stream;
+  StepRequest step;
 };
 
 // Puts the call's kernels on its stream, without waiting; the reason if that fails, or null.

@@ -1,7 +1,7 @@
 // What calls on a GPU work on: plain structs that host and device share, and a bucket's program.
 #pragma once
 
-#include "../common/types.h"
+#include "step.h"
 
 #include <string>
 #include <vector>
@@ -75,6 +75,7 @@ struct Call {
   CallRule rule;
   uint32_t components;          // K
   uint32_t measured;            // components that have tiles
+  uint32_t lists;               // whether tiles of components that are clipped are listed, to be scaled
 };
 
 // Addresses travel in the kernel's own parameters: no copy to the device, and safe in CUDA graphs. 4 KB of parameters
@@ -86,8 +87,8 @@ template <int kCapacity>
 struct Addresses {
   void* address[kCapacity];
 };
-static_assert(sizeof(Call) + sizeof(Addresses<kFewAddresses>) <= 4096, "fits the small parameter space");
-static_assert(sizeof(Call) + sizeof(Addresses<kManyAddresses>) <= 32764, "fits the large parameter space");
+static_assert(sizeof(Call) + sizeof(Steps) + sizeof(Addresses<kFewAddresses>) <= 4096, "fits the small parameter space");
+static_assert(sizeof(Call) + sizeof(Steps) + sizeof(Addresses<kManyAddresses>) <= 32764, "fits the large parameter space");
 
 // What is static about the calls with one bucket of gradients, as the host needs it.
 struct Program {

@@ -88,7 +88,7 @@ CWCLIP_DEVICE void finish_component(const Call& call, uint32_t component, int la
       const double coef = rounded(coefficient(norm, cap, call.rule), wide);
       store_result(call.results.norms, component, norm, wide);
       store_result(call.results.coefs, component, coef, wide);
-      clipped = product(coef, inverse) != 1;  // NaN included
+      clipped = call.lists && product(coef, inverse) != 1;  // NaN included
       if (call.results.found_inf != nullptr && !is_finite(sum)) store_relaxed(call.results.found_inf, bits_of(1.0f));
     }
   }

@@ -1,5 +1,7 @@
 """The CUDA kernels, csrc/cuda/: at most two launches a call, addresses in the kernel's own parameters, no sync.
 
+An optimizer's step takes three: norms, what follows from each t, and the update.
+
 Static tables lie on the device from the first call on.
 
 CUDA graphs: call once before capturing. Addresses are frozen into the graph, caps are read at every replay.
@@ -16,11 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.adamw import AdamWStep
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
 from . import native
-from .memory import BEFORE_CAPTURE, keep_for_graphs, upload
+from .cuda_step import refuses_step as refuses_step
+from .cuda_step import step_arguments
+from .memory import BEFORE_CAPTURE, OnDevice, keep_for_graphs
 from .native import Addresses
 from .programs import ProgramState, look_up, program_arguments
 from .served import unserved
@@ -85,11 +90,36 @@ def clip_(
     return norms, coefs
 
 
+def clip_adamw_(
+    bucket: Bucket,
+    grads: list[Tensor],
+    step: AdamWStep,
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale,
+    addresses: bytes | None,
+) -> tuple[Tensor, Tensor]:
+    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, and the step of ``core.adamw`` by them."""
+    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
+    coefs = torch.empty_like(norms)
+    arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
+    _launch_step(native._C.cuda_clip_adamw, bucket, grads, step, addresses, (caps, loss_scale), *arguments)
+    return norms, coefs
+
+
+def adamw_(
+    bucket: Bucket, grads: list[Tensor], step: AdamWStep, factors: Tensor, zero_fill: bool, addresses: bytes | None
+) -> None:
+    """The step of ``core.adamw`` by given factors [K]."""
+    factors = factors.contiguous()
+    arguments = factors.data_ptr(), factors.dtype == torch.float64, zero_fill
+    _launch_step(native._C.cuda_adamw, bucket, grads, step, addresses, (), *arguments)
+
+
 @dataclass
 class _State(ProgramState):
     program: _C.CudaProgram
-    tables: Tensor  # uint8, on the device
-    arrived: torch.cuda.Event | None  # when the tables have; None on the CPU
+    tables: OnDevice  # uint8
     workspace_bytes: int
     workspaces: dict[int, Tensor] = field(default_factory=dict)  # by stream, whose calls come one after another
 
@@ -110,7 +140,7 @@ def _launch(
         if capturing:
             # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
             workspace = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=bucket.device)
-            keep_for_graphs(state.tables, *read)
+            keep_for_graphs(state.tables.tensor, *read)
         else:
             found = state.workspaces.get(stream)
             workspace = _new_workspace(state, stream, bucket.device) if found is None else found
@@ -119,6 +149,25 @@ def _launch(
         except RuntimeError:
             state.workspaces.pop(stream, None)  # a part of the call may have been launched, and not left zeros
             raise
+
+
+def _launch_step(
+    function: Callable[[_C.CudaProgram, bytes, int, int, int, bytes, int, Unpack[Arguments]], None],
+    bucket: Bucket,
+    grads: list[Tensor],
+    step: AdamWStep,
+    addresses: bytes | None,
+    read: tuple[object, ...],
+    *arguments: Unpack[Arguments],
+) -> None:
+    """The same for a step."""
+
+    def launch(program: _C.CudaProgram, places: bytes, stream: int, workspace: int, *own: Unpack[Arguments]) -> None:
+        _, capturing = native._C.cuda_stream(bucket.device.index or 0)
+        first, _alive = step_arguments(program, bucket, step, stream, capturing)
+        function(program, places, stream, workspace, *first, *own)
+
+    _launch(launch, bucket, grads, addresses, False, read, *arguments)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -130,10 +179,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 def _new_workspace(state: _State, stream: int, device: torch.device) -> Tensor:
     """Zeros, for the current stream, which from here on also sees the tables."""
-    if state.arrived is not None:
-        current = torch.cuda.current_stream(device)
-        current.wait_event(state.arrived)
-        state.tables.record_stream(current)
+    state.tables.wait(stream)
     state.workspaces[stream] = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=device)
     return state.workspaces[stream]
 
@@ -142,10 +188,6 @@ def _make_state(capturing: bool, bucket: Bucket, addresses: Addresses) -> _State
     if capturing:
         raise RuntimeError(BEFORE_CAPTURE)
     program, on_host, workspace_bytes = native._C.cuda_program(*program_arguments(bucket, addresses))
-    tables = upload(torch.frombuffer(bytearray(on_host), dtype=torch.uint8), bucket.device)
-    native._C.cuda_place(program, tables.data_ptr(), bucket.device.index or 0)
-    arrived = None
-    if tables.is_cuda:
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record(torch.cuda.current_stream(bucket.device))
-    return _State(addresses, program, tables, arrived, workspace_bytes)
+    tables = OnDevice(torch.frombuffer(bytearray(on_host), dtype=torch.uint8), bucket.device)
+    native._C.cuda_place(program, tables.tensor.data_ptr(), bucket.device.index or 0)
+    return _State(addresses, program, tables, workspace_bytes)

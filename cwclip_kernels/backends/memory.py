@@ -22,6 +22,31 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
+class OnDevice:
+    """A table brought to a device on its current stream, for kernels on this stream and others.
+
+    Attributes:
+        tensor: the table there.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device) -> None:
+        self.tensor = upload(table, device)
+        self._arrived: torch.cuda.Event | None = None  # None on the CPU
+        self._seen: set[int] = set()  # streams that have waited
+        if self.tensor.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(device))
+
+    def wait(self, stream: int) -> None:
+        """Lets the current stream, which this number stands for, wait until the table is there."""
+        if self._arrived is None or stream in self._seen:
+            return
+        current = torch.cuda.current_stream(self.tensor.device)
+        current.wait_event(self._arrived)
+        self.tensor.record_stream(current)
+        self._seen.add(stream)
+
+
 def keep_for_graphs(*used: object) -> None:
     """Keeps what a graph being captured reads for as long as the program runs."""
     _KEPT_FOR_GRAPHS.append(used)

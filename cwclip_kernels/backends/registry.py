@@ -53,7 +53,7 @@ FUSED: dict[str, FusedBackend] = {"cuda": cuda, "cpu": cpu, "triton": triton}
 BACKENDS: dict[str, Backend] = {**FUSED, "foreach": foreach, "reference": reference}
 
 # An optimizer's step: those that measure, clip and step in one go; all others step with torch's operators.
-FUSED_STEPS: dict[str, FusedStepBackend] = {"cpu": cpu, "triton": triton_step}
+FUSED_STEPS: dict[str, FusedStepBackend] = {"cuda": cuda, "cpu": cpu, "triton": triton_step}
 
 
 def step_backend(backend: str, refusal: str | None) -> StepBackend:

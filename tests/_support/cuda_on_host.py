@@ -20,7 +20,7 @@ from cwclip_kernels.backends.served import unserved
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "g++").split()[0]
-CSRC = [ROOT / "csrc" / name for name in ("common/pieces.cpp", "cuda/program.cpp")]
+CSRC = [ROOT / "csrc" / name for name in ("common/pieces.cpp", "cuda/program.cpp", "cuda/step.cpp")]
 KERNELS = ["-x", "c++", ROOT / "csrc/cuda/launch.cu"]
 FLAGS = ["-std=c++20", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 

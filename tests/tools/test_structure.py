@@ -30,7 +30,7 @@ ORDER = [
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/scale kernels/adamw
     backends/served core/checks core/loss_scale backends/memory backends/native core/bucket core/adamw
-    reference backends/foreach backends/programs backends/cpu backends/cuda
+    reference backends/foreach backends/programs backends/cpu backends/cuda_step backends/cuda
     backends/triton_tables backends/triton backends/triton_step backends/registry
     core/options core/plan core/run
     distributed/groups distributed/reduction distributed/local distributed/reduction_plan

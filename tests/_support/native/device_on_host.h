@@ -33,6 +33,9 @@ constexpr int kWorkerWarps = 8;
 struct alignas(16) Vector {
   uint32_t word[4];
 };
+struct alignas(8) HalfVector {
+  uint32_t word[2];
+};
 
 inline int thread_index() { return on_host::thread_index(); }
 inline uint32_t block_index() { return on_host::block_index(); }
@@ -53,6 +56,7 @@ inline double from_lane_above(double value, int distance) {
   return value;
 }
 inline void pause() { on_host::pause(); }
+inline int hidden(int value) { return value; }
 
 inline uint32_t fetch_add_relaxed(uint32_t* p, uint32_t n) {
   on_host::maybe_switch();
@@ -76,9 +80,10 @@ inline void store_relaxed(uint32_t* p, uint32_t value) {
 // A plain load here: order comes from the counter that was acquired before, and ThreadSanitizer shall see that it does.
 inline double load_relaxed(const double* p) { return *p; }
 
-inline const Vector* checked(const Vector* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
-    std::fprintf(stderr, "a 16-byte access to %p, which a GPU would refuse\n", static_cast<const void*>(p));
+template <class T>
+inline const T* checked(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) {
+    std::fprintf(stderr, "a %zu-byte access to %p, which a GPU would refuse\n", sizeof(T), static_cast<const void*>(p));
     std::abort();
   }
   return p;
@@ -86,6 +91,8 @@ inline const Vector* checked(const Vector* p) {
 inline Vector load_vector(const Vector* p) { return *checked(p); }
 inline Vector load_vector_last(const Vector* p) { return *checked(p); }
 inline void store_vector_last(Vector* p, Vector v) { *const_cast<Vector*>(checked(p)) = v; }
+inline HalfVector load_vector_last(const HalfVector* p) { return *checked(p); }
+inline void store_vector_last(HalfVector* p, HalfVector v) { *const_cast<HalfVector*>(checked(p)) = v; }
 
 template <class To, class From>
 To cast_bits(From from) {
@@ -116,7 +123,11 @@ inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c);
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 inline float product(float a, float b) { return a * b; }
 inline double product(double a, double b) { return a * b; }
+inline float quotient(float a, float b) { return a / b; }
+inline double quotient(double a, double b) { return a / b; }
+inline float square_root(float x) { return std::sqrt(x); }
 inline double square_root(double x) { return std::sqrt(x); }
+inline double power(double a, double b) { return std::pow(a, b); }
 
 // On the host.
 
