@@ -1,11 +1,17 @@
-"""The backends that tests on a GPU go through."""
+"""The backends that tests on a GPU go through, and the machines that stand in for one."""
 
 import os
+import random
 
 import pytest
 import torch
 
+import cuda_on_host
 from cwclip_kernels.backends import cuda, triton
+from seed import SEED
+
+# Processors, two blocks on each, and how many run at a time: a block by itself; more blocks than run; all at once.
+MACHINES = ((1, 1), (3, 2), (4, 8))
 
 
 @pytest.fixture(params=("cuda-1", "cuda-2", "triton"))
@@ -21,3 +27,17 @@ def backend(request, monkeypatch) -> str:
     if form:
         monkeypatch.setenv("CWCLIP_CUDA_FORM", form)
     return name
+
+
+@pytest.fixture
+def gpu():
+    """The CUDA backend on the CPU."""
+    with cuda_on_host.in_place_of_a_gpu() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(params=MACHINES, ids=str)
+def machine(request, gpu):
+    """The same on several machines."""
+    gpu.set_machine(*request.param, random.Random(SEED).randrange(2**31))
+    return gpu

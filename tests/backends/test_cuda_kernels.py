@@ -27,26 +27,11 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="about a machine that a 
 TILE_BYTES = 32 * 1024  # csrc/cuda/program.h
 FEW, MANY = 464, 4048  # gradients that one launch can address
 
-# Processors, two blocks on each, and how many run at a time: a block by itself; more blocks than run; all at once.
-MACHINES = ((1, 1), (3, 2), (4, 8))
-
-
-@pytest.fixture
-def gpu():
-    with cuda_on_host.in_place_of_a_gpu() as stand_in:
-        yield stand_in
-
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     monkeypatch.setenv("CWCLIP_CUDA_FORM", str(request.param))
     return request.param
-
-
-@pytest.fixture(params=MACHINES, ids=str)
-def machine(request, gpu):
-    gpu.set_machine(*request.param, random.Random(SEED).randrange(2**31))
-    return gpu
 
 
 def shifted(size, dtype, by):
