@@ -261,7 +261,7 @@ class TestCalls:
         signature = gpu.signature_of([random_grad((3,))])
         for other in (random_grad((3,)).to_sparse(), random_grad((3,)).as_subclass(Subclass), 7):
             assert gpu.signature_of([other]) is None
-            with pytest.raises(TypeError, match="not a subclass"):
+            with pytest.raises(TypeError, match="not another subclass"):
                 native.Addresses([other])
         with pytest.raises(TypeError, match="a list"):
             gpu.signature_of((torch.zeros(1),))
