@@ -12,6 +12,7 @@ TARGETS = (80, 90, 100)  # what wheels are built for
 THREADS, BLOCKS = 288, 3  # of a block; blocks that shall fit on a processor (csrc/cuda/kernels.cuh)
 REGISTERS = 65536 // (THREADS * BLOCKS) // 8 * 8
 SUM_LOADS, SCALE_LOADS, DTYPES = 8, 4, 4  # csrc/cuda/elements.cuh
+STEP_THREADS, STEP_BLOCKS, STEP_BLOCKS_WITH_GAPS = 256, 3, 2  # csrc/cuda/adamw.cuh
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +55,26 @@ def test_nothing_on_the_stack_and_registers_as_budgeted(compiled):
     assert len(reports) == sum(len(kernels_of(text)) for text in assembly.values())
     for name, target, stack, stores, loads, registers in reports:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} for sm_{target}"
-        assert int(registers) <= REGISTERS, f"{name} for sm_{target}: {registers} registers"
+        assert int(registers) <= registers_of(name), f"{name} for sm_{target}: {registers} registers"
+
+
+def registers_of(kernel: str) -> int:
+    """As many as a thread may have, for as many blocks on a processor as are meant to be there."""
+    if "step_kernel" not in kernel:
+        return REGISTERS
+    blocks = STEP_BLOCKS_WITH_GAPS if "Lb1E" in kernel else STEP_BLOCKS
+    return 65536 // (STEP_THREADS * blocks) // 8 * 8
 
 
 def test_gradients_move_sixteen_bytes_at_a_time(compiled):
     _, assembly = compiled
     for target, text in assembly.items():
         # Three orders of the norm for each of three kinds of launch that measure, two kinds that measure and scale at
-        # once, three kinds that scale, and the list.
+        # once, three kinds that scale, and the list; three kinds that step, and what comes before.
         kernels = kernels_of(text)
-        assert len(kernels) == 3 * 3 + 3 * 2 + 3 + 1
+        assert len(kernels) == 3 * 3 + 3 * 2 + 3 + 1 + 3 + 1
         for name, body in kernels.items():
-            if "list_kernel" in name:
+            if "clip_kernel" not in name:
                 continue
             mode = int(re.search(r"4ModeE(\d)E", name)[1])  # sum, scale, both
             reads = len(re.findall(r"ld\.global\.cg\.v4\.u32", body))
@@ -73,3 +82,24 @@ def test_gradients_move_sixteen_bytes_at_a_time(compiled):
             writes = len(re.findall(r"st\.global\.cs\.v4\.u32", body))
             assert reads >= (SUM_LOADS * DTYPES if mode != 1 else 0), f"{name} for sm_{target}"
             assert rereads == writes == (SCALE_LOADS * DTYPES if mode != 0 else 0), f"{name} for sm_{target}"
+
+
+def test_steps_move_sixteen_bytes_at_a_time(compiled):
+    """Eight of half-precision tensors, beside sixteen of others: as many elements of each."""
+    _, assembly = compiled
+    streams = 4  # g, p, m, v; and w with amsgrad
+    for target, text in assembly.items():
+        kernels = {name: body for name, body in kernels_of(text).items() if "step_kernel" in name}
+        assert len(kernels) == 3
+        for name, body in kernels.items():
+            reads = {width: len(re.findall(rf"ld\.global\.cs\.v{width}\.u32", body)) for width in (2, 4)}
+            writes = {width: len(re.findall(rf"st\.global\.cs\.v{width}\.u32", body)) for width in (2, 4)}
+            # Two packets of each stream in flight, or one with amsgrad, and of float64. Half-precision parameters
+            # themselves are never read in sixteen bytes, other tensors beside them may be of either width. More where
+            # the compiler has made two of one loop.
+            whole, alike = 2 * streams + streams + 1, 2 * (streams - 1) + streams
+            assert reads[4] >= whole + (streams + streams + 1) + 2 * alike, f"{name} for sm_{target}"
+            assert reads[2] >= 2 * whole, f"{name} for sm_{target}"
+            whole, alike = 2 * (streams - 1) + streams, 2 * (streams - 2) + streams - 1
+            assert writes[4] >= whole + (streams - 1 + streams) + 2 * alike, f"{name} for sm_{target}"
+            assert writes[2] >= 2 * whole, f"{name} for sm_{target}"

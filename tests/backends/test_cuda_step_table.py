@@ -90,7 +90,7 @@ def swap_data(optimizers, lists):
 def swap_groups(optimizers, lists):
     """The same tensors, by another group's rule."""
     for optimizer, params in zip(optimizers, lists, strict=True):
-        optimizer.param_groups[0]["params"].remove(params[1])
+        del optimizer.param_groups[0]["params"][1]
         optimizer.add_param_group({"params": [params[1]], "lr": 5 * LR, "maximize": True})
 
 
@@ -105,7 +105,7 @@ def test_what_has_moved_is_found(swap, uploads):
     for _ in range(3):
         step()
     assert len(uploads) == 2
-    assert_stepped_alike(ours, theirs, 4, 5 * LR)
+    assert_stepped_alike(ours, theirs, 4, 10 * LR)
     for t, values in zip(old, before, strict=True):
         assert t.data_ptr() in kept or same_bits(t, values)
 
