@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cwclip_kernels import ComponentSpec
 from cwclip_kernels.backends import native
-from cwclip_kernels.optim import ComponentClipAdamW
+from cwclip_kernels.optim import ComponentClipAdamW, adamw
 from cwclip_kernels.thresholds import Threshold
 from helpers import DEVICE, random_grad, same_bits
 from seed import SEED
@@ -84,7 +84,7 @@ def with_grad_dtype(params, dtype):
 
 
 def state_of(p, dtype, like=torch.zeros_like, amsgrad=False):
-    """A state as the optimizer makes it, or with tensors laid out another way."""
+    """A state as the optimizer makes it; or with its tensors laid out another way."""
     names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
     return {"step": torch.zeros(()), **{name: like(p.detach(), dtype=dtype) for name in names}}
 
@@ -108,10 +108,11 @@ def test_sizes_around_packets_and_tiles(dtype, grad_dtype, state_dtype, amsgrad,
 
 
 @pytest.mark.filterwarnings("ignore:.*grad_dtype.*")
-@pytest.mark.parametrize("alike", [True, False])
+# Whose tensors begin elsewhere than the others of their parameter: p, m, v, w, g; none; each.
+@pytest.mark.parametrize("apart", ["p", "m", "v", "w", "g", "", "pmvwg"])
 @pytest.mark.parametrize(("dtype", "grad_dtype", "state_dtype"), COMBINATIONS, ids=str)
-def test_every_misalignment(dtype, grad_dtype, state_dtype, alike, gpu):
-    """All tensors of a parameter begin as many elements after a boundary; or each another number of them."""
+def test_every_misalignment(dtype, grad_dtype, state_dtype, apart, gpu):
+    """Tensors that begin some elements after a boundary, all as many or not."""
     bases = []
 
     def shifted(by, value):
@@ -120,9 +121,9 @@ def test_every_misalignment(dtype, grad_dtype, state_dtype, alike, gpu):
         return base[by : by + value.numel()].copy_(value)
 
     def places(i):
-        return [i % 9 if alike else (i * (k + 1) + k) % 9 for k in range(5)]
+        return [i + (name in apart) * (1 + k) for k, name in enumerate("pmvwg")]
 
-    sizes = [size for size in (1, 7, 40, 1500) for _ in range(9)]
+    sizes = (1, 7, 40, 1500, 1499, 1498, 33, 1497, 1100)  # by how far they are shifted, too
     ours, theirs = twins([(size,) for size in sizes], dtype)
     ours = [nn.Parameter(shifted(places(i)[0], p.detach())) for i, p in enumerate(ours)]
     with_grad_dtype([*ours, *theirs], grad_dtype)
@@ -248,11 +249,10 @@ def test_param_groups_each_with_its_own_hyperparameters(count, gpu):
     assert [optimizers[0].state[p]["step"] for p in ours] == [STEPS] * len(ours)
 
 
-def keeping_lr(optimizer):
+def keeping_lr():
     """As where tensors of learning rates are on the GPU: not read on the host."""
-    read = ComponentClipAdamW._rule
-    rule = lambda group: read(optimizer, {**group, "lr": 0.0})._replace(lr=group["lr"])  # noqa: E731
-    return mock.patch.object(optimizer, "_rule", rule)
+    read = adamw.rule_of
+    return mock.patch.object(adamw, "rule_of", lambda group: read({**group, "lr": 0.0})._replace(lr=group["lr"]))
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "error"])  # in one phase, in two
@@ -266,7 +266,7 @@ def test_a_learning_rate_on_the_device_is_read_when_the_step_runs(dtype, nonfini
     for value in (LR, 3 * LR, LR / 7):
         rate.fill_(value)
         give_gradients(ours, theirs)
-        with keeping_lr(optimizers[0]), mock.patch.object(Tensor, "item", side_effect=AssertionError("a host sync")):
+        with keeping_lr(), mock.patch.object(Tensor, "item", side_effect=AssertionError("a host sync")):
             optimizers[0].step()
         optimizers[1].step()
     assert_stepped_alike(ours, theirs, 3, LR)
@@ -336,6 +336,17 @@ def test_nonfinite_gradients_in_one_phase_and_in_two(dtype, policy, max_norm, ma
     check(ours, theirs, optimizers, gradients=gradients)
     assert ours[2].isfinite().all() == (policy == "zero")
     assert all(p.isfinite().all() for p in ours[:2])
+
+
+def test_a_largest_mean_that_is_nan_stays(gpu):
+    ours, theirs = twins([(9,), (70, 50)])
+    optimizers = pair(ours, theirs, amsgrad=True)
+    for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+        for p in params:
+            optimizer.state[p] = state_of(p, p.dtype, amsgrad=True)
+            optimizer.state[p]["max_exp_avg_sq"].view(-1)[[0, -1]] = math.nan
+    check(ours, theirs, optimizers)
+    assert all(p.isnan().sum() == 2 for p in ours)
 
 
 def test_two_phases_take_their_norms_first(gpu):

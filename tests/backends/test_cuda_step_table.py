@@ -110,6 +110,22 @@ def test_what_has_moved_is_found(swap, uploads):
         assert t.data_ptr() in kept or same_bits(t, values)
 
 
+def test_a_gradient_of_another_rule_is_found(uploads):
+    params, grads = [torch.ones(5), torch.ones(5)], [torch.ones(5), torch.ones(5)]
+    states = [[torch.zeros(5), torch.zeros(5)] for _ in range(2)]
+    steps = [torch.zeros(()), torch.zeros(())]
+    rules = tuple(AdamWRule(lr, 0.9, 0.999, 0.0, 0.0, False, False, True) for lr in (0.25, 0.5))
+    bucket = Bucket(grads[0].device, "cuda", "", (0, 1), torch.tensor([0, 1]), None, 2, torch.float32, True)
+    for turn, rule_of in enumerate(((0, 1), (1, 0), (1, 1))):
+        before = [p.clone() for p in params]
+        step = AdamWStep(params, *states, [None, None], steps, rules, rule_of)
+        assert cuda.refuses_step(bucket, grads, step) is None
+        cuda.adamw_(bucket, grads, step, torch.ones(2, dtype=torch.float64), False, None)
+        for p, old, i in zip(params, before, rule_of, strict=True):
+            torch.testing.assert_close(old - p, torch.full((5,), rules[i].lr))
+        assert len(uploads) == turn + 1
+
+
 def test_sets_of_gradients_have_their_own_tables(uploads):
     ours, theirs, optimizers, _ = trained()
     for turn in range(6):
