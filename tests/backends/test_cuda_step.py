@@ -317,7 +317,7 @@ def test_a_step_that_is_skipped_leaves_every_bit(found, max_norm, machine):
     torch.testing.assert_close(optimizer.last.norms, expected)  # are measured all the same
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
-    assert not any(map(same_bits, everything(optimizer, params), before))
+    assert not any(map(same_bits, (p.detach() for p in params), before))
 
 
 @pytest.mark.parametrize("max_norm", [CAP, Fixed()], ids=["one phase", "two phases"])
@@ -347,6 +347,15 @@ def test_a_largest_mean_that_is_nan_stays(gpu):
             optimizer.state[p]["max_exp_avg_sq"].view(-1)[[0, -1]] = math.nan
     check(ours, theirs, optimizers)
     assert all(p.isnan().sum() == 2 for p in ours)
+
+
+@pytest.mark.parametrize("max_norm", [CAP, Fixed(), math.inf], ids=["one phase", "two phases", "no cap"])
+def test_gradients_of_a_scaled_loss(max_norm, gpu):
+    ours, theirs = twins([(9,), (70, 500)])
+    optimizers = pair(ours, theirs, max_norm)
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    check(ours, theirs, optimizers)
 
 
 def test_two_phases_take_their_norms_first(gpu):
