@@ -152,9 +152,8 @@ class ComponentClipAdamW(AdamW):
         self._step_supports_amp_scaling = True
         self.defaults.update(self._own_defaults)
         self._is_made = True
-        for unit in self._units():
-            if unit.clips:  # checks max_norm
-                unit.session.caps_for(self._max_norm(unit), unit.tensors, options.rule)
+        for unit in filter(lambda unit: unit.clips, self._units()):  # checks max_norm
+            unit.session.caps_for(self._max_norm(unit), unit.tensors, options.rule)
 
     @property
     def last(self) -> ClipResult | None:
