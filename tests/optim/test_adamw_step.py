@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms
 from cwclip_kernels.optim import ComponentClipAdamW
@@ -269,3 +270,52 @@ def test_complex_parameters():
         plain.step()
     real = [[torch.view_as_real(p.detach()) for p in params] for params in (ours, theirs)]
     assert_stepped_alike(*real, 3, LR)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_as_exact_as_torchs_fused_step(options):
+    """Over random models and ``STEPS`` steps, against torch's loop in float64."""
+    shapes = [tuple(torch.randint(1, 40, (1 + i % 2,)).tolist()) for i in range(12)]
+    ours, theirs = twins(shapes)
+    exact = [nn.Parameter(p.detach().double()) for p in theirs]
+    optimizer = ComponentClipAdamW(ours, lr=LR, max_norm=CAP, **options)
+    fused = torch.optim.AdamW(theirs, lr=LR, fused=True, **options)
+    loop = torch.optim.AdamW(exact, lr=LR, foreach=False, **options)
+    clippers = [ComponentClipper(params, CAP) for params in (theirs, exact)]
+    for _ in range(STEPS):
+        give_gradients(ours, theirs)
+        for p, q in zip(exact, ours, strict=True):
+            p.grad = q.grad.double()
+        optimizer.step()
+        for clipper, other in zip(clippers, (fused, loop), strict=True):
+            clipper.clip_()
+            other.step()
+
+    def error(params):
+        return max((p.double() - e).abs().max().item() for p, e in zip(params, exact, strict=True))
+
+    assert error(ours) <= 1.1 * error(theirs) + 5e-7  # two units in the last place of a parameter of 4
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators make."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and func._schema.is_mutable is False:
+            self.made += result.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "error"}], ids=str)
+def test_needs_no_memory_beyond_the_states(options):
+    if DEVICE != "cpu":
+        pytest.skip("test_step_gpu.py asks the allocator")
+    params, _ = twins([(1000, 1000), (77,), (300, 300)])
+    optimizer = ComponentClipAdamW(params, max_norm=CAP, **options)
+    run(1, (params, optimizer.step))
+    with Allocations() as found:
+        optimizer.step()
+    assert 0 < found.made < 1000
