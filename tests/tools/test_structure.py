@@ -181,7 +181,7 @@ def test_examples_in_docstrings(name):
 
 # The modules that users import from; trainers' each by itself.
 PUBLIC = [
-    *("cwclip_kernels", "cwclip_kernels.in_backward", "cwclip_kernels.telemetry", "cwclip_kernels.thresholds"),
+    *("cwclip_kernels", *(f"cwclip_kernels.{name}" for name in ("in_backward", "optim", "telemetry", "thresholds"))),
     *(f"cwclip_kernels.integrations.{name}" for name in TRAINERS),
 ]
 # Whose docstring needs neither an example nor fields.
