@@ -103,6 +103,11 @@ def copy_of(step: AdamWStep) -> AdamWStep:
     )
 
 
+def written_by(step: AdamWStep) -> list[Tensor]:
+    """All tensors that it writes, without those that it hasn't."""
+    return [t for t in step.written() if t is not None]
+
+
 def layout_copy(tensor: Tensor) -> Tensor:
     """A copy in the same memory layout."""
     return tensor.detach().clone(memory_format=torch.preserve_format)

@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adamw_steps import LR, RULE, assert_stepped, copy_of, default_dtype_of, layout_copy, random_like, step_of
+from adamw_steps import (
+    LR,
+    RULE,
+    assert_stepped,
+    copy_of,
+    default_dtype_of,
+    layout_copy,
+    random_like,
+    step_of,
+    written_by,
+)
 from cwclip_kernels import reference
 from cwclip_kernels.backends import memory, triton, triton_step
 from cwclip_kernels.core.adamw import AdamWStep
@@ -28,7 +38,7 @@ def check_step(grads, step, owners=None):
     assert triton_step.refuses_step(bucket, grads, step) is None
     triton_step.adamw_(bucket, grads, step, factors, False, None)
     reference.adamw_(bucket, grads, expected, factors, False, None)
-    for actual, wanted in zip(step.written(), expected.written(), strict=True):
+    for actual, wanted in zip(written_by(step), written_by(expected), strict=True):
         assert_stepped(actual, wanted)
     assert all(map(same_bits, grads, before))
     return bucket
@@ -129,7 +139,7 @@ def test_learning_rates_that_are_tensors_are_read_at_every_step(backend):
         expected = copy_of(step)
         triton_step.adamw_(bucket, grads, step, factors, False, None)
         reference.adamw_(bucket, grads, expected, factors, False, None)
-        for actual, wanted in zip(step.written(), expected.written(), strict=True):
+        for actual, wanted in zip(written_by(step), written_by(expected), strict=True):
             assert_stepped(actual, wanted)
         for lr in lrs:
             lr.mul_(2.0)
@@ -156,7 +166,7 @@ def test_one_phase_and_two_give_the_same_bits(backend):
         norms, coefs = triton_step.clip_adamw_(bucket, grads, step, cap(0.5), ClipRule(), loss_scale, None)
         triton_step.adamw_(bucket, grads, other, loss_scale.factors(coefs), False, None)
         assert coefs.min() < 1
-        assert all(map(same_bits, step.written(), other.written()))
+        assert all(map(same_bits, written_by(step), written_by(other)))
         assert norms.dtype == coefs.dtype == torch.float32
     assert norms[1] == 0  # a component without gradients
     assert coefs[1] == 1
@@ -213,7 +223,7 @@ def test_a_captured_step_has_copies_of_its_own(backend, monkeypatch):
     expected = copy_of(step)
     triton_step.adamw_(bucket, grads, step, factors, False, None)
     reference.adamw_(bucket, grads, expected, factors, False, None)
-    for actual, wanted in zip(step.written(), expected.written(), strict=True):
+    for actual, wanted in zip(written_by(step), written_by(expected), strict=True):
         assert_stepped(actual, wanted)
     assert all(now is then for now, then in zip(numbers_of(bucket), sent, strict=True))
     assert all(map(torch.equal, sent, before))
@@ -239,7 +249,7 @@ def test_amsgrad_moves_from_one_parameter_to_another(backend, native, monkeypatc
         assert triton_step.refuses_step(bucket, grads, step) is None
         triton_step.adamw_(bucket, grads, step, factors, False, None)
         reference.adamw_(bucket, grads, expected, factors, False, None)
-        for actual, wanted in zip(step.written(), expected.written(), strict=True):
+        for actual, wanted in zip(written_by(step), written_by(expected), strict=True):
             assert_stepped(actual, wanted)
 
 
@@ -260,7 +270,7 @@ def test_offsets_beyond_32_bits(backend):
         ((_, sent),) = numbers.sent.values()
         sent[: 2 * lists] -= size.repeat(lists)
     triton_step.adamw_(bucket, grads, step, factors, False, None)
-    for actual, wanted in zip(step.written(), expected.written(), strict=True):
+    for actual, wanted in zip(written_by(step), written_by(expected), strict=True):
         assert_stepped(actual, wanted)
 
 
