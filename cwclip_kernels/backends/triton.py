@@ -122,7 +122,7 @@ def partial_sums(call: Call, norm_type: float) -> Tensor:
 def _launch(kernel: str, call: Call, tiles: Tiles, *arguments: object, **constants: object) -> None:
     """One program for each tile."""
     getattr(kernels(), kernel)[(len(tiles.rows),)](
-        call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **_block(tiles.dtype, tiles.dims)
+        call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **block(tiles.dtype, tiles.dims)
     )
 
 
@@ -135,7 +135,7 @@ def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) ->
 @cache
 def kernels() -> Any:
     """The kernels. Imported when first needed, since Triton may be missing and takes long to import."""
-    from ..kernels import adamw, combine, power_sums, scale, tile
+    from ..kernels import adamw, adamw_single, combine, power_sums, scale, tile
 
     return SimpleNamespace(
         interpreted=tile.INTERPRETED.value,
@@ -146,11 +146,12 @@ def kernels() -> Any:
         coefficients_kernel=adamw.coefficients_kernel,
         advance_kernel=adamw.advance_kernel,
         adamw_kernel=adamw.adamw_kernel,
+        adamw_single_kernel=adamw_single.adamw_single_kernel,
     )
 
 
 @cache
-def _block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
+def block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
     """The launch configuration. Fixed: tuning would scale the gradients over and over."""
     constants = {"DTYPE": type_of(dtype), "DIMS": dims, "ROWS": _ROWS, "COLUMNS": THREADS * 16 // dtype.itemsize}
     return constants | options()
@@ -193,21 +194,32 @@ class Call(NamedTuple):
 class _State:
     """What a bucket keeps from call to call."""
 
-    tables: TileTables  # on the host
-    signature: object  # of the gradients that the tables were made for; None where the plan compares them
+    signature: object  # of the gradients that the tables are of; None where the plan compares them
+    tables: TileTables | None = None  # on the host, once they are needed
     placed: dict[int, TileTables] = field(default_factory=dict)  # by stream
     addresses: Numbers = field(default_factory=Numbers)
 
 
 def prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> Call:
     """Looks up or builds what the kernels need."""
+    state, device, stream = _state_of(bucket, grads), bucket.device, stream_of(bucket.device)
+    if state.tables is None:
+        with torch.device("cpu"):  # whatever the default device is
+            state.tables = build_tables(bucket, grads)
+    tables = place(state.tables, state.placed, device, stream)
+    return Call(tables, addresses_on(bucket, grads, addresses, stream), stream)
+
+
+def addresses_on(bucket: Bucket, grads: list[Tensor], addresses: bytes | None, stream: int | None) -> Tensor:
+    """Of the gradients' first elements, on the device."""
+    pointers = packed(map(Tensor.data_ptr, grads)) if addresses is None else addresses
+    return _state_of(bucket, grads).addresses.on(bucket.device, pointers, stream)
+
+
+def _state_of(bucket: Bucket, grads: list[Tensor]) -> _State:
     # Shapes are constant over a plan's life, except for the values of sparse gradients.
     signature = None if bucket.plain else [(g.dtype, g.shape, g.stride()) for g in grads]
     state: _State | None = bucket.state
     if state is None or state.signature != signature:
-        with torch.device("cpu"):  # whatever the default device is
-            state = bucket.state = _State(build_tables(bucket, grads), signature)
-    pointers = packed(map(Tensor.data_ptr, grads)) if addresses is None else addresses
-    device, stream = bucket.device, stream_of(bucket.device)
-    tables = place(state.tables, state.placed, device, stream)
-    return Call(tables, state.addresses.on(device, pointers, stream), stream)
+        state = bucket.state = _State(signature)
+    return state

@@ -1,11 +1,14 @@
 """AdamW's step by Triton kernels, where ``triton`` serves the gradients.
 
-    clip_adamw_   power_sums_kernel for each dtype, coefficients_kernel, then as adamw_
-    adamw_        advance_kernel, then adamw_kernel for each combination of dtypes
+    clip_adamw_   advance_kernel, adamw_single_kernel for components of one tile; for the others power_sums_kernel for
+                  each dtype, coefficients_kernel, adamw_kernel
+    adamw_        advance_kernel, then adamw_kernel for all
 
-Bytes of each float32 parameter: 4 for the norm and 28 in adamw_kernel, which writes no gradient and runs for all
-elements, clipped or not. Like ``triton``: on the current stream, no atomics, no host sync. Copies to the device:
-addresses when they change, and a few hyperparameters, 72 bytes for each param group, when these change.
+each adamw kernel for each combination of dtypes. Bytes of each float32 parameter: 28, for all elements, clipped or
+not, and 4 more for the norm of a component of several tiles; no gradient is written. A component of tiles in several
+gradients is one of several tiles, however small. Like ``triton``: on the current stream, no atomics, no host sync.
+Copies to the device: addresses when they change, and a few hyperparameters, 72 bytes for each param group, when these
+change.
 
 CUDA graphs: addresses and hyperparameters are frozen into the graph, but a learning rate that is a tensor is not.
 """
@@ -17,7 +20,7 @@ import struct
 import weakref
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +31,11 @@ from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
 from . import native, triton, triton_tables
-from .memory import Numbers, place
+from .memory import Numbers, place, stream_of
 from .native import Addresses, packed
 from .served import DTYPES
-from .triton import Call, kernels, launching_on, partial_sums, prepare
-from .triton_tables import StepTables, build_step_tables
+from .triton import Call, addresses_on, kernels, launching_on, partial_sums
+from .triton_tables import StepTables, StepTiles, build_step_tables
 
 _BLOCK = 128  # gradients of a program that advances t
 _HALF = (torch.bfloat16, torch.float16)
@@ -64,22 +67,34 @@ def clip_adamw_(
     loss_scale: LossScale,
     addresses: bytes | None,
 ) -> tuple[Tensor, Tensor]:
-    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, and the step; ``grads`` aren't written."""
+    """Norms and coefficients, both [K] in ``bucket.norm_dtype``, and the step; ``grads`` aren't written.
+
+    ``loss_scale.found_inf`` may not be ``step.skip``: some are stepped before others are measured.
+    """
     norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
     coefs, factors = torch.empty_like(norms), None
-    if loss_scale.inverse is not None:
-        factors = torch.empty_like(norms, dtype=torch.float64)
+    if not grads:
+        return norms.zero_(), coefs.fill_(1.0)
+    read = (caps, caps.stride(0) if caps.ndim else 0, loss_scale.inverse)
+    constants = {"ORDER": rule.norm_type, "EPS": rule.eps, "NONFINITE": rule.nonfinite}
     with launching_on(bucket.device):
-        call = prepare(bucket, grads, addresses)
-        partials = partial_sums(call, rule.norm_type)
-        read = (partials, call.tables.spans, caps, caps.stride(0) if caps.ndim else 0, loss_scale.inverse)
-        written = (norms, coefs, factors, loss_scale.found_inf)
-        constants = {"EPS": rule.eps, "NONFINITE": rule.nonfinite, "CHUNK": triton_tables.CHUNK}
-        if bucket.count:
-            kernels().coefficients_kernel[(bucket.count,)](
-                *read, *written, ORDER=rule.norm_type, **constants, enable_fp_fusion=True
+        call = _advance(bucket, grads, step, addresses)
+        written = (norms, coefs, loss_scale.found_inf)
+        for tiles in call.tables.tiles:
+            own = block_of_single(call.kinds[tiles.kind])
+            _launch("adamw_single_kernel", call, tiles, tiles.single, *read, *written, **constants, **own)
+        if len(call.tables.components):
+            if loss_scale.inverse is not None:
+                factors = torch.empty_like(norms, dtype=torch.float64)
+            partials = partial_sums(call.of_sums(), rule.norm_type)
+            kernels().coefficients_kernel[(len(call.tables.components),)](
+                *(call.tables.components, partials, call.tables.sums.spans, *read),
+                *(norms, coefs, factors, loss_scale.found_inf),
+                **constants,
+                CHUNK=triton_tables.CHUNK,
+                enable_fp_fusion=True,
             )
-        _step(bucket, call, grads, step, coefs if factors is None else factors, rule.zero_fill)
+        _step(call, coefs if factors is None else factors, rule.zero_fill, "rest")
     return norms, coefs
 
 
@@ -87,14 +102,32 @@ def adamw_(
     bucket: Bucket, grads: list[Tensor], step: AdamWStep, factors: Tensor, zero_fill: bool, addresses: bytes | None
 ) -> None:
     """The step from gradients times ``factors`` [K]; ``grads`` aren't written."""
-    with launching_on(bucket.device):
-        _step(bucket, prepare(bucket, grads, addresses), grads, step, factors.contiguous(), zero_fill)
-
-
-def _step(bucket: Bucket, call: Call, grads: list[Tensor], step: AdamWStep, factors: Tensor, zero_fill: bool) -> None:
-    device, stream, count = bucket.device, call.stream, len(grads)
-    if not count:
+    if not grads:
         return
+    with launching_on(bucket.device):
+        _step(_advance(bucket, grads, step, addresses), factors.contiguous(), zero_fill, "rows")
+
+
+class _StepCall(NamedTuple):
+    """What the kernels need of one step, on the device."""
+
+    kinds: list[Kind]
+    tables: StepTables
+    addresses: Tensor  # of the gradients' first elements, int64 [n]
+    states: Tensor  # the table of addresses of all that is written
+    length: int  # number of gradients
+    scalars: Tensor  # what ``advance_kernel`` has written
+    skip: Tensor | None
+    stream: int | None
+
+    def of_sums(self) -> Call:
+        """The same for what ``triton`` measures of it."""
+        return Call(self.tables.sums, self.addresses, self.stream)
+
+
+def _advance(bucket: Bucket, grads: list[Tensor], step: AdamWStep, addresses: bytes | None) -> _StepCall:
+    """Everything before any element is touched: checks, tables, and t."""
+    device, stream, count = bucket.device, stream_of(bucket.device), len(grads)
     reason = refuses_step(bucket, grads, step)
     if reason is not None:
         raise RuntimeError(f"backend='triton' {reason}")
@@ -103,6 +136,7 @@ def _step(bucket: Bucket, call: Call, grads: list[Tensor], step: AdamWStep, fact
     state.last = None
     assert found is not None  # since there was no reason against
     tables = place(state.tables, state.placed, device, stream)
+    pointers = addresses_on(bucket, grads, addresses, stream)
     states = state.addresses.on(device, found, stream)
     rule_of = state.rule_of.on(device, state.packed_rule_of(step.rule_of), stream)
     lrs = [_learning_rate(rule.lr, device) for rule in step.rules]  # to be kept until the kernel is launched
@@ -116,13 +150,27 @@ def _step(bucket: Bucket, call: Call, grads: list[Tensor], step: AdamWStep, fact
         num_warps=4,
         enable_fp_fusion=True,
     )
-    for tiles in tables.tiles:
-        kernels().adamw_kernel[(len(tiles.rows),)](
-            *(call.addresses, tiles.rows, tables.layouts, factors, states, count, scalars, step.skip),
-            **block(state.kinds[tiles.kind]),
-            **triton.options(),
+    return _StepCall(state.kinds, tables, pointers, states, count, scalars, step.skip, stream)
+
+
+def _step(call: _StepCall, factors: Tensor, zero_fill: bool, which: Literal["rows", "rest"]) -> None:
+    """Launches the step of these tiles."""
+    for tiles in call.tables.tiles:
+        own = block(call.kinds[tiles.kind])
+        _launch("adamw_kernel", call, tiles, getattr(tiles, which), factors, ZERO_FILL=zero_fill, **own)
+
+
+def _launch(
+    kernel: str, call: _StepCall, tiles: StepTiles, rows: Tensor, *arguments: object, **constants: object
+) -> None:
+    """One program for each of these rows."""
+    if len(rows):
+        getattr(kernels(), kernel)[(len(rows),)](
+            *(call.addresses, rows, call.tables.sums.layouts, *arguments),
+            *(call.states, call.length, call.scalars, call.skip),
             DIMS=tiles.dims,
-            ZERO_FILL=zero_fill,
+            **constants,
+            **triton.options(),
         )
 
 
@@ -150,6 +198,13 @@ def block(kind: Kind) -> dict[str, Any]:
         "COLUMNS": triton.THREADS * 16 // widest,
         "LANES": triton.THREADS,
     }
+
+
+@cache
+def block_of_single(kind: Kind) -> dict[str, Any]:
+    """The same of a launch that measures too: as ``triton`` does, so that norms get the same bits."""
+    sums = triton.block(kind.grad, 0)
+    return block(kind) | {"ROWS": sums["ROWS"], "SUM_COLUMNS": sums["COLUMNS"]}
 
 
 # -------------------------------------------------------------------------------------------------------

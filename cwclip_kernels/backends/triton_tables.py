@@ -56,26 +56,31 @@ class TileTables:
 
 
 class StepTiles(NamedTuple):
-    """The tiles of one launch of an optimizer's step."""
+    """The tiles of one launch of an optimizer's step: of gradient, start, length, component, own number, layout."""
 
     kind: int  # of their gradients, as given to ``build_step_tables``
     dims: int  # see ``Tiles``
-    rows: Tensor  # int64 [programs, 6], the tile table that kernels read
+    rows: Tensor  # int64 [programs, 6], the tile table that kernels read: those of ``rest``, then of ``single``
+    rest: Tensor
+    single: Tensor  # the only tiles of their components
 
 
 @dataclass(frozen=True)
 class StepTables:
     """What is static about the steps of a bucket's parameters."""
 
-    tiles: list[
-        StepTiles
-    ]  # rows of gradient, start, length, component, the gradient's number from ``column``, layout
-    layouts: Tensor  # see ``TileTables``
+    tiles: list[StepTiles]
+    sums: TileTables  # of the components that have no single tile, to be measured; nothing to scale
+    components: Tensor  # int64, which these are
 
     def to(self, device: torch.device) -> StepTables:
         """The same on a device."""
-        tiles = [some._replace(rows=upload(some.rows, device)) for some in self.tiles]
-        return StepTables(tiles, upload(self.layouts, device))
+        tiles = [_step_tiles(some.kind, some.dims, upload(some.rows, device), len(some.rest)) for some in self.tiles]
+        return StepTables(tiles, self.sums.to(device), upload(self.components, device))
+
+
+def _step_tiles(kind: int, dims: int, rows: Tensor, rest: int) -> StepTiles:
+    return StepTiles(kind, dims, rows, rows[:rest], rows[rest:])
 
 
 def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], column: list[int]) -> StepTables:
@@ -87,20 +92,43 @@ def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], col
         kinds: of each gradient; those of a kind are stepped in one launch.
         column: of each gradient a number, which its rows will have.
     """
+    owner, order = bucket.components, bucket.components.argsort(stable=True)
     pieces = _pieces(bucket, grads)
-    cut = _cut(pieces.numels, STEP_TILE_BYTES // pieces.itemsizes, bucket.components.argsort(stable=True))
+    is_single = has_single_tile(pieces, owner, bucket.count)
+    many = order[~is_single[owner[order]]]
+    sizes = torch.where(is_single[owner], SUM_TILE_BYTES, STEP_TILE_BYTES)
+    cut = _cut(pieces.numels, sizes // pieces.itemsizes, order)
     piece, start, length = (each.flip(0) for each in cut)  # what was read last first, as in ``build_tables``
     gradient = pieces.gradients[piece]
-    groups = pieces.groups(_int64(kinds), piece, start, length, bucket.components[piece], _int64(column)[gradient])
-    return StepTables([StepTiles(*group) for group in groups], pieces.layouts)
+    groups = pieces.groups(_int64(kinds), piece, start, length, owner[piece], _int64(column)[gradient])
+    tiles = []
+    for kind, dims, rows in groups:
+        last = is_single[rows[:, 3]]
+        tiles.append(_step_tiles(kind, dims, torch.cat((rows[~last], rows[last])), int((~last).sum())))
+    return StepTables(tiles, _sum_tables(pieces, owner, bucket.count, many), (~is_single).nonzero()[:, 0])
+
+
+def has_single_tile(pieces: _Pieces, owner: Tensor, count: int) -> Tensor:
+    """Of each component, whether one sum tile has all its elements, and it has any: bool [K]."""
+    steps = SUM_TILE_BYTES // pieces.itemsizes
+    return torch.zeros(count, dtype=torch.int64).index_add_(0, owner, (pieces.numels + steps - 1) // steps) == 1
 
 
 def build_tables(bucket: Bucket, grads: list[Tensor]) -> TileTables:
     """Cuts the gradients into tiles, component by component, so that each component's partials lie together."""
-    owner, count = bucket.components, bucket.count
-    order = owner.argsort(stable=True)
+    owner, order = bucket.components, bucket.components.argsort(stable=True)
     pieces = _pieces(bucket, grads)
+    # What was read last is scaled first: it may still be in the cache.
+    cut = _cut(pieces.numels, SCALE_TILE_BYTES // pieces.itemsizes, order)
+    piece, start, length = (column.flip(0) for column in cut)
+    component = owner[piece]
+    is_first = component != torch.cat((component[1:], torch.tensor([-1])))
+    scale_tiles = pieces.tiles(piece, start, length, component, is_first)[::-1]
+    return replace(_sum_tables(pieces, owner, bucket.count, order), scale_tiles=scale_tiles)
 
+
+def _sum_tables(pieces: _Pieces, owner: Tensor, count: int, order: Tensor) -> TileTables:
+    """Of the pieces in ``order``, which has those of a component together; without scale tiles."""
     sum_bytes = torch.full((count,), SUM_TILE_BYTES)
     while True:
         piece, start, length = _cut(pieces.numels, sum_bytes[owner] // pieces.itemsizes, order)
@@ -116,15 +144,8 @@ def build_tables(bucket: Bucket, grads: list[Tensor]) -> TileTables:
         component, _, merged = _cut(counts, torch.full((count,), CHUNK), torch.arange(count))
         chunks, spans = _offsets(merged), _offsets(component.bincount(minlength=count))
 
-    # What was read last is scaled first: it may still be in the cache.
-    cut = _cut(pieces.numels, SCALE_TILE_BYTES // pieces.itemsizes, order)
-    piece, start, length = (column.flip(0) for column in cut)
-    component = owner[piece]
-    is_first = component != torch.cat((component[1:], torch.tensor([-1])))
-    scale_tiles = pieces.tiles(piece, start, length, component, is_first)[::-1]
-
     tiles = sum(len(some.rows) for some in sum_tiles)
-    return TileTables(tiles, sum_tiles, scale_tiles, pieces.layouts, chunks, spans, bool((counts > 0).all()))
+    return TileTables(tiles, sum_tiles, [], pieces.layouts, chunks, spans, bool((counts > 0).all()))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     combine.py      combine_kernel: partials to fewer partials, or to one sum for each component
     scale.py        scale_kernel: g <- coef * g; clip_kernel: the same, with coef from the partials
     adamw.py        coefficients_kernel, advance_kernel, adamw_kernel: AdamW's step from coef * g, which isn't written
+    adamw_single.py adamw_single_kernel: all of it in one pass, for components of one tile
     tile.py         what the kernels share: how a program finds its elements and walks over them
 
 Importing these modules imports Triton. ``TRITON_INTERPRET=1``, set before, runs them on CPU tensors.

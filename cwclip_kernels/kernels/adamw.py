@@ -4,12 +4,13 @@
 import triton
 import triton.language as tl
 
-from .scale import measured
-from .tile import INF, VECTOR_BYTES, gapped_offsets, narrow, widen
+from .scale import measured, report
+from .tile import VECTOR_BYTES, gapped_offsets, narrow, widen
 
 
 @triton.jit
 def coefficients_kernel(
+    components,
     partials,
     spans,
     caps,
@@ -30,19 +31,16 @@ def coefficients_kernel(
     tiles, and every one needs the factor. Deterministic: fixed order, the same bits as ``clip_kernel``.
 
     Args, beside those of ``clip_kernel``:
+        components: int64 [programs]; the others are somebody else's.
         factors: float64 [K], written; None without ``inverse``, where they are the coefficients.
     """
-    component = tl.program_id(0).to(tl.int64)
+    component = tl.load(components + tl.program_id(0))
     norm, coef, total = measured(
         component, partials, spans, caps, cap_stride, inverse, norms.dtype.element_ty, ORDER, EPS, NONFINITE, CHUNK
     )
-    tl.store(norms + component, norm)
-    tl.store(coefs + component, coef)
+    report(component, norm, coef, total, norms, coefs, found_inf)
     if factors is not None:
         tl.store(factors + component, coef.to(tl.float64) * tl.load(inverse))
-    if found_inf is not None:  # noqa: SIM102  # one compile-time, one run-time
-        if ~(tl.abs(total) < INF):
-            tl.store(found_inf, 1.0)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -131,6 +129,33 @@ def adamw_kernel(
         COLUMNS, LANES: powers of two.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
+    factor = tl.load(factors + tl.load(row + 3))
+    # fmt: off
+    step_tile(pointers, row, layouts, factor, states, count, scalars, skip, GRAD, PARAM, STATE, AMSGRAD, DIMS,
+              ZERO_FILL, COLUMNS, LANES)
+    # fmt: on
+
+
+@triton.jit
+def step_tile(
+    pointers,
+    row,
+    layouts,
+    factor,
+    states,
+    count,
+    scalars,
+    skip,
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    DIMS: tl.constexpr,
+    ZERO_FILL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The step of the tile of one table row, of g times ``factor``; the rest is ``adamw_kernel``'s."""
     runs = True
     if skip is not None:
         runs = tl.load(skip) == 0.0
@@ -139,7 +164,6 @@ def adamw_kernel(
         i = tl.load(row)
         kept = states + i
         own = scalars + i * 8
-        factor = tl.load(factors + tl.load(row + 3))
         is_zero = factor == 0.0
         factor = factor.to(WIDE) * tl.load(own + 7).to(WIDE)
         decay = tl.load(own).to(WIDE)

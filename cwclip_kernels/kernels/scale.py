@@ -81,11 +81,7 @@ def clip_kernel(
         component, partials, spans, caps, cap_stride, inverse, norms.dtype.element_ty, ORDER, EPS, NONFINITE, CHUNK
     )
     if tl.load(row + 4) != 0:
-        tl.store(norms + component, norm)
-        tl.store(coefs + component, coef)
-        if found_inf is not None:  # noqa: SIM102  # one compile-time, one run-time
-            if ~(tl.abs(total) < INF):
-                tl.store(found_inf, 1.0)
+        report(component, norm, coef, total, norms, coefs, found_inf)
     factor = coef if inverse is None else coef.to(tl.float64) * tl.load(inverse)
     if factor != 1.0:
         scale_tile(pointers, row, layouts, factor, coef == 0.0, DTYPE, DIMS, NONFINITE == "zero", ROWS, COLUMNS)
@@ -107,11 +103,38 @@ def measured(
 ):
     """Norm and coefficient of a component, in DTYPE, and its power sum before unscaling; see ``clip_kernel``."""
     total = merge_partials(partials, tl.load(spans + component), tl.load(spans + component + 1), ORDER, CHUNK)
+    norm, coef = judged(component, total, caps, cap_stride, inverse, DTYPE, ORDER, EPS, NONFINITE)
+    return norm, coef, total
+
+
+@triton.jit
+def judged(
+    component,
+    total,
+    caps,
+    cap_stride,
+    inverse,
+    DTYPE: tl.constexpr,
+    ORDER: tl.constexpr,
+    EPS: tl.constexpr,
+    NONFINITE: tl.constexpr,
+):
+    """Norm and coefficient of a component, in DTYPE, from its power sum ``total``; see ``clip_kernel``."""
     norm = tl.sqrt(total) if ORDER == 2.0 else total
     if inverse is not None:
         norm = norm * tl.load(inverse)
     norm = norm.to(DTYPE)
-    return norm, coefficient(norm, tl.load(caps + component * cap_stride), EPS, NONFINITE), total
+    return norm, coefficient(norm, tl.load(caps + component * cap_stride), EPS, NONFINITE)
+
+
+@triton.jit
+def report(component, norm, coef, total, norms, coefs, found_inf):
+    """Stores what one program of each component stores; see ``clip_kernel``."""
+    tl.store(norms + component, norm)
+    tl.store(coefs + component, coef)
+    if found_inf is not None:  # noqa: SIM102  # one compile-time, one run-time
+        if ~(tl.abs(total) < INF):
+            tl.store(found_inf, 1.0)
 
 
 @triton.jit

@@ -82,7 +82,7 @@ def compile_all(target):
     merge = {"partials": "*fp64", "spans": "*i64", "sums": "*fp64"}
     jobs = []
     for dtype in COMPILED:
-        block = backend._block(dtype, 0)
+        block = backend.block(dtype, 0)
         block = {k: block[k] for k in ("DTYPE", "DIMS", "ROWS", "COLUMNS")}
         fused = {"ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero", "CHUNK": triton_tables.CHUNK}
         jobs.append((kernels.power_sums_kernel, sums, {"ORDER": 2.0, **block}))

@@ -1,0 +1,62 @@
+# mypy: ignore-errors
+"""Norm, coefficient and AdamW's step in one pass: of components that are one tile."""
+
+import triton
+import triton.language as tl
+
+from .adamw import step_tile
+from .power_sums import dense_sum, gapped_sum
+from .scale import judged, report
+
+
+@triton.jit(do_not_specialize=["count"])
+def adamw_single_kernel(
+    pointers,
+    tiles,
+    layouts,
+    caps,
+    cap_stride,
+    inverse,
+    norms,
+    coefs,
+    found_inf,
+    states,
+    count,
+    scalars,
+    skip,
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    DIMS: tl.constexpr,
+    ORDER: tl.constexpr,
+    EPS: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """``norm = (sum |g|^p)^(1/p); coef = min(1, cap / (norm + eps)); m, v, p <- AdamW(coef * g)`` over one tile.
+
+    Program: one component, which is one tile: first ``power_sums_kernel``'s program, [ROWS, SUM_COLUMNS] elements at
+    a time, then ``coefficients_kernel``'s and ``adamw_kernel``'s. Bytes: as ``adamw_kernel``, 28 for each float32
+    element; g is loaded twice, the second time from L1 or L2, since a tile has at most 64 KB of it. Norm and
+    coefficient, 8 bytes, are stored, no partial sum. Deterministic: the same bits as those three kernels.
+
+    Where ``skip`` is not 0, the norm and the coefficient are all that is written. Args: those of ``adamw_kernel``,
+    and of ``clip_kernel`` those from which it makes the factor.
+    """
+    row = tiles + tl.program_id(0).to(tl.int64) * 6
+    component = tl.load(row + 3)
+    if DIMS == 0:
+        total = dense_sum(pointers, row, GRAD, ORDER, ROWS, SUM_COLUMNS)
+    else:
+        total = gapped_sum(pointers, row, layouts + tl.load(row + 5), GRAD, DIMS, ORDER, SUM_COLUMNS)
+    # fmt: off
+    norm, coef = judged(component, total, caps, cap_stride, inverse, norms.dtype.element_ty, ORDER, EPS, NONFINITE)
+    report(component, norm, coef, total, norms, coefs, found_inf)
+    factor = coef if inverse is None else coef.to(tl.float64) * tl.load(inverse)
+    step_tile(pointers, row, layouts, factor, states, count, scalars, skip, GRAD, PARAM, STATE, AMSGRAD, DIMS,
+              NONFINITE == "zero", COLUMNS, LANES)
+    # fmt: on
