@@ -42,12 +42,16 @@ def test_compiles_to_wide_loads_without_spills(target, tmp_path):
     run = subprocess.run([sys.executable, __file__, target], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
-    assert len(reports) == 7 * len(COMPILED) + 2 + 2 * len(STEPPED) + 3
-    expected = iter(STEPPED.values())
+    assert len(reports) == 7 * len(COMPILED) + 2 + 4 * len(STEPPED) + 3
+    expected, expected_single = iter(STEPPED.values()), iter(STEPPED.values())
     for report in reports:
         if report["kernel"] == "adamw_kernel" and not report["dims"]:
             assert (report["wide_loads"], report["wide_stores"]) == next(expected), report
             assert report["shared"] == 0, report  # bytes, through which threads would exchange elements
+        if report["kernel"] == "adamw_single_kernel" and not report["dims"]:
+            loads, stores = next(expected_single)
+            assert report["wide_loads"] >= backend._ROWS + loads, report  # for the norm, then for the step
+            assert report["wide_stores"] == stores, report
         if report["kernel"] in ("power_sums_kernel", "scale_kernel", "clip_kernel") and not report["dims"]:
             assert report["wide_loads"] >= backend._ROWS, report
         if report["kernel"] in ("scale_kernel", "clip_kernel") and not report["dims"]:
@@ -115,9 +119,14 @@ def jobs_of_a_step(kernels, tables, clip, plain):
         block = {**triton_step.block(dtypes), "ZERO_FILL": True}
         yield kernels.adamw_kernel, step, {**block, "DIMS": 0}
         yield kernels.adamw_kernel, {**once, "factors": "*fp64"}, {**block, "DIMS": 2, "skip": None}
+        single = {**triton_step.block_of_single(dtypes), "ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero"}
+        yield kernels.adamw_single_kernel, {**clip, **step}, {**single, "DIMS": 0}
+        nothing = dict.fromkeys(("inverse", "found_inf", "skip"))
+        yield kernels.adamw_single_kernel, {**plain, **once}, {**single, **nothing, "DIMS": 2}
     advance = {**step, "rule_of": "*i64", "rules": "*fp64"}
     yield kernels.advance_kernel, advance, {"TIME": backend.type_of(torch.float32), "BLOCK": triton_step._BLOCK}
     rule = {"ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero", "CHUNK": triton_tables.CHUNK}
+    clip, plain = ({**each, "components": "*i64"} for each in (clip, plain))
     yield kernels.coefficients_kernel, {**clip, "factors": "*fp64"}, rule
     yield kernels.coefficients_kernel, plain, {**rule, **dict.fromkeys(("inverse", "factors", "found_inf"))}
 

@@ -190,11 +190,13 @@ def test_nonfinite_values_stay_in_their_component(backend, nonfinite, p):
             assert not pair.ours.state[pair.params[0][i]]["exp_avg"].any()
 
 
-def test_norms_have_the_bits_of_component_norms(backend):
+@pytest.mark.parametrize("components", ["all", "parameter"])
+def test_norms_have_the_bits_of_component_norms(backend, components):
     for dtype in (torch.float32, torch.bfloat16):
-        pair = Pair(backend, [random_grad((n,), dtype) for n in (5, 700, 40_000)], components="all")
+        pair = Pair(backend, [random_grad((n,), dtype) for n in (5, 700, 40_000)], components=components)
         pair.step(check=False)
-        assert same_bits(pair.ours.last.norms, component_norms(pair.params[0], components="all", backend=backend))
+        expected = component_norms(pair.params[0], components=components, backend=backend)
+        assert same_bits(pair.ours.last.norms, expected)
 
 
 def test_gradients_are_never_written(backend):
