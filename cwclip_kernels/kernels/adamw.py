@@ -165,7 +165,7 @@ def step_tile(
         kept = states + i
         own = scalars + i * 8
         is_zero = factor == 0.0
-        factor = factor.to(WIDE) * tl.load(own + 7).to(WIDE)
+        times = factor.to(WIDE) * tl.load(own + 7).to(WIDE)
         decay = tl.load(own).to(WIDE)
         size = tl.load(own + 1).to(WIDE)
         root = tl.load(own + 2).to(WIDE)
@@ -197,7 +197,7 @@ def step_tile(
             else:
                 offset, mask = gapped_offsets(row, layout, at, DIMS, LANES)
             # fmt: off
-            step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size, root,
+            step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, times, is_zero, decay, size, root,
                  rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)
             # fmt: on
         if DIMS == 0:
@@ -210,7 +210,7 @@ def step_tile(
                 offset = at + tl.arange(0, COLUMNS)
                 mask = offset < body
                 # fmt: off
-                step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, factor, is_zero, decay, size,
+                step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, times, is_zero, decay, size,
                      root, rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)
                 # fmt: on
 

@@ -66,7 +66,7 @@ def lying_alike(t):
 
 
 def check(monkeypatch, bucket, grads, step, rule=ClipRule(), caps=None, inverse=None):  # noqa: B008  # immutable
-    """Two steps with the pass and without, and norms as ``clip_`` has them; how many tiles take the pass, and don't."""
+    """Two steps with the pass and without, and norms as ``clip_`` has them; tiles that take the pass, and others."""
     caps = cap(1.0) if caps is None else caps
     outcomes, tiles, before = [], [], [g.clone() for g in grads]
     for off in (False, True):
