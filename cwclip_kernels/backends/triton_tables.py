@@ -56,7 +56,10 @@ class TileTables:
 
 
 class StepTiles(NamedTuple):
-    """The tiles of one launch of an optimizer's step: of gradient, start, length, component, own number, layout."""
+    """The tiles of one combination of dtypes in an optimizer's step.
+
+    Rows of gradient, start, length, component, the gradient's number from ``column``, layout.
+    """
 
     kind: int  # of their gradients, as given to ``build_step_tables``
     dims: int  # see ``Tiles``
@@ -70,8 +73,8 @@ class StepTables:
     """What is static about the steps of a bucket's parameters."""
 
     tiles: list[StepTiles]
-    sums: TileTables  # of the components that have no single tile, to be measured; nothing to scale
-    components: Tensor  # int64, which these are
+    sums: TileTables  # of the components without ``single`` tile, which are measured first; nothing to scale
+    components: Tensor  # int64, which these are: of several tiles, or of none
 
     def to(self, device: torch.device) -> StepTables:
         """The same on a device."""

@@ -31,7 +31,7 @@ def coefficients_kernel(
     tiles, and every one needs the factor. Deterministic: fixed order, the same bits as ``clip_kernel``.
 
     Args, beside those of ``clip_kernel``:
-        components: int64 [programs]; the others are somebody else's.
+        components: int64 [programs], those that ``adamw_single_kernel`` doesn't measure.
         factors: float64 [K], written; None without ``inverse``, where they are the coefficients.
     """
     component = tl.load(components + tl.program_id(0))
