@@ -24,6 +24,7 @@ from ..core.run import Update
 from ..core.session import ClipSession
 from ..handle import Handle
 from ..optim.adamw import ComponentClipAdamW
+from ..optim.clipping import are_equal
 from ..result import ClipResult
 from ..thresholds import EMA, Threshold
 from ..thresholds.base import StepCaps
@@ -166,7 +167,7 @@ class BackwardClipping(Handle):
         optimizer: Optimizers | None,
         on_clip: Callable[[ClipResult], object] | None,
     ) -> None:
-        tensors, components, max_norm = clipper._all(), clipper._session.components, clipper.max_norm
+        tensors, components = clipper._all(), clipper._session.components
         if clipper.raises_nonfinite:
             raise ValueError(f"nonfinite: 'error' would come when others are clipped already; {AT_THE_STEP}")
         if not any(tensor.requires_grad for tensor in tensors):
@@ -179,20 +180,11 @@ class BackwardClipping(Handle):
                 )
         # Without an optimizer no parameter is kept: a cycle of parameter, hook and this is never collected.
         self.names = components.names
-        self._max_norm = max_norm
-        self._caps = clipper._caps()
-        self._caps_from: Callable[[Callable[[], Tensor]], StepCaps] | None = None
-        self._counts_trained = False
-        bound = (clipper._whole or clipper)._session.bound
-        if isinstance(max_norm, Threshold) and bound is not None:
-            self._caps = bound.measuring(max_norm, None)
-            self._caps_from = partial(bound.measuring, max_norm) if max_norm.reads_parameters else None
-            self._counts_trained = max_norm.needs_all_components and max_norm.reads_numels
-        if self._caps.needs_norms:
-            raise ValueError(_needs_norms(max_norm))
+        self._clip_by(clipper)
         self._options = clipper._options
         self._owner = weakref.ref(clipper if module is None else module)
         self._steps = None if optimizer is None else Steps(optimizer, components.tensor_names, tensors)
+        self._own = clipper if isinstance(optimizer, ComponentClipAdamW) else None  # whose max_norm may change
         self._on_clip = on_clip
         self._lock = threading.RLock()  # gradients of several devices arrive on several threads
         self._passes = Passes(self._begin, self._finish, self._lock)
@@ -206,6 +198,20 @@ class BackwardClipping(Handle):
         except BaseException:
             self.remove()
             raise
+
+    def _clip_by(self, clipper: ParameterClipper) -> None:
+        """Sets the caps to a clipper's."""
+        max_norm = clipper.max_norm
+        caps_from: Callable[[Callable[[], Tensor]], StepCaps] | None = None
+        caps, counts_trained = clipper._caps(), False
+        bound = (clipper._whole or clipper)._session.bound
+        if isinstance(max_norm, Threshold) and bound is not None:
+            caps = bound.measuring(max_norm, None)
+            caps_from = partial(bound.measuring, max_norm) if max_norm.reads_parameters else None
+            counts_trained = max_norm.needs_all_components and max_norm.reads_numels
+        if caps.needs_norms:
+            raise ValueError(_needs_norms(max_norm))
+        self._max_norm, self._caps, self._caps_from, self._counts_trained = max_norm, caps, caps_from, counts_trained
 
     def remove(self) -> None:
         """Ends clipping in the backward pass."""
@@ -223,6 +229,11 @@ class BackwardClipping(Handle):
             raise RuntimeError(_needs_norms(self._max_norm))
         if self._steps is not None:
             self._steps.begin()
+            if self._own is not None:
+                max_norm = self._steps.max_norm(self._own._all())
+                if max_norm is not None and not are_equal(max_norm, self._max_norm):
+                    own = self._own
+                    self._clip_by(ParameterClipper(own._all(), own._session, max_norm, own._options))
         if self._counts_trained:
             owner = self._owner()  # of parameters that can be reached, though none is kept
             known = owner.parameters() if isinstance(owner, nn.Module) else () if owner is None else owner.parameters

@@ -14,7 +14,9 @@ from ..arguments import type_name
 from ..core.optimizers import attached_clippers, clipping_optimizer, inside_of, parameters_of, runs_hooks
 from ..core.run import Update
 from ..optim.adamw import ComponentClipAdamW
+from ..optim.clipping import are_equal
 from ..result import ClipResult
+from ..thresholds.constant import MaxNorm
 from .checks import AT_THE_STEP
 
 Optimizers: TypeAlias = "Optimizer | Mapping[Tensor, Optimizer]"
@@ -37,6 +39,9 @@ class Steps:
             if not isinstance(self._shared, ComponentClipAdamW):
                 _check_clips_not(self._shared, tensors)
                 _check_class(type(self._shared))
+            elif not _is_known(type(self._shared).step):
+                kind = type_name(self._shared)
+                raise ValueError(f"optimizer: {kind} has a step of its own, which wouldn't be called; {AT_THE_STEP}")
             self.begin()
             if not any(id(tensor) in self._groups for tensor in tensors):
                 raise ValueError("optimizer: owns none of the parameters")
@@ -67,6 +72,17 @@ class Steps:
         """Tells an optimizer that clips by itself what came of a pass."""
         if isinstance(self._shared, ComponentClipAdamW):
             self._shared._clipping.last = result
+            self._shared._opt_called = True  # type: ignore[attr-defined]  # for learning rate schedulers
+
+    def max_norm(self, tensors: Sequence[Tensor]) -> MaxNorm | None:
+        """What an optimizer that clips by itself clips these parameters by at present; None for others."""
+        if not isinstance(self._shared, ComponentClipAdamW):
+            return None
+        groups = {id(group): group for p in tensors if (group := self._groups.get(id(p))) is not None}
+        first, *others = [group["max_norm"] for group in groups.values()] or [None]
+        if not all(are_equal(first, other) for other in others):
+            raise ValueError("optimizer: its param groups have different max_norm now; give them one")
+        return first
 
     def parameters(self) -> list[Tensor]:
         """All that are stepped."""
@@ -148,9 +164,9 @@ def _check_class(kind: type[Optimizer]) -> None:
         if other not in bases
         for name, value in vars(other).items()
         # torch itself puts its step, decorated, on a subclass.
-        if name in names and not (name == "step" and _is_torchs(value))
+        if name in names and not (name == "step" and _is_known(value))
     ]
-    if not changed and not _is_torchs(kind.step):
+    if not changed and not _is_known(kind.step):
         changed = [f"{kind.__module__}.{kind.__qualname__}.step"]
     if changed:
         raise ValueError(
@@ -160,20 +176,20 @@ def _check_class(kind: type[Optimizer]) -> None:
         )
 
 
-def _is_torchs(step: Any) -> bool:
-    """Whether torch.optim defines this step, with no decorators around it but torch's own."""
+def _is_known(step: Any) -> bool:
+    """Whether torch.optim or this package defines this step, with no decorators around it but torch's own."""
     step = getattr(step, "__func__", step)
     # Not step.__module__, which functools.wraps copies.
     module: str = getattr(step, "__globals__", {}).get("__name__", "")
     if not hasattr(step, "__wrapped__"):
-        return module.startswith("torch.optim.")
-    return module.startswith("torch.") and _is_torchs(step.__wrapped__)
+        return module.startswith(("torch.optim.", "cwclip_kernels.optim."))
+    return module.startswith("torch.") and _is_known(step.__wrapped__)
 
 
 def _check_step_is_own(optimizer: Optimizer) -> None:
     """Raises where each step does something that is meant to happen once for all parameters."""
     step = vars(optimizer).get("step")  # put there by a learning rate scheduler, for one
-    if step is not None and not _is_torchs(step):
+    if step is not None and not _is_known(step):
         raise ValueError(
             "optimizer: its step was replaced, by something that would be called once for each parameter. Either "
             f"{_ONE_EACH}; or {AT_THE_STEP}"

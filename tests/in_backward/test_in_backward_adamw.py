@@ -1,5 +1,6 @@
 """``clip_in_backward`` with an optimizer that clips: one pass over each gradient as it becomes final."""
 
+import copy
 import math
 
 import pytest
@@ -135,3 +136,62 @@ def test_nonfinite_stays_in_its_component():
         backward(model)
     assert all(p.isfinite().all() for p in model.parameters())
     assert handle.last.norms.isfinite().tolist() == [True, False, True, True]
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+@pytest.mark.parametrize("scheduled", ["before", "after"])
+def test_learning_rate_schedulers(scheduled):
+    """These replace the optimizer's step by one that counts calls."""
+    early, late = models()
+    made = [ComponentClipAdamW(model.parameters(), lr=LR, max_norm=CAP) for model in (early, late)]
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    rates = [schedule(made[0])] if scheduled == "before" else []
+    with clip_in_backward(optimizer=made[0]):
+        rates += [schedule(made[0])] if scheduled == "after" else []
+        rates.append(schedule(made[1]))
+        for _ in range(3):
+            backward(early, late)
+            made[1].step()
+            made[1].zero_grad()
+            for rate in rates:
+                rate.step()
+    assert made[0].param_groups[0]["lr"] == made[1].param_groups[0]["lr"] == pytest.approx(LR * 1e-3)
+    assert all(map(same_bits, early.parameters(), late.parameters()))
+
+
+@pytest.mark.parametrize("cap", [7.0, torch.tensor(7.0, device=DEVICE), {"0.*": 7.0}, thresholds.ParamRelative(0.5)])
+def test_caps_may_change_between_passes(cap):
+    early, late = models()
+    made = [ComponentClipAdamW(model.named_parameters(), lr=LR, max_norm=CAP) for model in (early, late)]
+    with clip_in_backward(optimizer=made[0]) as handle:
+        for turn in range(4):
+            for optimizer in made:
+                optimizer.param_groups[0]["max_norm"] = copy.deepcopy(cap) if turn in (1, 2) else CAP
+            backward(early, late)
+            made[1].step()
+            made[1].zero_grad()
+            assert same_bits(handle.last.caps.expand(4), made[1].last.caps.expand(4)), turn
+    assert all(map(same_bits, early.parameters(), late.parameters()))
+
+
+def test_groups_whose_caps_are_made_to_differ_are_refused_before_anything_changes():
+    model, before = models()
+    optimizer = ComponentClipAdamW([{"params": [p]} for p in model.parameters()], max_norm=CAP)
+    with clip_in_backward(optimizer=optimizer):
+        optimizer.param_groups[1]["max_norm"] = 7.0
+        with pytest.raises(ValueError, match="have different max_norm now"):
+            backward(model)
+    assert all(map(same_bits, model.parameters(), before.parameters()))
+
+
+def test_a_step_of_a_subclass_is_not_ignored():
+    class Loud(ComponentClipAdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model, _ = models()
+    with pytest.raises(ValueError, match="Loud has a step of its own"):
+        clip_in_backward(optimizer=Loud(model.parameters(), max_norm=CAP))
