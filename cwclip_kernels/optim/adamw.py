@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from ..arguments import check_type, type_name, warn_caller
+from ..arguments import check_type
 from ..components.spec import Grouping
 from ..core import traced as core_traced
 from ..core.adamw import AdamWRule
@@ -21,14 +21,12 @@ from ..core.parameter_clipper import ParameterClipper
 from ..core.run import nonfinite_message
 from ..core.session import ClipSession
 from ..result import ClipResult
-from ..thresholds import Threshold
-from ..thresholds.base import learnt, load_learnt
+from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm
 from . import traced
+from .checkpoints import Loading, save
 from .clipping import Clipping, Names, Unit, is_known_to_hold, joined, names_of
 from .update import AdamWUpdate, check_capture, loss_scale_of, rule_of
-
-_OWN = ("max_norm", "correct_bias")  # entries of param groups that torch's AdamW doesn't have
 
 
 class ComponentClipAdamW(AdamW):
@@ -152,8 +150,7 @@ class ComponentClipAdamW(AdamW):
         self._step_supports_amp_scaling = True
         self.defaults.update(self._own_defaults)
         self._is_made = True
-        for unit in filter(lambda unit: unit.clips, self._units()):  # checks max_norm
-            unit.session.caps_for(self._max_norm(unit), unit.tensors, options.rule)
+        self._caps(self._units(), options)  # checks max_norm
 
     @property
     def last(self) -> ClipResult | None:
@@ -166,7 +163,11 @@ class ComponentClipAdamW(AdamW):
             param_group.setdefault(key, value)
         super().add_param_group(param_group)
         if "_is_made" in self.__dict__:
-            self._units()
+            try:
+                self._caps(self._units(), self._clipping.options)
+            except (TypeError, ValueError):
+                self.param_groups.pop()
+                raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -196,13 +197,13 @@ class ComponentClipAdamW(AdamW):
             options = replace(options, rule=rule, raise_nonfinite=False)
         units = self._units()
         updates = [self._update(unit, rules, skip) for unit in units]
+        policies = self._caps(units, options)
         if len(units) > 1:
-            self._check_all(units, updates, scale, options)
+            self._check_all(units, updates, policies, scale, options)
         results = []
-        for unit, update in zip(units, updates, strict=True):
+        for unit, update, caps in zip(units, updates, policies, strict=True):
             session, tensors = unit.session, unit.tensors
-            if unit.clips:
-                caps = session.caps_for(self._max_norm(unit), tensors, options.rule)
+            if caps is not None:
                 outcome = session.clip_(tensors, caps, options, scale, learns=not is_skipped, update=update)
                 results.append(ClipResult(session.components.names, *outcome))
             else:
@@ -261,15 +262,20 @@ class ComponentClipAdamW(AdamW):
     def _units(self) -> tuple[Unit, ...]:
         return self._clipping.units_of(self.param_groups)
 
-    def _max_norm(self, unit: Unit) -> MaxNorm:
-        max_norm: MaxNorm = self.param_groups[unit.groups[0]]["max_norm"]
-        return max_norm
+    def _caps(self, units: Sequence[Unit], options: Options) -> list[StepCaps | None]:
+        """What each unit's ``max_norm`` stands for, checked; None for parameters that no component has."""
+        return [
+            unit.session.caps_for(self.param_groups[unit.groups[0]]["max_norm"], unit.tensors, options.rule)
+            if unit.clips
+            else None
+            for unit in units
+        ]
 
     def _update(self, unit: Unit, rules: tuple[AdamWRule, ...], skip: Tensor | None) -> AdamWUpdate:
         states = unit.states_in(self.state)
-        if None in states:
+        if not all(states):
             for i, p in enumerate(unit.tensors):
-                if states[i] is None and p.grad is not None:
+                if not states[i] and p.grad is not None:
                     states[i] = self._new_state(p, rules[unit.groups[i]].amsgrad)
         is_spread = unit.session.reductions is not None
         return AdamWUpdate(unit.tensors, states, rules, unit.groups, skip, self._clipping.options.backend, is_spread)
@@ -305,11 +311,18 @@ class ComponentClipAdamW(AdamW):
         return self._state_dtype if self._state_dtype is not None and p.dtype.itemsize == 2 else p.dtype
 
     def _check_all(
-        self, units: tuple[Unit, ...], updates: list[AdamWUpdate], scale: LossScale, options: Options
+        self,
+        units: tuple[Unit, ...],
+        updates: list[AdamWUpdate],
+        policies: list[StepCaps | None],
+        scale: LossScale,
+        options: Options,
     ) -> None:
         """Raises if one of several calls would, before the first of them writes."""
-        for unit, update in zip(units, updates, strict=True):
-            unit.session.look(unit.tensors, options, update)
+        for unit, update, caps in zip(units, updates, policies, strict=True):
+            plan, _ = unit.session.look(unit.tensors, options, update)
+            if caps is not None and caps.update_ is not None and not caps.needs_norms:
+                caps.caps(plan.device, None)  # a threshold's own code
             if unit.clips and options.raise_nonfinite:
                 norms = unit.session.norms(unit.tensors, options.rule.norm_type, options.backend)
                 norms = scale.on(norms.device).unscaled(norms)
@@ -324,14 +337,11 @@ class ComponentClipAdamW(AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; beside it "clipping", one entry for each ``max_norm`` that learns, if any does."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            for key in _OWN:
-                group.pop(key, None)
-        found = [learnt(threshold) for threshold in self._thresholds()]
-        if any(found):
-            state["clipping"] = found
-        return state
+        hook = self.register_state_dict_post_hook(save, prepend=True)  # so that others see what is saved
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of ``torch.optim.AdamW``; ``max_norm`` and ``correct_bias`` stay.
@@ -339,42 +349,15 @@ class ComponentClipAdamW(AdamW):
         Raises:
             TypeError, ValueError: of other param groups, or of thresholds of another kind.
         """
-        thresholds, found = list(self._thresholds()), state_dict.get("clipping", [])
-        if found and len(found) != len(thresholds):
-            raise ValueError(f"state_dict: of {len(found)} thresholds as max_norm, and here are {len(thresholds)}")
-        kept = [{key: group[key] for key in _OWN} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
-        self._restore_dtypes(state_dict)
-        for threshold, state in zip(thresholds, found, strict=False):
-            load_learnt(threshold, state)
-        learner = next((t for t in thresholds if type(t).update_ is not Threshold.update_), None)
-        if learner is not None and not found:
-            warn_caller(
-                f"state_dict: has no 'clipping', so {type_name(learner)} goes on from what it has learnt here; of a "
-                "distributed checkpoint, which keeps torch's own entries alone, load max_norm's state beside it"
-            )
-
-    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
-        """Running means as they were saved, where torch has rounded them to the parameter's dtype."""
-        ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            dtype, saved = self._kept_in(p), state_dict["state"].get(i, {})
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                if dtype != p.dtype and name in saved:
-                    self.state[p][name] = saved[name].to(p.device, dtype, copy=True)
-            if saved and isinstance(saved.get("step"), Tensor):
-                self.state[p]["step"] = self.state[p]["step"].to(p.device)
-
-    def _thresholds(self) -> Iterator[Threshold]:
-        """Each once, in the order of param groups."""
-        seen: set[int] = set()
-        for group in self.param_groups:
-            max_norm = group["max_norm"]
-            if isinstance(max_norm, Threshold) and id(max_norm) not in seen:
-                seen.add(id(max_norm))
-                yield max_norm
+        loading = Loading(self._kept_in)
+        before = self.register_load_state_dict_pre_hook(loading.before)
+        after = self.register_load_state_dict_post_hook(loading.after, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+        loading.warn()
 
     def __getstate__(self) -> dict[str, Any]:
         clipping = self._clipping

@@ -97,6 +97,8 @@ class Clipping:
     def _make(self, groups: Sequence[Mapping[str, Any]], sharing: list[int]) -> tuple[Unit, ...]:
         tensors = [p for group in groups for p in group["params"]]
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
+        if len(set(map(id, tensors))) < len(tensors):
+            raise ValueError("params: a parameter is given more than once, and would be stepped as often")
         named = self._named(groups, tensors)
         everything = resolve(named, self.components, is_all=self.pp_mesh is None or any(map(is_flat, tensors)))
         first: dict[int, int] = {}

@@ -53,6 +53,11 @@ class AdamWUpdate:
             step = self._step_of(bucket)
             fused = FUSED_STEPS.get(bucket.backend)
             reason = "has no fused step" if fused is None else _refusal(fused, bucket, own, step)
+            if reason is not None and any(p.is_conj() or p.is_neg() for p in step.params):
+                raise RuntimeError(
+                    "a parameter is lazily conjugated or negated, so that it can't be stepped in place; make it of "
+                    "tensor.resolve_conj().resolve_neg()"
+                )
             if reason is not None and self._backend in FUSED:
                 raise RuntimeError(
                     f"backend={self._backend!r} {reason}; backend=None steps these parameters with torch's operators"

@@ -38,7 +38,7 @@ ORDER = [
     distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/parameter_clipper core/optimizers
     handle attachment clipper
-    optim/clipping optim/update optim/traced optim/adamw optim/__init__
+    optim/clipping optim/checkpoints optim/update optim/traced optim/adamw optim/__init__
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
     functional grad_scaler
