@@ -87,7 +87,7 @@ def adamw_(
         if rule.maximize:
             g = -g
         lr = rule.lr.to(bucket.device, time.dtype).reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
-        m = m + (1 - rule.beta1) * (g - m)
+        m = torch.lerp(m, g, 1 - rule.beta1)  # exact for beta1 = 0
         v = rule.beta2 * v + (1 - rule.beta2) * g * g
         w = torch.maximum(w, v) if rule.amsgrad else v
         first, second = (1 - rule.beta1**time, 1 - rule.beta2**time) if rule.correct_bias else (1.0, 1.0)

@@ -48,7 +48,8 @@ struct Kept {
 template <bool kMax, class T>
 CWCLIP_DEVICE void step_element(T g, Kept<T>& x, const Constants<T>& c) {
   g = scaled(g, c.factor, c.erase);
-  x.m = multiply_add(c.first, g - x.m, x.m);
+  // The same number either way; of the second rounding leaves g itself if beta1 is 0.
+  x.m = c.first < T(0.5) ? multiply_add(c.first, g - x.m, x.m) : multiply_add(T(1) - c.first, x.m - g, g);
   x.v = multiply_add(product(c.second, g), g, product(c.beta2, x.v));
   if constexpr (kMax) x.w = x.w > x.v || x.w != x.w ? x.w : x.v;  // NaN wins
   const T below = multiply_add(square_root(kMax ? x.w : x.v), c.inverse_root, c.eps);

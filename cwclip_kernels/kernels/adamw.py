@@ -273,7 +273,8 @@ def step(
     if ZERO_FILL:
         g = tl.where(is_zero, 0.0, g)
     m = widen(m, WIDE)
-    m += rate1 * (g - m)
+    # The same number either way; of the second rounding leaves g itself if beta1 is 0.
+    m = tl.where(rate1 < 0.5, m + rate1 * (g - m), g - (1 - rate1) * (g - m))
     v = beta2 * widen(v, WIDE) + rate2 * g * g
     tl.store(m_at, narrow(m, STATE), mask=mask)
     tl.store(v_at, narrow(v, STATE), mask=mask)

@@ -319,3 +319,21 @@ def test_needs_no_memory_beyond_the_states(options):
     with Allocations() as found:
         optimizer.step()
     assert 0 < found.made < 1000
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.3, 0.5), (0.5, 0.0)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_betas_forget_large_gradients(backend, betas):
+    """With beta1 = 0 the mean is the gradient, though the last one was 1e9 times as large."""
+    ours, theirs = twins([(33,), (7, 3)])
+    optimizer = ComponentClipAdamW(ours, lr=LR, betas=betas, max_norm=math.inf, backend=backend)
+    plain = torch.optim.AdamW(theirs, lr=LR, betas=betas)
+    for scale in (1e9, 1.0, 1e-3, 1e6):
+        give_gradients(ours, theirs, scale=scale)
+        optimizer.step()
+        plain.step()
+        for p, q in zip(ours, theirs, strict=True):
+            mean, expected = optimizer.state[p]["exp_avg"], plain.state[q]["exp_avg"]
+            torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6 * scale)
+            assert betas[0] > 0 or torch.equal(mean, p.grad)
+    assert_stepped_alike(ours, theirs, 4, LR)

@@ -3,6 +3,8 @@
 //   g' = factor * g;  m += (1 - beta1) * (g' - m);  v = beta2 * v + (1 - beta2) * g'^2;  w = max(w, v) with amsgrad
 //   p = decay * p - size * m / (sqrt(v or w) + eps)
 //
+// Where beta1 <= 1/2, m = g' - beta1 * (g' - m), the same number, of which rounding leaves g' itself if beta1 = 0.
+//
 // size and eps have the bias corrections in them (AdamW in kernels.h). Sums, products, quotients and roots are IEEE's,
 // each rounded by itself: the same bits for every vector width.
 
@@ -40,17 +42,18 @@ template <class Vector, class Number>
 struct AdamWVectors {
   explicit AdamWVectors(const AdamW& a)
       : factor(Vector{} + static_cast<Number>(a.factor)), decay(Vector{} + static_cast<Number>(a.decay)),
-        rest1(Vector{} + static_cast<Number>(1 - a.beta1)), beta2(Vector{} + static_cast<Number>(a.beta2)),
-        rest2(Vector{} + static_cast<Number>(1 - a.beta2)), size(Vector{} + static_cast<Number>(a.size)),
-        eps(Vector{} + static_cast<Number>(a.eps)), erases(a.erases) {}
-  const Vector factor, decay, rest1, beta2, rest2, size, eps;
-  const bool erases;
+        rate1(Vector{} + static_cast<Number>(a.beta1 > 0.5 ? 1 - a.beta1 : -a.beta1)),
+        beta2(Vector{} + static_cast<Number>(a.beta2)), rest2(Vector{} + static_cast<Number>(1 - a.beta2)),
+        size(Vector{} + static_cast<Number>(a.size)), eps(Vector{} + static_cast<Number>(a.eps)),
+        from_gradient(a.beta1 <= 0.5), erases(a.erases) {}
+  const Vector factor, decay, rate1, beta2, rest2, size, eps;
+  const bool from_gradient, erases;
 };
 
 template <bool kMaximum, class Vector, class Number>
 CWCLIP_INLINE void update(Vector& p, Vector g, Vector& m, Vector& v, Vector& w, const AdamWVectors<Vector, Number>& a) {
   g = a.erases ? Vector{} : g * a.factor;
-  m += (g - m) * a.rest1;
+  m = (a.from_gradient ? g : m) + (g - m) * a.rate1;
   v = v * a.beta2 + (g * g) * a.rest2;
   if (kMaximum) w = w > v || w != w ? w : v;  // NaN in either is kept
   p = p * a.decay - (m / (root_of(kMaximum ? w : v) + a.eps)) * a.size;
