@@ -211,7 +211,8 @@ class BackwardClipping(Handle):
             counts_trained = max_norm.needs_all_components and max_norm.reads_numels
         if caps.needs_norms:
             raise ValueError(_needs_norms(max_norm))
-        self._max_norm, self._caps, self._caps_from, self._counts_trained = max_norm, caps, caps_from, counts_trained
+        self._max_norm: MaxNorm = max_norm
+        self._caps, self._caps_from, self._counts_trained = caps, caps_from, counts_trained
 
     def remove(self) -> None:
         """Ends clipping in the backward pass."""

@@ -79,10 +79,10 @@ class Steps:
         if not isinstance(self._shared, ComponentClipAdamW):
             return None
         groups = {id(group): group for p in tensors if (group := self._groups.get(id(p))) is not None}
-        first, *others = [group["max_norm"] for group in groups.values()] or [None]
-        if not all(are_equal(first, other) for other in others):
+        caps: list[MaxNorm] = [group["max_norm"] for group in groups.values()]
+        if not all(are_equal(caps[0], cap) for cap in caps):
             raise ValueError("optimizer: its param groups have different max_norm now; give them one")
-        return first
+        return caps[0] if caps else None
 
     def parameters(self) -> list[Tensor]:
         """All that are stepped."""
