@@ -26,7 +26,7 @@ from ..thresholds.constant import MaxNorm
 from . import traced
 from .checkpoints import Loading, save
 from .clipping import Clipping, Names, Unit, is_known_to_hold, joined, names_of
-from .update import AdamWUpdate, check_capture, loss_scale_of, rule_of
+from .update import AdamWUpdate, check_capture, forget_loss_scale, loss_scale_of, rule_of
 
 
 class ComponentClipAdamW(AdamW):
@@ -189,6 +189,14 @@ class ComponentClipAdamW(AdamW):
         if is_traced():
             self._traced_step()
             return loss
+        try:
+            self._clip_and_step()
+        except BaseException:
+            forget_loss_scale(self)
+            raise
+        return loss
+
+    def _clip_and_step(self) -> None:
         rules = tuple(map(rule_of, self.param_groups))
         scale, skip = loss_scale_of(self)
         options, is_skipped = self._clipping.options, is_known_to_hold(skip, self._clipping.options.raise_nonfinite)
@@ -209,7 +217,6 @@ class ComponentClipAdamW(AdamW):
             else:
                 session.update_unclipped(tensors, options, scale, update)
         self._clipping.last = joined(results)
-        return loss
 
     def _traced_step(self) -> None:
         """The same under ``torch.compile``. Which parameters have gradients becomes part of the compiled function."""

@@ -137,6 +137,12 @@ def loss_scale_of(optimizer: Optimizer) -> tuple[LossScale, Tensor | None]:
     return LossScale.of(inverse, None), None if found_inf is None else found_inf.reshape(())
 
 
+def forget_loss_scale(optimizer: Optimizer) -> None:
+    """Takes back what a ``GradScaler`` has handed over; it does so itself, but not after a step that fails."""
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
+
+
 def check_capture(optimizer: Optimizer) -> None:
     """Torch's own check that a step that is captured into a graph can be."""
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):

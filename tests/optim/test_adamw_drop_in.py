@@ -326,6 +326,22 @@ def test_for_a_scaler_inf_is_no_error_and_nothing_is_learnt_from_a_skipped_step(
     assert all(torch.equal(after[name], state[name]) for name in state)
 
 
+def test_a_step_that_fails_under_a_scaler_leaves_no_scale_behind():
+    params, before = twins(SHAPES)
+    optimizer = ComponentClipAdamW(params, max_norm=math.inf, backend="cpu")
+    scaler = GradScaler(DEVICE, init_scale=8.0)
+    scaler.scale(torch.ones((), device=DEVICE))
+    give_gradients(params)
+    plain = params[1].grad
+    params[1].grad = plain.t().contiguous().t()  # another layout than its parameter's
+    with pytest.raises(RuntimeError, match="shapes and strides"):
+        scaler.step(optimizer)
+    assert all(map(same_bits, params, before))
+    params[1].grad = plain
+    optimizer.step()
+    torch.testing.assert_close(optimizer.last.norms[1], plain.norm())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------------------
