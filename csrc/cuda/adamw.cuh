@@ -1,10 +1,10 @@
 // An optimizer's step on a GPU: AdamW, from gradients that are clipped in a register and never written.
 //
 //   g' = coef_c * g;  m <- m + (1 - beta1) (g' - m);  v <- beta2 * v + (1 - beta2) * g'^2;  w <- max(w, v) with amsgrad
-//   p <- decay * p - size * m / (sqrt(v or w) * inverse_root + eps)
+//   p <- decay * p - size * m / (sqrt(v or w) + eps)
 //
 // Launches: Mode::sum (kernels.cuh), if coefficients aren't given; advance_kernel, which advances each gradient's t and
-// works out decay, size and inverse_root; step_kernel, one block a tile, which reads g, m, v, p and writes m, v, p. Bytes
+// works out decay, size and eps; step_kernel, one block a tile, which reads g, m, v, p and writes m, v, p. Bytes
 // of a float32 parameter: 4 for its norm, and 28, less what L2 still has of its gradient. In float32, or float64 for
 // float64; each result is rounded once, where it is written. Deterministic: element by element.
 #pragma once
@@ -16,7 +16,12 @@
 
 namespace cwclip::cuda {
 
-constexpr int kStepBlocks = 3;  // on a processor: 80 registers, and 98 KB of float32 loads in flight
+// On a processor: 80 registers, and 98 KB of float32 loads in flight. For compute capability 10 the compiler needs 88.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kStepBlocks = 2;
+#else
+constexpr int kStepBlocks = 3;
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One element
@@ -28,15 +33,15 @@ struct Constants {
       : factor(static_cast<T>(numbers.maximize ? -coef : coef)),
         decay(static_cast<T>(numbers.decay)),
         minus_size(static_cast<T>(-numbers.size)),
-        inverse_root(static_cast<T>(numbers.inverse_root)),
         eps(static_cast<T>(numbers.eps)),
-        first(static_cast<T>(numbers.first)),
+        rate(static_cast<T>(numbers.rate)),
         beta2(static_cast<T>(numbers.beta2)),
         second(static_cast<T>(numbers.second)),
-        erase(is_erased) {}
+        erase(is_erased),
+        from_gradient(!(numbers.rate > 0)) {}
 
-  T factor, decay, minus_size, inverse_root, eps, first, beta2, second;
-  bool erase;
+  T factor, decay, minus_size, eps, rate, beta2, second;
+  bool erase, from_gradient;
 };
 
 // What is kept for one element.
@@ -48,11 +53,10 @@ struct Kept {
 template <bool kMax, class T>
 CWCLIP_DEVICE void step_element(T g, Kept<T>& x, const Constants<T>& c) {
   g = scaled(g, c.factor, c.erase);
-  // The same number either way; of the second rounding leaves g itself if beta1 is 0.
-  x.m = c.first < T(0.5) ? multiply_add(c.first, g - x.m, x.m) : multiply_add(T(1) - c.first, x.m - g, g);
+  x.m = multiply_add(c.rate, g - x.m, c.from_gradient ? g : x.m);
   x.v = multiply_add(product(c.second, g), g, product(c.beta2, x.v));
   if constexpr (kMax) x.w = x.w > x.v || x.w != x.w ? x.w : x.v;  // NaN wins
-  const T below = multiply_add(square_root(kMax ? x.w : x.v), c.inverse_root, c.eps);
+  const T below = square_root(kMax ? x.w : x.v) + c.eps;
   x.p = multiply_add(c.minus_size, quotient(x.m, below), product(c.decay, x.p));
 }
 
@@ -271,10 +275,11 @@ CWCLIP_KERNEL void CWCLIP_BOUNDS(kWorkers, 1)
     }
     Numbers numbers;
     numbers.decay = 1 - product(lr, rule.weight_decay);
-    numbers.size = rule.correct_bias ? lr / (1 - power(rule.beta1, t)) : lr;
-    numbers.inverse_root = rule.correct_bias ? 1 / square_root(1 - power(rule.beta2, t)) : 1;
-    numbers.eps = rule.eps;
-    numbers.first = 1 - rule.beta1;
+    const double first = rule.correct_bias ? 1 - power(rule.beta1, t) : 1;
+    const double root = rule.correct_bias ? square_root(1 - power(rule.beta2, t)) : 1;
+    numbers.size = lr / first * root;
+    numbers.eps = rule.eps * root;
+    numbers.rate = rule.beta1 > 0.5 ? 1 - rule.beta1 : -rule.beta1;
     numbers.beta2 = rule.beta2;
     numbers.second = 1 - rule.beta2;
     numbers.maximize = rule.maximize;

@@ -42,10 +42,13 @@ struct alignas(16) Clock {
 
 // One for each gradient: what follows from its rule and t.
 struct alignas(16) Numbers {
-  double decay;         // 1 - lr * weight_decay
-  double size;          // lr / (1 - beta1^t)
-  double inverse_root;  // 1 / sqrt(1 - beta2^t)
-  double eps, first, beta2, second;  // 1 - beta1; 1 - beta2
+  double decay;  // 1 - lr * weight_decay
+  double size;   // lr / (1 - beta1^t) * root, where root = sqrt(1 - beta2^t)
+  double eps;    // eps * root
+  // 1 - beta1, of the way from the mean to the gradient; or if beta1 <= 1/2, -beta1, of the way from the gradient on: the
+  // same number, but there rounding leaves the gradient itself if beta1 is 0.
+  double rate;
+  double beta2, second;  // second: 1 - beta2
   int64_t maximize;
 };
 
