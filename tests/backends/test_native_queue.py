@@ -42,7 +42,7 @@ def test_random_work_by_several_threads(queue, flags, tmp_path):
     if built.returncode and sanitized and "cannot find" in built.stderr:
         pytest.skip("this compiler came without sanitizers")
     assert built.returncode == 0, built.stderr
-    rounds = (150 if sanitized else 500) if queue == "queue" else 40
+    rounds = (80 if sanitized else 300) if queue == "queue" else 25
     done = subprocess.run([program, str(SEED), str(rounds)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"{rounds} cases\n"
