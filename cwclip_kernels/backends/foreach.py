@@ -144,13 +144,13 @@ def adamw_(
     maxima = [p if w is None else w for p, w in zip(step.params, step.max_exp_avg_sqs, strict=True)]
     tensors = (grads, step.params, step.exp_avgs, step.exp_avg_sqs, maxima)
     pieces = list(zip(*(bucket.pieces(each) for each in tensors), strict=True))
-    for number, rule in enumerate(step.rules):
-        for dtype in dict.fromkeys(map(_arithmetic, pieces)):
+    of_pieces, each_factor = bucket.gradient_of_pieces(), factors[owners]
+    for dtype in dict.fromkeys(map(_arithmetic, pieces)):
+        own_factors = each_factor.to(dtype).unbind()
+        for number, rule in enumerate(step.rules):
             own = [
                 (i, f, [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in piece])
-                for i, piece, f in zip(
-                    bucket.gradient_of_pieces(), pieces, factors[owners].to(dtype).unbind(), strict=True
-                )
+                for i, piece, f in zip(of_pieces, pieces, own_factors, strict=True)
                 if step.rule_of[i] == number and _arithmetic(piece) == dtype
             ]
             if own:

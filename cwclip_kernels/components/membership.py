@@ -52,3 +52,8 @@ class Components:
             members=tuple((new[i], component, place) for i, component, place in self.members if i in new),
             problems=tuple((new[i], problem) for i, problem in self.problems if i in new),
         )
+
+
+def unclipped(tensor_names: Sequence[str], positions: Sequence[int]) -> Components:
+    """The tensors at these positions as one component, for an update that reads them and doesn't clip."""
+    return Components(("not clipped",), tuple(tensor_names), tuple((i, 0, ()) for i in positions))

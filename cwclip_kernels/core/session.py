@@ -109,20 +109,20 @@ class ClipSession:
                 call = DistributedCall(reductions, self.plans, tensors, home_of(tensors), options.backend, update)
                 outcome = call.clip_(policy, rule, raise_nonfinite, scale)
             else:
-                if reductions is None:
-                    grads = list(map(_GRAD, tensors))
-                else:
-                    held = reductions.gradients(tensors)
-                    if update is None:
-                        held.check_not_leaves()
-                    grads = held.local
-                get = self.plans.get if update is None else self.plans.measured
-                plan, found = get(grads, tensors, rule.norm_type, options.backend)
+                held = None
                 if update is not None:
-                    update.prepare(plan.buckets, found)
+                    plan, found = self.look(tensors, options, update)
+                else:
+                    if reductions is None:
+                        grads = list(map(_GRAD, tensors))
+                    else:
+                        held = reductions.gradients(tensors)
+                        held.check_not_leaves()
+                        grads = held.local
+                    plan, found = self.plans.get(grads, tensors, rule.norm_type, options.backend)
                 used = scale if scale is UNSCALED else scale.on(plan.device)
                 outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used, update)
-                if reductions is not None and update is None:
+                if held is not None:
                     held.touched()
                 if scale is not UNSCALED:
                     scale.deliver(used)

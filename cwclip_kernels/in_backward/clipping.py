@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import type_name
 from ..clipper import ComponentClipper
-from ..components.membership import Components
+from ..components.membership import unclipped
 from ..components.parameters import Parameters, as_items, named_tensors
 from ..components.spec import Grouping
 from ..core.loss_scale import UNSCALED
@@ -284,8 +284,9 @@ class BackwardClipping(Handle):
         if hook.components is not None:
             self._clip(current, hook, parameter, grad.device, update)
         elif update is not None:
-            session = ClipSession(Components(("",), (hook.name,), ((0, 0, ()),)), (parameter,))
-            session.update_unclipped((parameter,), self._options, UNSCALED, update)
+            if hook.session is None:
+                hook.session = ClipSession(unclipped((hook.name,), (0,)), (parameter,))
+            hook.session.update_unclipped((parameter,), self._options, UNSCALED, update)
         if step is not None:
             with self._lock:
                 step()

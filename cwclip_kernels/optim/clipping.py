@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..components.membership import Components
+from ..components.membership import Components, unclipped
 from ..components.parameters import NamedTensors, named_tensors
 from ..components.resolve import resolve
 from ..components.spec import Grouping
@@ -120,7 +120,7 @@ class Clipping:
                 units.append(self._unit(everything, inside, tensors, owner, clips=True))
         rest = [i for i in range(len(tensors)) if i not in clipped]
         if rest:
-            units.append(self._unit(_one_component(named, tensors), rest, tensors, owner, clips=False))
+            units.append(self._unit(unclipped(named.names, rest), rest, tensors, owner, clips=False))
         return tuple(units)
 
     def _unit(
@@ -195,10 +195,6 @@ def _compact(components: Components) -> Components:
         aliases=tuple((other, name) for other, name in components.aliases if name in names),
         spellings=tuple(components.spellings[i] for i in used) if components.spellings else (),
     )
-
-
-def _one_component(named: NamedTensors, tensors: Sequence[Tensor]) -> Components:
-    return Components(("not clipped",), named.names, tuple((i, 0, ()) for i in range(len(tensors))))
 
 
 def is_known_to_hold(skip: Tensor | None, may_sync: bool) -> bool:

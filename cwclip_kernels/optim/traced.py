@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..components.membership import Components
+from ..components.membership import Components, unclipped
 from ..core import run, traced
 from ..core.adamw import AdamWRule
 from ..core.caps import fixed_caps
@@ -124,12 +124,12 @@ def _component_clip_adamw_(
         update.prepare(plan.buckets, found)
         calls.append((plan, found))
     (plan, found), rest = calls
-    policy = traced.policy_for(components, patterns, tuple(values)) if caps is None else None
-    policy = fixed_caps(caps, plan.components) if policy is None and caps is not None else policy
-    assert policy is not None
+    fixed = (
+        traced.policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
+    )
     scale = LossScale.of(inv_scale, None)
     rule = ClipRule(norm_type, eps, nonfinite)
-    norms, coefs, used = run.clip_(plan, found, policy, rule, nonfinite == "error", scale.on(plan.device), update)
+    norms, coefs, used = run.clip_(plan, found, fixed, rule, nonfinite == "error", scale.on(plan.device), update)
     if rest[0].buckets:
         ones = torch.ones(1, dtype=wide_dtype(rest[0].device), device=rest[0].device)
         run.apply_(*rest, scale.on(rest[0].device).factors(ones), rule, update)
@@ -146,8 +146,8 @@ def _rule(lr: Tensor, numbers: Sequence[float]) -> AdamWRule:
 def _rest(components: str, device: torch.device, count: int) -> Plans:
     """The plans for gradients that no component has."""
     known = traced.read(components)
-    others = (i for i in range(count) if i not in known.clipped)
-    return Plans(Components(("not clipped",), known.tensor_names, tuple((i, 0, ()) for i in others)))
+    clipped = known.clipped
+    return Plans(unclipped(known.tensor_names, [i for i in range(count) if i not in clipped]))
 
 
 def _fake_component_clip_adamw_(
