@@ -5,6 +5,10 @@
 namespace cwclip::cuda {
 namespace {
 
+PyObject* raise_failure(const char* doing, const char* failure) {
+  return raise(PyExc_RuntimeError, std::string("CUDA, ") + doing + ": " + failure);
+}
+
 PyObject* py_program(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 5, "cuda_program(signature, components, cuts, count, wide)");
   return guarded([&]() -> PyObject* {
@@ -27,8 +31,9 @@ PyObject* py_place(PyObject*, PyObject* const* values, Py_ssize_t count) {
   auto* const tables = arguments.pointer<char>();
   const int64_t device = arguments.number();
   if (arguments.failed()) return nullptr;
-  program->tables = tables;
-  program->device = static_cast<int>(device);
+  if (const char* const failure = place(*program, tables, static_cast<int>(device))) {
+    return raise_failure("asking what a device is like", failure);
+  }
   Py_RETURN_NONE;
 }
 
@@ -44,10 +49,6 @@ Request request_of(Arguments& arguments, Kind kind) {
     arguments.fail(PyExc_ValueError, "program: its tables are on no device yet; call cuda_place");
   }
   return request;
-}
-
-PyObject* raise_failure(const char* doing, const char* failure) {
-  return raise(PyExc_RuntimeError, std::string("CUDA, ") + doing + ": " + failure);
 }
 
 PyObject* enqueued(const Arguments& arguments, const Request& request) {

@@ -3,7 +3,7 @@
 // names for a CPU, so that tests run all of csrc/cuda/ without a GPU.
 #pragma once
 
-#include <cstdint>
+#include "program.h"
 
 #if defined(__CUDACC__)
 
@@ -30,8 +30,11 @@ CWCLIP_DEVICE uint32_t block_index() { return blockIdx.x; }
 CWCLIP_DEVICE uint32_t block_count() { return gridDim.x; }
 
 CWCLIP_DEVICE void block_barrier() { __syncthreads(); }
+// For the worker warps alone: barrier 0 is the block's.
+CWCLIP_DEVICE void worker_barrier() { asm volatile("barrier.sync 1, %0;" ::"n"(kLanes * kWorkerWarps) : "memory"); }
 CWCLIP_DEVICE void warp_barrier() { __syncwarp(); }
 CWCLIP_DEVICE uint32_t from_first_lane(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+CWCLIP_DEVICE double from_first_lane(double value) { return __shfl_sync(0xffffffffu, value, 0); }
 CWCLIP_DEVICE double from_lane_above(double value, int distance) {
   return __shfl_down_sync(0xffffffffu, value, distance);
 }
@@ -47,7 +50,8 @@ CWCLIP_DEVICE int hidden(int value) {
   return value;
 }
 
-// What blocks share. Relaxed: the value alone. Acquire and release: with everything written before.
+// What blocks share. Relaxed: the value alone. Acquire and release: with everything written before. After release_fence(),
+// what publish() stores is seen with everything written before the fence: one fence for many stores.
 CWCLIP_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t n) {
   uint32_t old;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(n) : "memory");
@@ -63,17 +67,49 @@ CWCLIP_DEVICE uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
-CWCLIP_DEVICE void store_release(uint32_t* p, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+CWCLIP_DEVICE uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
 }
 CWCLIP_DEVICE void store_relaxed(uint32_t* p, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+CWCLIP_DEVICE void release_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+CWCLIP_DEVICE void publish(uint32_t* p, uint32_t value) { store_relaxed(p, value); }
 // Written by another block: not from this processor's own cache.
 CWCLIP_DEVICE double load_relaxed(const double* p) {
   double value;
   asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(value) : "l"(p) : "memory");
   return value;
+}
+
+// 16 bytes of a table to shared memory, without a register in between; there after wait_for_copies(), for this thread.
+CWCLIP_DEVICE void copy_async(Vector* to, const Vector* from) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#else
+  *to = *from;
+#endif
+}
+CWCLIP_DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Programmatic dependent launch: the next kernel's blocks may begin where there is room for them, and wait until the one
+// before has ended and all that it wrote is there. Nothing, if a launch wasn't made so.
+CWCLIP_DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+CWCLIP_DEVICE void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Gradients, 16 bytes at a time. First read: kept in L2, not in L1, since another processor may read it again. Last read,
@@ -154,8 +190,25 @@ inline Failure failure_of(cudaError_t error) { return error == cudaSuccess ? nul
 // has to be restored afterwards.
 inline Failure set_device(int device) { return failure_of(cudaSetDevice(device)); }
 
-inline Failure count_processors(int device, int* count) {
-  return failure_of(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+inline Failure ask(cudaDeviceAttr attribute, int device, int* value) {
+  return failure_of(cudaDeviceGetAttribute(value, attribute, device));
+}
+
+inline Failure count_processors(int device, int* count) { return ask(cudaDevAttrMultiProcessorCount, device, count); }
+
+// `kernel`: one that is launched to overlap.
+template <auto kernel>
+Failure find_traits(int device, Traits* traits) {
+  int driver = 0;
+  cudaFuncAttributes attributes;
+  if (const Failure failure = ask(cudaDevAttrL2CacheSize, device, &traits->l2_bytes)) return failure;
+  if (const Failure failure = failure_of(cudaDriverGetVersion(&driver))) return failure;
+  if (const Failure failure = failure_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)))) {
+    return failure;
+  }
+  // Compiled for less, the kernel wouldn't wait. Drivers before 12.4 can't capture such launches into a graph.
+  traits->overlaps = CUDART_VERSION >= 12040 && driver >= 12040 && attributes.ptxVersion >= 90;
+  return nullptr;
 }
 
 inline Failure is_capturing(Stream stream, bool* capturing) {
@@ -165,19 +218,30 @@ inline Failure is_capturing(Stream stream, bool* capturing) {
   return failure;
 }
 
-// Whether this binary has a kernel for the current device.
+// Whether this binary has a kernel for the current device, and its driver can launch it with 32 KB of parameters.
 template <auto kernel>
 Failure find_image() {
+  int driver = 0;
+  if (const Failure failure = failure_of(cudaDriverGetVersion(&driver))) return failure;
+  if (driver < 12010) return "its driver is older than CUDA 12.1";
   cudaFuncAttributes attributes;
   return failure_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
 }
 
-// Puts kernel(parameters...) on the current device's stream.
+// Puts kernel(parameters...) on the current device's stream; `overlaps`: it may begin while the one before ends.
 template <auto kernel, class... Parameters>
-Failure launch(uint32_t blocks, int threads, Stream stream, const Parameters&... parameters) {
+Failure launch(uint32_t blocks, int threads, Stream stream, bool overlaps, const Parameters&... parameters) {
   const void* addresses[] = {&parameters...};
-  return failure_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
-                                     const_cast<void**>(addresses), 0, stream));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  return failure_of(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(addresses)));
 }
 
 }  // namespace cwclip::cuda

@@ -1,4 +1,4 @@
-// A block's workers on the elements of one tile: power sums, and scaling.
+// A team's threads on the elements of one tile: power sums, and scaling. A team is all workers of a block, or one warp.
 //
 // A dense run is walked in 16-byte steps; the few elements before its first and after its last 16-byte boundary are
 // taken one by one. A run with gaps is taken element by element.
@@ -150,7 +150,7 @@ struct Run {
     body = reinterpret_cast<Vector*>(first + head);
   }
 
-  // The element outside the vectors that worker `thread` takes, for thread < edges: fewer than two vectors' worth.
+  // The element outside the vectors that thread `thread` takes, for thread < edges: fewer than two vectors' worth.
   CWCLIP_DEVICE Stored* edge(int32_t thread) const {
     return first + (thread < head ? thread : thread + vectors * kPerVector);
   }
@@ -197,23 +197,23 @@ CWCLIP_DEVICE double with_element(double sum, double x) {
   }
 }
 
-// Which of a dense run's vectors a thread takes at a time: `at`, and then each kWorkers further on.
-template <DType dtype>
+// Which of a dense run's vectors a thread takes at a time: `at`, and then each kTeam further on.
+template <int kTeam, DType dtype>
 CWCLIP_DEVICE void load_share(const Run<dtype>& run, int32_t at, Vector (&loads)[kSumLoads]) {
 #pragma unroll
   for (int k = 0; k < kSumLoads; ++k) {
-    const int32_t i = at + k * kWorkers;
+    const int32_t i = at + k * kTeam;
     loads[k] = i < run.vectors ? load_vector(run.body + i) : Vector{};
   }
 }
 
 // The power sum of a share in float64 from the start, for what float32 can't hold. Reads the vectors once more, so that
 // nobody keeps them in registers for its sake.
-template <Order order, DType dtype>
+template <Order order, int kTeam, DType dtype>
 CWCLIP_DEVICE double sum_of_share_in_double(const Run<dtype>& run, int32_t at) {
   double total = 0;
 #pragma unroll 1
-  for (int k = 0; k < kSumLoads && at < run.vectors; ++k, at += kWorkers) {
+  for (int k = 0; k < kSumLoads && at < run.vectors; ++k, at += kTeam) {
     for_each_element<dtype>(load_vector(run.body + at), [&](int, double x) { total = with_element<order>(total, x); });
   }
   return total;
@@ -224,10 +224,10 @@ CWCLIP_DEVICE double sum_of_share_in_double(const Run<dtype>& run, int32_t at) {
 // trusted, the same thread adds up once more, in float64.
 constexpr double kTrustedFrom = 0x1p-100;
 
-template <Order order, DType dtype>
+template <Order order, int kTeam, DType dtype>
 CWCLIP_DEVICE double sum_of_share(const Run<dtype>& run, int32_t at) {
   Vector loads[kSumLoads];
-  load_share(run, at, loads);
+  load_share<kTeam>(run, at, loads);
   double total = 0;
   if constexpr (dtype == DType::f64) {
 #pragma unroll
@@ -259,32 +259,35 @@ CWCLIP_DEVICE double sum_of_share(const Run<dtype>& run, int32_t at) {
     if constexpr (dtype != DType::f16) {  // whose squares always fit
       const bool underflow = order == Order::two && total < kTrustedFrom && (any & Element<dtype>::kMagnitude) != 0;
       const bool overflow = !(total < static_cast<double>(float_of(0x7f800000u)));
-      if (underflow || overflow) total = sum_of_share_in_double<order>(run, at);
+      if (underflow || overflow) total = sum_of_share_in_double<order, kTeam>(run, at);
     }
   }
   return total;
 }
 
 // This thread's share of a dense run's power sum.
-template <Order order, DType dtype>
+template <Order order, int kTeam, DType dtype>
 CWCLIP_DEVICE double sum_dense(void* address, int32_t count, int thread) {
   const Run<dtype> run(address, count);
   double total = 0;
-  for (int32_t at = thread; at < run.vectors; at += kWorkers * kSumLoads) {
-    total = merged<order>(total, sum_of_share<order>(run, at));
+#pragma unroll 1
+  for (int32_t at = thread; at < run.vectors; at += kTeam * kSumLoads) {
+    total = merged<order>(total, sum_of_share<order, kTeam>(run, at));
   }
-  for (int32_t i = thread; i < run.edges; i += kWorkers) {
+#pragma unroll 1
+  for (int32_t i = thread; i < run.edges; i += kTeam) {
     total = with_element<order>(total, Element<dtype>::widen(*run.edge(i)));
   }
   return total;
 }
 
 // Likewise of a run with gaps, in float64 from the start.
-template <Order order, DType dtype>
+template <Order order, int kTeam, DType dtype>
 CWCLIP_DEVICE double sum_gapped(const void* address, const int64_t* layout, int64_t start, int32_t count, int thread) {
   const auto* first = static_cast<const typename Element<dtype>::Stored*>(address);
   double total = 0;
-  for (int32_t i = thread; i < count; i += kWorkers) {
+#pragma unroll 1
+  for (int32_t i = thread; i < count; i += kTeam) {
     total = with_element<order>(total, Element<dtype>::widen(first[offset_of(layout, start + i)]));
   }
   return total;
@@ -300,39 +303,42 @@ CWCLIP_DEVICE Wide scaled(Wide x, Wide coef, bool erase) {
   return erase ? Wide(0) : product(x, coef);
 }
 
-template <DType dtype>
+template <int kTeam, DType dtype>
 CWCLIP_DEVICE void scale_dense(void* address, int32_t count, double coef, bool erase, int thread) {
   using Wide = typename Element<dtype>::Wide;
   const Wide factor = static_cast<Wide>(coef);
   const Run<dtype> run(address, count);
-  for (int32_t at = thread; at < run.vectors; at += kWorkers * kScaleLoads) {
+#pragma unroll 1
+  for (int32_t at = thread; at < run.vectors; at += kTeam * kScaleLoads) {
     Vector loads[kScaleLoads];
 #pragma unroll
     for (int k = 0; k < kScaleLoads; ++k) {
-      const int32_t i = at + k * kWorkers;
+      const int32_t i = at + k * kTeam;
       loads[k] = i < run.vectors ? load_vector_last(run.body + i) : Vector{};
     }
 #pragma unroll
     for (int k = 0; k < kScaleLoads; ++k) {
-      const int32_t i = at + k * kWorkers;
+      const int32_t i = at + k * kTeam;
       if (i < run.vectors) {
         const auto scale = [&](Wide x) { return scaled(x, factor, erase); };
         store_vector_last(run.body + i, map_elements<dtype>(loads[k], scale));
       }
     }
   }
-  for (int32_t i = thread; i < run.edges; i += kWorkers) {
+#pragma unroll 1
+  for (int32_t i = thread; i < run.edges; i += kTeam) {
     auto* element = run.edge(i);
     *element = Element<dtype>::narrow(scaled(Element<dtype>::widen(*element), factor, erase));
   }
 }
 
-template <DType dtype>
+template <int kTeam, DType dtype>
 CWCLIP_DEVICE void scale_gapped(void* address, const int64_t* layout, int64_t start, int32_t count, double coef,
                                 bool erase, int thread) {
   using Wide = typename Element<dtype>::Wide;
   auto* first = static_cast<typename Element<dtype>::Stored*>(address);
-  for (int32_t i = thread; i < count; i += kWorkers) {
+#pragma unroll 1
+  for (int32_t i = thread; i < count; i += kTeam) {
     auto* element = first + offset_of(layout, start + i);
     *element =
         Element<dtype>::narrow(scaled(Element<dtype>::widen(*element), static_cast<Wide>(coef), erase));

@@ -26,35 +26,114 @@
 
 namespace cwclip::cuda {
 
+constexpr int kThreads = kWorkers + kLanes;
+// 96 KB of loads in flight on each processor: twice what it takes to hide the latency of memory, so that a block may
+// pause at its barrier. More would cost form 2 its reuse of L2, and registers.
+constexpr int kBlocksPerProcessor = 3;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The worker warps
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <Order order, bool kGaps>
-CWCLIP_DEVICE void measure(const Job& job, double (&sums)[kWorkerWarps], int thread) {
-  double sum = 0;
-  with_dtype(job.dtype, [&](auto tag) {
-    constexpr DType dtype = decltype(tag)::dtype;
-    if (kGaps && job.layout != nullptr) {
-      sum = sum_gapped<order, dtype>(job.address, job.layout, job.start, job.count, thread);
-    } else {
-      sum = sum_dense<order, dtype>(job.address, job.count, thread);
-    }
-  });
-  sum = sum_of_warp<order>(sum);
-  if (thread % kLanes == 0) sums[thread / kLanes] = sum;
+// Of the tile's first element, or of its gradient's if that has gaps.
+template <int kCapacity>
+CWCLIP_DEVICE void* address_of(const Call& call, const Addresses<kCapacity>& addresses, const Tile& tile) {
+  char* const gradient = static_cast<char*>(addresses.address[tile.segment - call.range.segment_begin]);
+  return tile.layout >= 0 ? gradient : gradient + tile.start * size_of(tile.dtype);
 }
 
-template <bool kGaps>
-CWCLIP_DEVICE void rescale(const Job& job, int thread) {
-  with_dtype(job.dtype, [&](auto tag) {
+// The power sum of a tile, by a team of threads; valid in each warp's first lane, of what the warp has read.
+template <Order order, int kTeam, bool kGaps>
+CWCLIP_DEVICE double measured(const Call& call, void* address, const Tile& tile, int thread) {
+  double sum = 0;
+  with_dtype(tile.dtype, [&](auto tag) {
     constexpr DType dtype = decltype(tag)::dtype;
-    if (kGaps && job.layout != nullptr) {
-      scale_gapped<dtype>(job.address, job.layout, job.start, job.count, job.coef, job.erase, thread);
+    if (kGaps && tile.layout >= 0) {
+      sum = sum_gapped<order, kTeam, dtype>(address, call.tables.layouts + tile.layout, tile.start, tile.count, thread);
     } else {
-      scale_dense<dtype>(job.address, job.count, job.coef, job.erase, thread);
+      sum = sum_dense<order, kTeam, dtype>(address, tile.count, thread);
     }
   });
+  return sum_of_warp<order>(sum);
+}
+
+template <int kTeam, bool kGaps>
+CWCLIP_DEVICE void scale(const Call& call, void* address, const Tile& tile, const Scaling& by, int thread) {
+  with_dtype(tile.dtype, [&](auto tag) {
+    constexpr DType dtype = decltype(tag)::dtype;
+    if (kGaps && tile.layout >= 0) {
+      scale_gapped<kTeam, dtype>(address, call.tables.layouts + tile.layout, tile.start, tile.count, by.factor, by.erase,
+                                 thread);
+    } else {
+      scale_dense<kTeam, dtype>(address, tile.count, by.factor, by.erase, thread);
+    }
+  });
+}
+
+// Measures a tile, or each warp one of the small ones. What is a whole component is judged and, if it is clipped, scaled at
+// once: its second reading finds it in L2.
+template <Order order, bool kGaps>
+CWCLIP_DEVICE void measure(const Call& call, void* address, const Tile& tile, Work work, double (&sums)[kWorkerWarps],
+                           int thread) {
+  const int warp = thread / kLanes, lane = thread % kLanes;
+  double sum = 0;
+  if (work == Work::small) {
+    sum = measured<order, kLanes, false>(call, address, tile, lane);
+  } else {
+    sum = measured<order, kWorkers, kGaps>(call, address, tile, thread);
+    if (lane == 0) sums[warp] = sum;
+    if (work == Work::sum) return;
+    worker_barrier();
+    sum = sum_of_warps<order>(sums);
+  }
+  Scaling scaling = {1, false};
+  if (lane == 0) {  // of each warp, rather than one more barrier
+    const bool stores = work == Work::small || warp == 0;
+    scaling = conclude<order>(call, static_cast<uint32_t>(tile.component), sum, stores);
+  }
+  scaling.factor = from_first_lane(scaling.factor);
+  scaling.erase = from_first_lane(static_cast<uint32_t>(scaling.erase));
+  if (scaling.factor == 1) return;
+  if (work == Work::small) {
+    scale<kLanes, false>(call, address, tile, scaling, lane);
+  } else {
+    scale<kWorkers, kGaps>(call, address, tile, scaling, thread);
+  }
+}
+
+// One turn of the workers.
+template <Mode mode, Order order, int kCapacity, bool kGaps>
+CWCLIP_DEVICE void work(const Call& call, const Addresses<kCapacity>& addresses, Shared& shared, int turn, int thread) {
+  const Job& job = shared.jobs[turn];
+  const int warp = thread / kLanes;
+  if (job.work == Work::none) return;
+  if (mode != Mode::scale && job.work == Work::add) {
+    const double sum = sum_of_warp<order>(sum_of_partials<order, kWorkers>(call, job.first, thread));
+    if (thread % kLanes == 0) shared.sums[turn][warp] = sum;
+    return;
+  }
+  const bool is_small = mode != Mode::scale && job.work == Work::small;
+  if (is_small && static_cast<uint32_t>(warp) >= job.count) return;
+  const Tile& tile = shared.entries[job.slot][is_small ? warp : 0];
+  void* const address = address_of(call, addresses, tile);
+  if (mode == Mode::scale || (mode == Mode::both && job.work == Work::scale)) {
+    scale<kWorkers, kGaps>(call, address, tile, job.scaling, thread);
+  } else if constexpr (mode != Mode::scale) {
+    measure<order, kGaps>(call, address, tile, job.work, shared.sums[turn], thread);
+  }
+}
+
+// Scales what given coefficients clip of this launch's small components, a warp each.
+template <int kCapacity>
+CWCLIP_DEVICE void scale_small(const Call& call, const Addresses<kCapacity>& addresses, int thread) {
+  const uint32_t warps = block_count() * kWorkerWarps;
+  for (uint32_t i = call.range.small_begin + block_index() * kWorkerWarps + thread / kLanes; i < call.range.tile_end;
+       i += warps) {
+    const Tile tile = call.tables.tiles[i];
+    const double coef = load_result(call.results.coefs, static_cast<uint32_t>(tile.component), call.rule.wide);
+    const Scaling scaling = scaling_of(call, coef);
+    if (scaling.factor != 1) scale<kLanes, false>(call, address_of(call, addresses, tile), tile, scaling, thread % kLanes);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +144,7 @@ CWCLIP_DEVICE void rescale(const Job& job, int thread) {
 CWCLIP_DEVICE void fill_in_empty_components(const Call& call) {
   const uint32_t step = block_count() * kThreads;
   for (uint32_t c = block_index() * kThreads + thread_index(); c < call.components; c += step) {
-    if (call.tables.spans[c] != call.tables.spans[c + 1]) continue;
+    if (call.tables.spans[c].count != 0) continue;
     if (call.results.sums != nullptr) {
       call.results.sums[c] = 0;
     } else {
@@ -93,37 +172,41 @@ CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, kBlocksPerProcessor)
   CWCLIP_SHARED(Shared, shared);
   const int thread = thread_index(), lane = thread % kLanes;
   const bool is_worker = thread < kWorkers;
-  if (mode != Mode::scale && call.measured < call.components && call.range.table == 0) fill_in_empty_components(call);
-
-  Scheduler<mode, kCapacity> scheduler(call, addresses, thread == kWorkers);
-  if (thread == kWorkers) {
-    shared.jobs[0] = scheduler.next(false);
-    shared.jobs[1].work = Work::none;
+  if constexpr (mode == Mode::scale) {
+    wait_for_kernel_before();
+    if (!call.scales && is_worker) scale_small(call, addresses, thread);
+  } else {
+    let_next_kernel_begin();
+    if (call.empty != 0 && call.range.table == 0) fill_in_empty_components(call);
   }
+
+  Scheduler<mode> scheduler(call, shared);
+  if (thread == kWorkers) scheduler.begin();
   block_barrier();
   for (int turn = 0;; turn ^= 1) {
     const Job& job = shared.jobs[turn];
-    Job& other = shared.jobs[turn ^ 1];  // the one before, and then the one after
     if (job.work == Work::leave) break;
     if (is_worker) {
-      if (mode != Mode::scale && job.work == Work::sum) measure<order, kGaps>(job, shared.sums[turn], thread);
-      if (mode != Mode::sum && job.work == Work::scale) rescale<kGaps>(job, thread);
+      work<mode, order, kCapacity, kGaps>(call, addresses, shared, turn, thread);
     } else {
-      if (lane == 0) scheduler.look_ahead();
-      if (mode != Mode::scale && other.work == Work::sum) hand_in<mode, order>(call, other, shared.sums[turn ^ 1], lane);
+      Job& other = shared.jobs[turn ^ 1];
+      if (lane == 0) scheduler.look_ahead(job, other);
+      if constexpr (mode != Mode::scale) scheduler.template hand_in<order>(other, shared.sums[turn ^ 1], lane);
       warp_barrier();
-      if (lane == 0) other = scheduler.next(job.work == Work::sum);
+      if (lane == 0) scheduler.next(job, other);
     }
     block_barrier();
   }
   if (thread == kWorkers) leave(call);
 }
 
-// Puts on the list what given coefficients clip: one warp for each component. Before Mode::scale.
+// Puts on the list what given coefficients clip: one warp for each component that isn't small. Before Mode::scale.
 CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, 1) list_kernel(CWCLIP_PARAMETER(Call) call) {
+  let_next_kernel_begin();
   const int lane = thread_index() % kLanes;
   const uint32_t warps = kThreads / kLanes;
   for (uint32_t c = block_index() * warps + thread_index() / kLanes; c < call.components; c += block_count() * warps) {
+    if (call.tables.spans[c].first >= call.small_begin) continue;
     if (load_result(call.results.coefs, c, call.rule.wide) != 1) list_component<Mode::scale>(call, c, lane);
   }
 }

@@ -13,9 +13,12 @@ namespace {
 // A number from the environment, for measurements, or the default.
 int setting(const char* name, int otherwise) {
   const char* const text = std::getenv(name);
-  const int value = text == nullptr ? 0 : std::atoi(text);
-  return value > 0 ? value : otherwise;
+  return text == nullptr || *text == '\0' ? otherwise : std::atoi(text);
 }
+
+// Form 2 scales what is still in L2 of what it has measured. Above this share of L2 it would mostly read it again, and
+// form 1 has less to do a tile.
+constexpr double kFormTwoShareOfL2 = 0.4;
 
 // One call's launches, on a current device.
 class Launcher {
@@ -24,11 +27,11 @@ class Launcher {
       : request_(request),
         program_(*request.program),
         resident_(static_cast<uint32_t>(processors) *
-                  static_cast<uint32_t>(setting("CWCLIP_CUDA_BLOCKS_PER_SM", kBlocksPerProcessor))) {
+                  static_cast<uint32_t>(std::max(1, setting("CWCLIP_CUDA_BLOCKS_PER_SM", kBlocksPerProcessor)))) {
     char* const tables = program_.tables;
     char* const workspace = request.workspace;
     call_.tables = {reinterpret_cast<const Tile*>(tables),
-                    reinterpret_cast<const uint32_t*>(tables + program_.spans_at),
+                    reinterpret_cast<const Span*>(tables + program_.spans_at),
                     reinterpret_cast<const int64_t*>(tables + program_.layouts_at)};
     call_.workspace = {reinterpret_cast<Counters*>(workspace),
                        reinterpret_cast<uint32_t*>(workspace + program_.sum_tickets_at),
@@ -38,23 +41,23 @@ class Launcher {
     call_.results = request.results;
     call_.rule = request.rule;
     call_.components = program_.components;
-    call_.measured = program_.measured;
-    call_.lists = request.kind == Kind::clip;
+    call_.split = program_.split;
+    call_.empty = program_.empty;
+    call_.small_begin = program_.small_begin;
+    call_.scales = request.kind == Kind::clip;
     if (request.step.table != nullptr) steps_ = steps_at(program_, request.step.table, request.step.skip);
   }
 
   Failure all() {
-    // Form 2 scales any tile on the list, so its launch must have all addresses. Gradients with gaps are rare, and slow in
-    // any form.
-    const bool one_launch = program_.ranges.size() == 1 && !program_.gaps && setting("CWCLIP_CUDA_FORM", 1) == 2;
     switch (request_.kind) {
       case Kind::power_sums: return by_order<Mode::sum>(true);
       case Kind::scale: {
-        const Failure failure = launch<list_kernel>(blocks_for(program_.components), kThreads, stream(), call_);
+        const Failure failure = launch<list_kernel>(blocks_for(program_.components), kThreads, stream(), false, call_);
         return failure != nullptr ? failure : by_capacity<Mode::scale, Order::two>(true);
       }
       case Kind::clip: {
-        if (one_launch) return by_order<Mode::both>(true);
+        if (program_.split == 0) return by_order<Mode::sum>(true);  // which scales what is a tile
+        if (form() == 2) return by_order<Mode::both>(true);
         const Failure failure = by_order<Mode::sum>(false);
         return failure != nullptr ? failure : by_capacity<Mode::scale, Order::two>(true);
       }
@@ -68,6 +71,14 @@ class Launcher {
   }
 
  private:
+  // Form 2 scales any tile on the list, so its launch must have all addresses. Gradients with gaps are rare, and slow in
+  // any form.
+  int form() const {
+    if (program_.ranges.size() != 1 || program_.gaps) return 1;
+    const bool fits = static_cast<double>(program_.bytes) <= kFormTwoShareOfL2 * program_.traits.l2_bytes;
+    return setting("CWCLIP_CUDA_FORM", fits ? 2 : 1);
+  }
+
   template <Mode mode>
   Failure by_order(bool last) {
     switch (request_.order) {
@@ -97,9 +108,14 @@ class Launcher {
       call_.range = program_.ranges[mode == Mode::scale ? launches - 1 - i : i];
       call_.range.last = last && i == launches - 1;
       fill(addresses);
-      const uint32_t blocks = blocks_for(call_.range.tile_end - call_.range.tile_begin);
+      const Range& range = call_.range;
+      const uint32_t small = (range.tile_end - range.small_begin + kWorkerWarps - 1) / kWorkerWarps;
+      const uint32_t blocks = blocks_for(range.small_begin - range.tile_begin + small);
       constexpr auto kernel = clip_kernel<mode, order, kCapacity, kGaps>;
-      const Failure failure = launch<kernel>(blocks, kThreads, stream(), call_, addresses);
+      // Mode::scale may begin while the launch before ends: it waits for that itself. Not while another of its kind ends,
+      // which that wouldn't have waited for.
+      const bool overlaps = mode == Mode::scale && i == 0 && program_.traits.overlaps && setting("CWCLIP_CUDA_PDL", 1) != 0;
+      const Failure failure = launch<kernel>(blocks, kThreads, stream(), overlaps, call_, addresses);
       if (failure != nullptr) return failure;
     }
     return nullptr;
@@ -122,7 +138,7 @@ class Launcher {
       rules.first = static_cast<uint32_t>(first);
       rules.count = static_cast<uint32_t>(std::min<size_t>(kRules, request_.step.count - first));
       std::copy_n(request_.step.rules + first, rules.count, rules.rule);
-      if (const Failure failure = launch<advance_kernel>(blocks, kWorkers, stream(), steps_, gradients, rules)) return failure;
+      if (const Failure failure = launch<advance_kernel>(blocks, kWorkers, stream(), false, steps_, gradients, rules)) return failure;
     }
     if (program_.gaps) return step_ranges<kManyAddresses, true>();
     return program_.few ? step_ranges<kFewAddresses, false>() : step_ranges<kManyAddresses, false>();
@@ -137,7 +153,7 @@ class Launcher {
       fill(addresses);
       const uint32_t blocks = call_.range.tile_end - call_.range.tile_begin;
       constexpr auto kernel = step_kernel<kCapacity, kGaps>;
-      if (const Failure failure = launch<kernel>(blocks, kWorkers, stream(), call_, steps_, addresses)) return failure;
+      if (const Failure failure = launch<kernel>(blocks, kWorkers, stream(), false, call_, steps_, addresses)) return failure;
     }
     return nullptr;
   }
@@ -155,6 +171,13 @@ class Launcher {
 
 }  // namespace
 
+const char* place(Program& program, char* tables, int device) {
+  program.tables = tables;
+  program.device = device;
+  if (const Failure failure = set_device(device)) return failure;
+  return find_traits<clip_kernel<Mode::scale, Order::two, kManyAddresses, false>>(device, &program.traits);
+}
+
 const char* enqueue(const Request& request) {
   if (const Failure failure = set_device(request.program->device)) return failure;
   int processors = 0;
@@ -163,8 +186,8 @@ const char* enqueue(const Request& request) {
 }
 
 const char* find_obstacle(int device) {
-  const Failure failure = set_device(device);
-  return failure != nullptr ? failure : find_image<list_kernel>();
+  if (const Failure failure = set_device(device)) return failure;
+  return find_image<clip_kernel<Mode::sum, Order::two, kManyAddresses, false>>();
 }
 
 const char* find_capturing(int device, void* stream, bool* capturing) {

@@ -28,6 +28,9 @@ struct Request {
   StepRequest step;
 };
 
+// Says where a program's tables are, before its first call; the reason if its device can't be asked what it is like, or null.
+const char* place(Program& program, char* tables, int device);
+
 // Puts the call's kernels on its stream, without waiting; the reason if that fails, or null.
 const char* enqueue(const Request& request);
 

@@ -8,11 +8,13 @@
 
 namespace cwclip::cuda {
 
-// A tile is what a block works on at a time: one 16-byte load by each thread, eight times.
+// A tile is what a block works on at a time: one 16-byte load by each thread, eight times. A component that is one run of
+// at most so many bytes is small: a tile for one warp, and a block takes several.
 constexpr int64_t kTileBytes = 32 * 1024;
+constexpr int64_t kSmallBytes = 4 * 1024;
 
 // A run of elements of one gradient. The static table of tiles lies on the device, component by component, so that a
-// component's partial sums lie together.
+// component's partial sums lie together; those of small components come last.
 struct alignas(16) Tile {
   int64_t start;       // element of the gradient, in memory order if it is dense
   int32_t count;       // elements
@@ -24,10 +26,15 @@ struct alignas(16) Tile {
 };
 static_assert(sizeof(Tile) == 32, "read as two 16-byte words");
 
+// A component's tiles.
+struct Span {
+  uint32_t first, count;
+};
+
 // Where the static tables lie.
 struct Tables {
   const Tile* tiles;
-  const uint32_t* spans;    // [K + 1]; the tiles of component c are spans[c] up to spans[c + 1]
+  const Span* spans;  // [K]
   // For each segment with gaps: its first element's offset from the gradient's, dims, size and stride of each, innermost
   // first.
   const int64_t* layouts;
@@ -37,15 +44,15 @@ struct Tables {
 struct Counters {
   uint32_t scale_ticket;  // next place in the list to take
   uint32_t listed;        // places in the list given out
-  uint32_t finished;      // components whose norm is known and, if it is to be scaled, listed
+  uint32_t finished;      // components of several tiles whose norm is known and that, if clipped, are listed
   uint32_t left;          // blocks that have nothing more to do
 };
 
 // Device memory that a call leaves as it found it. Calls on one stream share it.
 struct Workspace {
   Counters* counters;
-  uint32_t* sum_tickets;  // one for each table of addresses: next tile to measure
-  uint32_t* done;         // [K] tiles measured
+  uint32_t* sum_tickets;  // one for each table of addresses: tickets drawn
+  uint32_t* done;         // [K] tiles measured, of components of several
   uint32_t* list;         // [tiles]: 1 + tile to be scaled, 0 where nothing is listed (yet)
   double* partials;       // [tiles]: power sums; not zero afterwards
 };
@@ -60,7 +67,7 @@ struct Results {
 
 // The tiles and gradients that one launch can reach: those whose addresses are in its parameters.
 struct Range {
-  uint32_t tile_begin, tile_end;
+  uint32_t tile_begin, small_begin, tile_end;  // small tiles come last
   int32_t segment_begin, segment_end;
   uint32_t table;    // index of the ticket to draw from
   uint32_t tables;   // how many tickets there are
@@ -73,9 +80,11 @@ struct Call {
   Results results;
   Range range;
   CallRule rule;
-  uint32_t components;          // K
-  uint32_t measured;            // components that have tiles
-  uint32_t lists;               // whether tiles of components that are clipped are listed, to be scaled
+  uint32_t components;  // K
+  uint32_t split;       // components of several tiles
+  uint32_t empty;       // components of none
+  uint32_t small_begin;  // the first tile of a small component, of all ranges
+  uint32_t scales;       // whether what is clipped is scaled by this call; otherwise coefficients are all, or given
 };
 
 // Addresses travel in the kernel's own parameters: no copy to the device, and safe in CUDA graphs. 4 KB of parameters
@@ -90,6 +99,12 @@ struct Addresses {
 static_assert(sizeof(Call) + sizeof(Steps) + sizeof(Addresses<kFewAddresses>) <= 4096, "fits the small parameter space");
 static_assert(sizeof(Call) + sizeof(Steps) + sizeof(Addresses<kManyAddresses>) <= 32764, "fits the large parameter space");
 
+// What launches depend on, of a device.
+struct Traits {
+  int l2_bytes = 0;
+  bool overlaps = false;  // whether a kernel may begin while the one before it ends (programmatic dependent launch)
+};
+
 // What is static about the calls with one bucket of gradients, as the host needs it.
 struct Program {
   static constexpr const char* kCapsule = "cwclip_kernels.cuda_program";
@@ -97,15 +112,17 @@ struct Program {
   // Where things are: in the tables, which lie on the device, and in the workspace.
   int64_t spans_at, layouts_at;
   int64_t sum_tickets_at, done_at, list_at, partials_at, workspace_bytes;
-  uint32_t tiles, components, measured;
+  uint32_t tiles, components, split, empty, small_begin;  // see Call
+  int64_t bytes;                              // of the gradients
   int32_t gradients;  // whose addresses a call brings
   bool few, gaps;     // whether kFewAddresses are enough; whether any piece has gaps
   std::vector<Range> ranges;         // one for each launch of a kernel; more than one past kManyAddresses gradients
   std::vector<int32_t> gradient_of;  // the tiles' segments; a gradient whose pieces lie apart in the order comes several times
 
   bool wide = false;       // norms and coefficients are float64
-  char* tables = nullptr;  // on the device
+  char* tables = nullptr;  // on the device; see place()
   int device = 0;
+  Traits traits;
 };
 
 // Cuts pieces of `gradients` gradients (whose data is not looked at) into tiles. `tables` has to be brought to the device.

@@ -1,241 +1,209 @@
-// A block's scheduler warp: finds the block's next tile, and hands in what its workers have measured. See kernels.cuh.
+// A block's scheduler warp: finds what its workers do next, and hands in what they have measured. See kernels.cuh.
 #pragma once
 
-#include "../common/formula.h"
-#include "elements.cuh"
+#include "components.cuh"
 
 namespace cwclip::cuda {
 
-enum class Mode { sum, scale, both };
-
-constexpr int kThreads = kWorkers + kLanes;
-// 96 KB of loads in flight on each processor: twice what it takes to hide the latency of memory, so that a block may
-// pause at its barrier. More would cost form 2 its reuse of L2, and registers.
-constexpr int kBlocksPerProcessor = 3;
-
-enum class Work : int32_t { sum, scale, none, leave };
-
-// What a block's workers do next, all they need to know.
-struct Job {
-  Work work;
-  DType dtype;
-  void* address;          // of the run's first element, or of the gradient's if that has gaps
-  int64_t start;          // used with gaps only
-  const int64_t* layout;  // null if dense
-  int32_t count;
-  bool erase;
-  uint32_t tile;
-  uint32_t component;
-  uint32_t of;  // tiles of the component
-  double coef;
+enum class Work : int32_t {
+  sum,     // a tile, one of several of its component
+  add,     // the partial sums of a large component
+  whole,   // a tile that is its component: measured, judged and scaled
+  small,   // several of these, one for each warp
+  scale,   // a tile on the list
+  none,    // nothing, until the sum that the block has been working on is handed in
+  leave,
 };
 
+// What a block's workers do in a turn.
+struct Job {
+  Work work;
+  int32_t slot;    // of the tiles' entries
+  uint32_t first;  // tile; of Work::add the component
+  uint32_t count;  // tiles
+  Scaling scaling;
+};
+
+// Entries of the table of tiles come straight to shared memory, as registers are what limits loads in flight. Of the three
+// slots two are those of the jobs, and the third is what look_ahead() has asked for.
 struct Shared {
-  Job jobs[2];                    // this one and the next
+  Tile entries[3][kWorkerWarps];
+  Job jobs[2];                   // this one; and the one before, then the one after
   double sums[2][kWorkerWarps];  // likewise: of each worker warp
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Sums, handed in
-// ---------------------------------------------------------------------------------------------------------------------
-
-// The sum of a warp's values, or their maximum, in a fixed tree; valid in its first lane.
-template <Order order>
-CWCLIP_DEVICE double sum_of_warp(double value) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    value = merged<order>(value, from_lane_above(value, distance));
-  }
-  return value;
-}
-
-// Puts a component's tiles on the list, so that the one read last is scaled first: it may still be in L2. Mode::both takes
-// the list from its beginning, while Mode::scale, which comes after all reading, takes it from its end. By a whole warp,
-// after one of its lanes has written the coefficient.
+// One lane's business, but for hand_in().
 template <Mode mode>
-CWCLIP_DEVICE void list_component(const Call& call, uint32_t component, int lane) {
-  const uint32_t first = call.tables.spans[component];
-  const uint32_t count = call.tables.spans[component + 1] - first;
-  uint32_t place = 0;
-  if (lane == 0) place = fetch_add_relaxed(&call.workspace.counters->listed, count);
-  place = from_first_lane(place);
-  warp_barrier();
-  for (uint32_t i = lane; i < count; i += kLanes) {
-    const uint32_t tile = mode == Mode::both ? first + count - 1 - i : first + i;
-    store_release(&call.workspace.list[place + i], 1 + tile);
-  }
-}
-
-// Adds up a component whose last tile has been measured, and says what becomes of it.
-template <Mode mode, Order order>
-CWCLIP_DEVICE void finish_component(const Call& call, uint32_t component, int lane) {
-  const uint32_t first = call.tables.spans[component], last = call.tables.spans[component + 1];
-  double sum = 0;
-  for (uint32_t i = first + lane; i < last; i += kLanes) {
-    sum = merged<order>(sum, load_relaxed(&call.workspace.partials[i]));
-  }
-  sum = sum_of_warp<order>(sum);
-  uint32_t clipped = 0;
-  if (lane == 0) {
-    store_relaxed(&call.workspace.done[component], 0);
-    if (call.results.sums != nullptr) {
-      call.results.sums[component] = sum;
-    } else {
-      const bool wide = call.rule.wide;
-      const double inverse = inverse_of_scale(call.rule);
-      const double norm = rounded(product(order == Order::two ? square_root(sum) : sum, inverse), wide);
-      const double cap = call.rule.caps[component * call.rule.caps_stride];
-      const double coef = rounded(coefficient(norm, cap, call.rule), wide);
-      store_result(call.results.norms, component, norm, wide);
-      store_result(call.results.coefs, component, coef, wide);
-      clipped = call.lists && product(coef, inverse) != 1;  // NaN included
-      if (call.results.found_inf != nullptr && !is_finite(sum)) store_relaxed(call.results.found_inf, bits_of(1.0f));
-    }
-  }
-  if (from_first_lane(clipped)) list_component<mode>(call, component, lane);
-  warp_barrier();
-  if (lane == 0) fetch_add_acq_rel(&call.workspace.counters->finished, 1);
-}
-
-// Hands in what the workers have measured.
-template <Mode mode, Order order>
-CWCLIP_DEVICE void hand_in(const Call& call, const Job& job, const double (&sums)[kWorkerWarps], int lane) {
-  uint32_t is_last = 0;
-  if (lane == 0) {
-    double sum = sums[0];
-#pragma unroll
-    for (int warp = 1; warp < kWorkerWarps; ++warp) sum = merged<order>(sum, sums[warp]);
-    call.workspace.partials[job.tile] = sum;
-    is_last = fetch_add_acq_rel(&call.workspace.done[job.component], 1) == job.of - 1;
-  }
-  is_last = from_first_lane(is_last);
-  warp_barrier();  // what its first lane has acquired, all have
-  if (is_last) finish_component<mode, order>(call, job.component, lane);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The next tile
-// ---------------------------------------------------------------------------------------------------------------------
-
-// Finds a block's next tile. One lane's business.
-template <Mode mode, int kCapacity>
 struct Scheduler {
-  CWCLIP_DEVICE Scheduler(const Call& call, const Addresses<kCapacity>& addresses, bool on_duty)
-      : call(call), addresses(addresses) {
-    if (!on_duty) return;
-    Counters* const counters = call.workspace.counters;
-    if constexpr (mode != Mode::scale) ticket_after = draw_sum_ticket();
-    if constexpr (mode == Mode::both) place = fetch_add_relaxed(&counters->scale_ticket, 1);
+  CWCLIP_DEVICE Scheduler(const Call& call, Shared& shared) : call(call), shared(shared) {}
+
+  // The first job. Where no block waits for another, its first ticket is its own number, and counters start behind these.
+  // In Mode::both a ticket must never be that of a block that hasn't begun.
+  CWCLIP_DEVICE void begin() {
     if constexpr (mode == Mode::scale) {
       place = block_index();
-      listed = load_acquire(&counters->listed);
+      listed = load_relaxed(&call.workspace.counters->listed);
+    } else {
+      ticket = mode == Mode::sum ? block_index() : draw_ticket();
     }
-    look_ahead();
+    shared.jobs[0] = {Work::none, 0, 0, 0, {}};
+    shared.jobs[1] = {Work::none, 1, 0, 0, {}};
+    look_ahead(shared.jobs[0], shared.jobs[1]);
+    next(shared.jobs[1], shared.jobs[0]);
   }
 
-  // Reads the table's entry of the next tile to measure, and draws the ticket after it, so that next() needn't wait.
-  CWCLIP_DEVICE void look_ahead() {
-    if constexpr (mode != Mode::scale) {
-      if (ticket != kNone || ticket_after >= call.range.tile_end) return;
-      ticket = ticket_after;
-      tile = call.tables.tiles[ticket];
-      ticket_after = draw_sum_ticket();
-    }
-  }
-
-  // The next job. Work::none if there is nothing to do until the sum that the block is working on is handed in. To be
-  // asked for as late as possible: what is listed by then is scaled while it is in L2, what isn't waits for a turn.
-  CWCLIP_DEVICE Job next(bool sum_in_hand) {
-    for (bool all_finished = false;;) {
-      if constexpr (mode != Mode::sum) {
-        if (const uint32_t entry = take_listed()) return scale_job(entry - 1);
+  // Asks for the entries of what comes next, so that next() needn't wait.
+  CWCLIP_DEVICE void look_ahead(const Job& job, const Job& other) {
+    if (ahead != kNone) return;
+    const int32_t slot = 3 - job.slot - other.slot;
+    if constexpr (mode == Mode::scale) {
+      ahead = take_from_end();
+      if (ahead != kNone) fetch(slot, ahead, 1);
+    } else {
+      const uint32_t large = call.range.small_begin - call.range.tile_begin;
+      if (ticket < large) {
+        ahead = call.range.tile_begin + ticket;
+        ahead_count = 1;
+      } else {
+        const uint32_t small = call.range.small_begin + (ticket - large) * kWorkerWarps;
+        if (small >= call.range.tile_end) return;
+        ahead = small;
+        ahead_count = call.range.tile_end - small;
+        if (ahead_count > kWorkerWarps) ahead_count = kWorkerWarps;
       }
-      if constexpr (mode != Mode::scale) {
-        if (ticket != kNone) {
-          const Job job = job_of(ticket, tile, Work::sum);
-          ticket = kNone;
-          return job;
+      fetch(slot, ahead, ahead_count);
+      ticket = draw_ticket();
+    }
+  }
+
+  // The next job, in place of the one before. `job` is what the workers are at. To be asked for as late as possible: what
+  // is listed by then is scaled while it is in L2, what isn't waits for a turn.
+  CWCLIP_DEVICE void next(const Job& job, Job& other) {
+    if (mode != Mode::scale && to_add != kNone) {
+      other.work = Work::add;
+      other.first = to_add;
+      to_add = kNone;
+      return;
+    }
+    const bool sum_in_hand = job.work == Work::sum || job.work == Work::add;
+    for (bool all_finished = false;;) {
+      if constexpr (mode == Mode::both) {
+        const uint32_t tile = take_listed();
+        if (tile != kNone) {
+          fetch(other.slot, tile, 1);
+          wait_for_copies();
+          return scale(other, tile);
         }
       }
-      if (sum_in_hand) return idle(Work::none);
-      if (mode != Mode::both || all_finished) return idle(Work::leave);
-      // Once all are finished, a place that is empty stays empty: one more look, and in this order.
-      all_finished = load_acquire(&call.workspace.counters->finished) == call.measured;
+      if (ahead != kNone) {
+        wait_for_copies();
+        other.slot = 3 - job.slot - other.slot;
+        const uint32_t first = ahead;
+        ahead = kNone;
+        if constexpr (mode == Mode::scale) {
+          return scale(other, first);
+        } else {
+          other.first = first;
+          other.count = ahead_count;
+          other.work = first >= call.range.small_begin             ? Work::small
+                       : shared.entries[other.slot][0].of == 1 ? Work::whole
+                                                                   : Work::sum;
+          return;
+        }
+      }
+      other.work = sum_in_hand ? Work::none : Work::leave;
+      if (mode != Mode::both || sum_in_hand || all_finished) return;
+      // Once all are finished, what isn't listed never will be: one more look, and in this order.
+      all_finished = load_acquire(&call.workspace.counters->finished) == call.split;
       if (!all_finished) pause();
     }
   }
 
+  // Hands in what the job before has measured. Whoever hands in a component's last tile adds it up; or, if that is too much
+  // for a warp, lets the block's workers do so. By the whole warp.
+  template <Order order>
+  CWCLIP_DEVICE void hand_in(const Job& other, const double (&sums)[kWorkerWarps], int lane) {
+    if (other.work != Work::sum && other.work != Work::add) return;
+    double sum = sum_of_warps<order>(sums);
+    uint32_t component = other.first;
+    if (other.work == Work::sum) {
+      const Tile& entry = shared.entries[other.slot][0];
+      const uint32_t of = static_cast<uint32_t>(entry.of);
+      component = static_cast<uint32_t>(entry.component);
+      uint32_t is_last = 0;
+      if (lane == 0) {
+        uint32_t* const done = &call.workspace.done[component];
+        call.workspace.partials[other.first] = sum;
+        is_last = fetch_add_acq_rel(done, 1) == of - 1;
+        if (is_last) store_relaxed(done, 0);
+      }
+      if (!from_first_lane(is_last)) return;
+      warp_barrier();  // what its first lane has acquired, all have
+      if (of > kManyPartials) {
+        to_add = component;
+        return;
+      }
+      sum = sum_of_warp<order>(sum_of_partials<order, kLanes>(call, component, lane));
+    }
+    finish_component<mode, order>(call, component, sum, lane);
+  }
+
  private:
-  static constexpr uint32_t kNone = 0xffffffffu;
-
-  CWCLIP_DEVICE uint32_t draw_sum_ticket() {
-    return call.range.tile_begin + fetch_add_relaxed(&call.workspace.sum_tickets[call.range.table], 1);
+  CWCLIP_DEVICE uint32_t draw_ticket() {
+    const uint32_t drawn = fetch_add_relaxed(&call.workspace.sum_tickets[call.range.table], 1);
+    return mode == Mode::sum ? block_count() + drawn : drawn;
   }
 
-  // 1 + a listed tile that this launch can reach, or 0. An empty place stays this block's to look at again.
+  CWCLIP_DEVICE void fetch(int32_t slot, uint32_t first, uint32_t count) {
+    static_assert(sizeof(Tile) == 2 * sizeof(Vector));
+    const auto* from = reinterpret_cast<const Vector*>(call.tables.tiles + first);
+    auto* to = reinterpret_cast<Vector*>(shared.entries[slot]);
+    for (uint32_t i = 0; i < 2 * count; ++i) copy_async(to + i, from + i);
+  }
+
+  CWCLIP_DEVICE void scale(Job& job, uint32_t tile) {
+    job.work = Work::scale;
+    job.first = tile;
+    const uint32_t component = static_cast<uint32_t>(shared.entries[job.slot][0].component);
+    job.scaling = scaling_of(call, load_result(call.results.coefs, component, call.rule.wide));
+  }
+
+  // A listed tile, or kNone. A place is drawn when there are more listed than drawn; several blocks may do so at once, and
+  // who has an empty one keeps it, to look at again.
   CWCLIP_DEVICE uint32_t take_listed() {
-    uint32_t* const list = call.workspace.list;
-    if constexpr (mode == Mode::both) {
-      if (place >= call.range.tile_end) return 0;
-      const uint32_t entry = load_acquire(&list[place]);
-      if (entry != 0) {
-        store_relaxed(&list[place], 0);
-        place = fetch_add_relaxed(&call.workspace.counters->scale_ticket, 1);
-      }
-      return entry;
-    } else {
-      while (place < listed) {
-        uint32_t* const last = &list[listed - 1 - place];
-        place += block_count();
-        const uint32_t entry = load_acquire(last);
-        if (entry == 0 || entry - 1 < call.range.tile_begin || entry - 1 >= call.range.tile_end) continue;
-        store_relaxed(last, 0);
-        return entry;
-      }
-      return 0;
+    Counters* const counters = call.workspace.counters;
+    if (place == kNone) {
+      if (load_relaxed(&counters->listed) <= load_relaxed(&counters->scale_ticket)) return kNone;
+      place = fetch_add_relaxed(&counters->scale_ticket, 1);
     }
+    if (place >= call.range.tile_end) return kNone;
+    uint32_t* const entry = &call.workspace.list[place];
+    const uint32_t listed_tile = load_acquire(entry);
+    if (listed_tile == 0) return kNone;
+    store_relaxed(entry, 0);
+    place = kNone;
+    return listed_tile - 1;
   }
 
-  CWCLIP_DEVICE Job scale_job(uint32_t tile) const {
-    Job job = job_of(tile, call.tables.tiles[tile], Work::scale);
-    const double coef = load_result(call.results.coefs, job.component, call.rule.wide);
-    job.coef = product(coef, inverse_of_scale(call.rule));
-    job.erase = coef == 0 && call.rule.nonfinite == NonFinite::zero;
-    return job;
-  }
-
-  CWCLIP_DEVICE Job job_of(uint32_t index, const Tile& tile, Work work) const {
-    Job job;
-    job.work = work;
-    job.dtype = tile.dtype;
-    job.address = addresses.address[tile.segment - call.range.segment_begin];
-    job.start = tile.start;
-    job.layout = nullptr;
-    if (tile.layout >= 0) {
-      job.layout = call.tables.layouts + tile.layout;
-    } else {
-      job.address = static_cast<char*>(job.address) + tile.start * size_of(tile.dtype);
+  // The next of this block's places, from the end, that this launch can reach; or kNone.
+  CWCLIP_DEVICE uint32_t take_from_end() {
+    while (place < listed) {
+      uint32_t* const entry = &call.workspace.list[listed - 1 - place];
+      place += block_count();
+      const uint32_t tile = load_relaxed(entry) - 1;  // an empty place: past every tile
+      if (tile < call.range.tile_begin || tile >= call.range.tile_end) continue;
+      store_relaxed(entry, 0);
+      return tile;
     }
-    job.count = tile.count;
-    job.erase = false;
-    job.tile = index;
-    job.component = static_cast<uint32_t>(tile.component);
-    job.of = static_cast<uint32_t>(tile.of);
-    job.coef = 1;
-    return job;
-  }
-
-  CWCLIP_DEVICE static Job idle(Work work) {
-    Job job = {};
-    job.work = work;
-    return job;
+    return kNone;
   }
 
   const Call& call;
-  const Addresses<kCapacity>& addresses;
-  uint32_t ticket = kNone, ticket_after = 0;  // tile to measure next, if any, and the one after it
-  Tile tile;                                  // the former's entry in the table
-  uint32_t place = 0, listed = 0;             // in the list: to look at next; places that are filled
+  Shared& shared;
+  uint32_t ticket = kNone;                   // of the tiles to measure after `ahead`
+  uint32_t ahead = kNone, ahead_count = 1;   // tiles whose entries have been asked for
+  uint32_t to_add = kNone;                   // a component
+  uint32_t place = kNone, listed = 0;        // in the list: to look at; of Mode::scale how long it is
 };
 
 }  // namespace cwclip::cuda

@@ -126,14 +126,52 @@ def test_gaps_and_dense_layouts(form, machine):
 
 
 @pytest.mark.parametrize("count", [FEW, FEW + 1, MANY, MANY + 1, 2 * MANY + 300])
-def test_as_many_gradients_as_one_launch_can_address_and_more(count, form, gpu):
+@pytest.mark.parametrize("components", [None, lambda name, p: int(name) // 2], ids=["alone", "in pairs"])
+def test_as_many_gradients_as_one_launch_can_address_and_more(components, count, form, gpu):
     sizes = torch.randint(0, 9, (count,)).tolist()
     flat = random_grad((sum(sizes),))
     params = [parameter(grad) for grad in flat.split(sizes)]
     before = gpu.launches()
-    check(params, 1.5)
+    check(params, 1.5, components=components)
     tables = math.ceil(sum(size > 0 for size in sizes) / MANY)
-    assert gpu.launches() - before == (1 if form == 2 and tables == 1 else 2 * tables)
+    # What is one tile is scaled where it is measured.
+    once = components is None or (form == 2 and tables == 1)
+    assert gpu.launches() - before == (tables if once else 2 * tables)
+
+
+def test_the_form_is_chosen_by_size(gpu, monkeypatch):
+    """One launch for what may still be in L2 when its norms are known; CWCLIP_CUDA_FORM decides otherwise."""
+    monkeypatch.delenv("CWCLIP_CUDA_FORM", raising=False)
+
+    def launches(nbytes, l2_bytes):
+        gpu.set_l2_bytes(l2_bytes)
+        params = [parameter(random_grad((nbytes // 8,))) for _ in range(2)]
+        before = gpu.launches()
+        check(params, 0.1)
+        return gpu.launches() - before
+
+    assert launches(4 * TILE_BYTES, 10 * TILE_BYTES) == 1
+    assert launches(4 * TILE_BYTES + 8, 10 * TILE_BYTES) == 2
+    monkeypatch.setenv("CWCLIP_CUDA_FORM", "2")
+    assert launches(4 * TILE_BYTES + 8, 10 * TILE_BYTES) == 1
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+def test_large_components_are_added_up_by_all_workers(norm_type, form, machine):
+    """Of more tiles than cuda_on_host.FLAGS lets a warp add up, beside some that it may."""
+    params = [parameter(random_grad((tiles * TILE_BYTES // 4 - 3,))) for tiles in (9, 1, 2, 300, 6, 7)]
+    check(params, 0.7, norm_type)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_components_beside_others(dtype, form, machine):
+    """One warp each, as many as a block has warps, one more, and the sizes at which they are small no longer."""
+    small = 4096 // dtype.itemsize
+    sizes = [small - 1, small, small + 1, 3 * small, 5, 0, 1] + [2 * TILE_BYTES] + [37] * 9 + [40_000] + [3] * 20
+    params = [parameter(shifted(size, dtype, i % 5)) for i, size in enumerate(sizes)]
+    check(params)
+    check([parameter(p.grad.clone()) for p in params], error_if_nonfinite=True)
+    check([parameter(p.grad.clone()) for p in params], components=lambda name, p: int(name) // 3)
 
 
 def test_two_steps(machine):

@@ -10,6 +10,7 @@ namespace cwclip::on_host {
 // Set by a test before it runs kernels.
 struct Machine {
   int processors = 2;    // what the launches are planned for
+  int l2_bytes = 0;
   uint32_t resident = 4;  // blocks that run at a time; others begin when one of them has ended
   uint64_t seed = 0;     // of the order in which fibers take turns
   uint64_t launches = 0;  // counted here
@@ -25,6 +26,7 @@ uint32_t block_index();
 uint32_t block_count();
 void* shared_memory(size_t bytes);  // the block's own
 void block_barrier();
+void worker_barrier(int threads);  // for the block's first `threads`
 void warp_barrier(int lanes);
 // The value that thread `source` of this warp passes. All of a warp's lanes take part.
 uint64_t exchange(uint64_t value, int source, int lanes);

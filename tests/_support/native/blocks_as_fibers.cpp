@@ -41,7 +41,7 @@ struct Fiber {
 
 struct Block {
   uint32_t index = 0;
-  Barrier barrier;
+  Barrier barrier, workers;
   std::vector<Barrier> warps;
   std::vector<std::unique_ptr<Fiber>> fibers;
   int running = 0;
@@ -89,7 +89,7 @@ void enter() {
 // A block's memory is used again: one allocation of stacks a launch is all.
 void begin(Block& block, uint32_t index) {
   block.index = index;
-  block.barrier = {};
+  block.barrier = block.workers = {};
   block.warps.assign(static_cast<size_t>(now.threads), {});
   block.running = now.threads;
   for (size_t i = 0; i < kSharedBytes; ++i) block.shared[i] = static_cast<char>(random_below(256));
@@ -172,6 +172,8 @@ void* shared_memory(size_t bytes) {
 }
 
 void block_barrier() { wait_at(current->block->barrier, now.threads); }
+
+void worker_barrier(int threads) { wait_at(current->block->workers, threads); }
 
 void warp_barrier(int lanes) { wait_at(current->block->warps[static_cast<size_t>(current->thread / lanes)], lanes); }
 

@@ -66,6 +66,7 @@ void* shared_memory(size_t bytes) {
 }
 
 void block_barrier() { own->barrier.arrive_and_wait(); }
+void worker_barrier(int) {}  // one worker
 void warp_barrier(int) {}
 uint64_t exchange(uint64_t value, int, int) { return value; }
 

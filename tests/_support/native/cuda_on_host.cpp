@@ -17,6 +17,12 @@ PyObject* set_machine(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_l2_bytes(PyObject*, PyObject* bytes) {
+  machine.l2_bytes = static_cast<int>(PyLong_AsLong(bytes));
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
 PyObject* launches(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(machine.launches); }
 
 PyObject* stream(PyObject*, PyObject*) { return Py_BuildValue("(iO)", 0, Py_False); }
@@ -31,6 +37,7 @@ PyObject* partials_at(PyObject*, PyObject* capsule) {
 PyMethodDef methods[] = {
     {"cuda_stream", &stream, METH_O, nullptr},
     {"set_machine", &set_machine, METH_VARARGS, nullptr},
+    {"set_l2_bytes", &set_l2_bytes, METH_O, nullptr},
     {"launches", &launches, METH_NOARGS, nullptr},
     {"partials_at", &partials_at, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

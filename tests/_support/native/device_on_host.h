@@ -42,9 +42,17 @@ inline uint32_t block_index() { return on_host::block_index(); }
 inline uint32_t block_count() { return on_host::block_count(); }
 
 inline void block_barrier() { on_host::block_barrier(); }
+inline void worker_barrier() { on_host::worker_barrier(kLanes * kWorkerWarps); }
 inline void warp_barrier() { on_host::warp_barrier(kLanes); }
 inline uint32_t from_first_lane(uint32_t value) {
   return static_cast<uint32_t>(on_host::exchange(value, thread_index() / kLanes * kLanes, kLanes));
+}
+inline double from_first_lane(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  bits = on_host::exchange(bits, thread_index() / kLanes * kLanes, kLanes);
+  std::memcpy(&value, &bits, 8);
+  return value;
 }
 inline double from_lane_above(double value, int distance) {
   uint64_t bits;
@@ -70,15 +78,27 @@ inline uint32_t load_acquire(const uint32_t* p) {
   on_host::maybe_switch();
   return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(p)).load(std::memory_order_acquire);
 }
-inline void store_release(uint32_t* p, uint32_t value) {
+inline uint32_t load_relaxed(const uint32_t* p) {
   on_host::maybe_switch();
-  std::atomic_ref<uint32_t>(*p).store(value, std::memory_order_release);
+  return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(p)).load(std::memory_order_relaxed);
 }
 inline void store_relaxed(uint32_t* p, uint32_t value) {
   std::atomic_ref<uint32_t>(*p).store(value, std::memory_order_relaxed);
 }
+// ThreadSanitizer knows no fences: each store releases by itself.
+inline void release_fence() {}
+inline void publish(uint32_t* p, uint32_t value) {
+  on_host::maybe_switch();
+  std::atomic_ref<uint32_t>(*p).store(value, std::memory_order_release);
+}
 // A plain load here: order comes from the counter that was acquired before, and ThreadSanitizer shall see that it does.
 inline double load_relaxed(const double* p) { return *p; }
+
+// At once: the earliest that a GPU could.
+inline void copy_async(Vector* to, const Vector* from) { *to = *from; }
+inline void wait_for_copies() {}
+inline void let_next_kernel_begin() {}
+inline void wait_for_kernel_before() {}
 
 template <class T>
 inline const T* checked(const T* p) {
@@ -141,6 +161,12 @@ inline Failure count_processors(int, int* count) {
   return nullptr;
 }
 
+template <auto kernel>
+Failure find_traits(int, Traits* traits) {
+  *traits = {on_host::machine.l2_bytes, true};
+  return nullptr;
+}
+
 inline Failure is_capturing(Stream, bool* capturing) {
   *capturing = false;
   return nullptr;
@@ -152,7 +178,7 @@ Failure find_image() {
 }
 
 template <auto kernel, class... Parameters>
-Failure launch(uint32_t blocks, int threads, Stream, const Parameters&... parameters) {
+Failure launch(uint32_t blocks, int threads, Stream, bool, const Parameters&... parameters) {
   on_host::run(blocks, threads, [&] { kernel(parameters...); });
   return nullptr;
 }
