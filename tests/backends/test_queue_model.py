@@ -37,14 +37,25 @@ def check(folder, cycles=False, **settings) -> str:
 
 
 # One block that does everything; more blocks than run; more tiles than blocks; a last component that is smaller than
-# the others; more blocks than tiles; components of one tile.
+# the others; more blocks than tiles; components of one tile; components that all workers of a block add up.
 @pytest.mark.parametrize(
-    ("blocks", "resident", "tiles", "per_component"),
-    [(1, 1, 4, 2), (2, 1, 4, 2), (2, 2, 4, 2), (3, 2, 3, 2), (3, 2, 2, 2), (2, 2, 3, 1)],
+    ("blocks", "resident", "tiles", "per_component", "many"),
+    [
+        (1, 1, 4, 2, 1),
+        (2, 1, 4, 2, 9),
+        (2, 2, 4, 2, 9),
+        (3, 2, 3, 2, 9),
+        (3, 2, 2, 2, 9),
+        (2, 2, 3, 1, 9),
+        (2, 2, 3, 2, 1),
+    ],
 )
 @pytest.mark.parametrize("form", [1, 2])
-def test_no_block_waits_forever_and_every_tile_gets_its_due(form, blocks, resident, tiles, per_component, tmp_path):
-    report = check(tmp_path, FORM=form, BLOCKS=blocks, RESIDENT=resident, TILES=tiles, PER_COMPONENT=per_component)
+def test_no_block_waits_forever_and_every_tile_gets_its_due(
+    form, blocks, resident, tiles, per_component, many, tmp_path
+):
+    settings = {"BLOCKS": blocks, "RESIDENT": resident, "TILES": tiles, "PER_COMPONENT": per_component, "MANY": many}
+    report = check(tmp_path, FORM=form, **settings)
     assert "errors: 0" in report, report
     assert "Search not completed" not in report
 
@@ -74,11 +85,14 @@ def test_nothing_goes_on_forever(form, tmp_path):
         (1, 9, "assertion violated partial["),
         (2, 10, "assertion violated"),
         (2, 11, "invalid end state"),
+        (2, 13, "invalid end state"),
+        (2, 14, "invalid end state"),
     ],
 )
 def test_the_model_can_fail(form, rule, complaint, tmp_path):
-    resident = 1 if rule == 11 else 2
-    report = check(tmp_path, FORM=form, BLOCKS=2, RESIDENT=resident, TILES=3, PER_COMPONENT=2, BREAK=rule)
+    resident = 1 if rule in (11, 13) else 2
+    size = {"TILES": 6, "MANY": 1} if rule == 14 else {"TILES": 3}
+    report = check(tmp_path, FORM=form, BLOCKS=2, RESIDENT=resident, PER_COMPONENT=2, BREAK=rule, **size)
     assert "errors: 1" in report, report
     assert complaint in report, report
 
