@@ -118,6 +118,18 @@ CWCLIP_DEVICE Vector load_vector(const Vector* p) {
   const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
+// With how long L2 keeps it: a cache policy, which costs no registers only as a kernel's parameter.
+CWCLIP_DEVICE Vector load_vector(const Vector* p, uint64_t policy) {
+#if __CUDA_ARCH__ >= 800
+  Vector v;
+  asm("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+      : "l"(p), "l"(policy));
+  return v;
+#else
+  return load_vector(p);
+#endif
+}
 CWCLIP_DEVICE Vector load_vector_last(const Vector* p) {
   const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};

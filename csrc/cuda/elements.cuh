@@ -197,13 +197,22 @@ CWCLIP_DEVICE double with_element(double sum, double x) {
   }
 }
 
+// How vectors are read that may be read again.
+struct Read {
+  CWCLIP_DEVICE Vector operator()(const Vector* p) const { return load_vector(p); }
+};
+struct ReadWithPolicy {
+  uint64_t policy;
+  CWCLIP_DEVICE Vector operator()(const Vector* p) const { return load_vector(p, policy); }
+};
+
 // Which of a dense run's vectors a thread takes at a time: `at`, and then each kTeam further on.
-template <int kTeam, DType dtype>
-CWCLIP_DEVICE void load_share(const Run<dtype>& run, int32_t at, Vector (&loads)[kSumLoads]) {
+template <int kTeam, DType dtype, class Load>
+CWCLIP_DEVICE void load_share(const Run<dtype>& run, int32_t at, const Load& load, Vector (&loads)[kSumLoads]) {
 #pragma unroll
   for (int k = 0; k < kSumLoads; ++k) {
     const int32_t i = at + k * kTeam;
-    loads[k] = i < run.vectors ? load_vector(run.body + i) : Vector{};
+    loads[k] = i < run.vectors ? load(run.body + i) : Vector{};
   }
 }
 
@@ -224,10 +233,10 @@ CWCLIP_DEVICE double sum_of_share_in_double(const Run<dtype>& run, int32_t at) {
 // trusted, the same thread adds up once more, in float64.
 constexpr double kTrustedFrom = 0x1p-100;
 
-template <Order order, int kTeam, DType dtype>
-CWCLIP_DEVICE double sum_of_share(const Run<dtype>& run, int32_t at) {
+template <Order order, int kTeam, DType dtype, class Load>
+CWCLIP_DEVICE double sum_of_share(const Run<dtype>& run, int32_t at, const Load& load) {
   Vector loads[kSumLoads];
-  load_share<kTeam>(run, at, loads);
+  load_share<kTeam>(run, at, load, loads);
   double total = 0;
   if constexpr (dtype == DType::f64) {
 #pragma unroll
@@ -266,13 +275,13 @@ CWCLIP_DEVICE double sum_of_share(const Run<dtype>& run, int32_t at) {
 }
 
 // This thread's share of a dense run's power sum.
-template <Order order, int kTeam, DType dtype>
-CWCLIP_DEVICE double sum_dense(void* address, int32_t count, int thread) {
+template <Order order, int kTeam, DType dtype, class Load>
+CWCLIP_DEVICE double sum_dense(void* address, int32_t count, int thread, const Load& load) {
   const Run<dtype> run(address, count);
   double total = 0;
 #pragma unroll 1
   for (int32_t at = thread; at < run.vectors; at += kTeam * kSumLoads) {
-    total = merged<order>(total, sum_of_share<order, kTeam>(run, at));
+    total = merged<order>(total, sum_of_share<order, kTeam>(run, at, load));
   }
 #pragma unroll 1
   for (int32_t i = thread; i < run.edges; i += kTeam) {

@@ -18,6 +18,10 @@
 //                 is unmeasured, and tiles taken are in the hands of blocks that run: progress needs no cooperative
 //                 launch. tests/_support/native/queue.pml is a model of it.
 //
+// A component of one tile shares nothing: its block measures, judges and scales it at once, by a second reading out of L2,
+// whatever the mode; a small one, of at most 4 KB, a single warp does, several to a block's turn. Where all components are
+// so (biases, LoRA factors, rows), one launch is all. Bytes: each gradient once, and each clipped one written once.
+//
 // Deterministic: partial sums depend on the tile alone, they are added in an order that depends on their number alone,
 // and scaling goes element by element. Which block does what, and the order of the list, change from run to run.
 #pragma once
@@ -43,15 +47,15 @@ CWCLIP_DEVICE void* address_of(const Call& call, const Addresses<kCapacity>& add
 }
 
 // The power sum of a tile, by a team of threads; valid in each warp's first lane, of what the warp has read.
-template <Order order, int kTeam, bool kGaps>
-CWCLIP_DEVICE double measured(const Call& call, void* address, const Tile& tile, int thread) {
+template <Order order, int kTeam, bool kGaps, class Load>
+CWCLIP_DEVICE double measured(const Call& call, void* address, const Tile& tile, int thread, const Load& load) {
   double sum = 0;
   with_dtype(tile.dtype, [&](auto tag) {
     constexpr DType dtype = decltype(tag)::dtype;
     if (kGaps && tile.layout >= 0) {
       sum = sum_gapped<order, kTeam, dtype>(address, call.tables.layouts + tile.layout, tile.start, tile.count, thread);
     } else {
-      sum = sum_dense<order, kTeam, dtype>(address, tile.count, thread);
+      sum = sum_dense<order, kTeam, dtype>(address, tile.count, thread, load);
     }
   });
   return sum_of_warp<order>(sum);
@@ -72,15 +76,15 @@ CWCLIP_DEVICE void scale(const Call& call, void* address, const Tile& tile, cons
 
 // Measures a tile, or each warp one of the small ones. What is a whole component is judged and, if it is clipped, scaled at
 // once: its second reading finds it in L2.
-template <Order order, bool kGaps>
+template <Order order, bool kGaps, class Load>
 CWCLIP_DEVICE void measure(const Call& call, void* address, const Tile& tile, Work work, double (&sums)[kWorkerWarps],
-                           int thread) {
+                           int thread, const Load& load) {
   const int warp = thread / kLanes, lane = thread % kLanes;
   double sum = 0;
   if (work == Work::small) {
-    sum = measured<order, kLanes, false>(call, address, tile, lane);
+    sum = measured<order, kLanes, false>(call, address, tile, lane, Read());
   } else {
-    sum = measured<order, kWorkers, kGaps>(call, address, tile, thread);
+    sum = measured<order, kWorkers, kGaps>(call, address, tile, thread, load);
     if (lane == 0) sums[warp] = sum;
     if (work == Work::sum) return;
     worker_barrier();
@@ -118,8 +122,10 @@ CWCLIP_DEVICE void work(const Call& call, const Addresses<kCapacity>& addresses,
   void* const address = address_of(call, addresses, tile);
   if (mode == Mode::scale || (mode == Mode::both && job.work == Work::scale)) {
     scale<kWorkers, kGaps>(call, address, tile, job.scaling, thread);
-  } else if constexpr (mode != Mode::scale) {
-    measure<order, kGaps>(call, address, tile, job.work, shared.sums[turn], thread);
+  } else if constexpr (mode == Mode::both) {
+    measure<order, kGaps>(call, address, tile, job.work, shared.sums[turn], thread, ReadWithPolicy{call.policy});
+  } else if constexpr (mode == Mode::sum) {
+    measure<order, kGaps>(call, address, tile, job.work, shared.sums[turn], thread, Read());
   }
 }
 

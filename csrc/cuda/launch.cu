@@ -44,6 +44,7 @@ class Launcher {
     call_.split = program_.split;
     call_.empty = program_.empty;
     call_.small_begin = program_.small_begin;
+    call_.policy = setting("CWCLIP_CUDA_EVICT_HINTS", 0) != 0 ? kEvictLast : kEvictNormal;
     call_.scales = request.kind == Kind::clip;
     if (request.step.table != nullptr) steps_ = steps_at(program_, request.step.table, request.step.skip);
   }

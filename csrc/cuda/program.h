@@ -74,15 +74,19 @@ struct Range {
   uint32_t last;     // whether the last block to leave sets everything back to zero
 };
 
+// Cache policies, as PTX's createpolicy.fractional makes them for all of an access (tests/backends/test_cuda_compiles.py).
+constexpr uint64_t kEvictNormal = 0x16f0000000000000, kEvictLast = 0x14f0000000000000;
+
 struct Call {
   Tables tables;
   Workspace workspace;
   Results results;
   Range range;
   CallRule rule;
-  uint32_t components;  // K
-  uint32_t split;       // components of several tiles
-  uint32_t empty;       // components of none
+  uint64_t policy;       // of Mode::both: how long L2 keeps what is measured
+  uint32_t components;   // K
+  uint32_t split;        // components of several tiles
+  uint32_t empty;        // components of none
   uint32_t small_begin;  // the first tile of a small component, of all ranges
   uint32_t scales;       // whether what is clipped is scaled by this call; otherwise coefficients are all, or given
 };

@@ -109,6 +109,7 @@ inline const T* checked(const T* p) {
   return p;
 }
 inline Vector load_vector(const Vector* p) { return *checked(p); }
+inline Vector load_vector(const Vector* p, uint64_t) { return *checked(p); }
 inline Vector load_vector_last(const Vector* p) { return *checked(p); }
 inline void store_vector_last(Vector* p, Vector v) { *const_cast<Vector*>(checked(p)) = v; }
 inline HalfVector load_vector_last(const HalfVector* p) { return *checked(p); }
