@@ -29,6 +29,7 @@ MODE = os.environ.get("CWCLIP_BUILD", "auto").lower()
 TORCH_FLOOR = (2, 10)  # std::vector<Tensor> arguments in torch's stable ABI, DLPack's C exchange API
 CUDA_FLOOR = (12, 1)  # kernels with more than 4 KB of parameters
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
+OLDEST_GPU = 8  # cp.async and mbarrier
 
 
 def main() -> None:
@@ -100,7 +101,10 @@ class Nvcc:
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
         self.targets = self._targets(asked or ARCHITECTURES, known, strict=bool(asked))
         if not self.targets:
-            raise BuildError(f"nvcc {self.path} compiles for none of {ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST")
+            raise BuildError(
+                f"nvcc {self.path} compiles for none of {asked or ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST to GPUs of "
+                f"compute capability {OLDEST_GPU}.0 or newer"
+            )
 
     @staticmethod
     def _find() -> str:
@@ -123,6 +127,10 @@ class Nvcc:
             if match is None:
                 raise BuildError(f"TORCH_CUDA_ARCH_LIST: {text!r} is not a number like 9.0 or 10.0+PTX")
             major, minor, family, ptx = match.groups()
+            if int(major) < OLDEST_GPU:  # as in the lists of many containers
+                need = f"they need {OLDEST_GPU}.0, and Triton's serve older GPUs"
+                print(f"cwclip_kernels: no CUDA kernels for {text}: {need}", file=sys.stderr)
+                continue
             if f"sm_{major}{minor}" not in known:
                 if strict:
                     raise BuildError(f"TORCH_CUDA_ARCH_LIST: this nvcc doesn't know {text} ({', '.join(known)})")

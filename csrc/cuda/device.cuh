@@ -7,6 +7,10 @@
 
 #if defined(__CUDACC__)
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the CUDA kernels need compute capability 8.0: leave older ones out of TORCH_CUDA_ARCH_LIST"
+#endif
+
 #define CWCLIP_DEVICE __device__ __forceinline__
 #define CWCLIP_KERNEL __global__
 #define CWCLIP_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -30,6 +34,33 @@ CWCLIP_DEVICE uint32_t block_index() { return blockIdx.x; }
 CWCLIP_DEVICE uint32_t block_count() { return gridDim.x; }
 
 CWCLIP_DEVICE void block_barrier() { __syncthreads(); }
+
+// A barrier in shared memory (mbarrier) at which some of a block's threads arrive and others wait: a phase ends with the
+// last arrival, and what those who arrived wrote before is there for those who waited for it. Phases have parity 0, 1, 0 ...
+struct alignas(8) Signal {
+  uint64_t state;
+};
+CWCLIP_DEVICE uint32_t address_in_shared(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+CWCLIP_DEVICE void init_signal(Signal* signal, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_in_shared(signal)), "r"(arrivals) : "memory");
+}
+CWCLIP_DEVICE void arrive(Signal* signal) {
+  asm volatile("{ .reg .b64 phase; mbarrier.arrive.shared.b64 phase, [%0]; }" ::"r"(address_in_shared(signal)) : "memory");
+}
+CWCLIP_DEVICE void wait_for(Signal* signal, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define CWCLIP_WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define CWCLIP_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  uint32_t ended;
+  do {
+    asm volatile("{ .reg .pred p; " CWCLIP_WAIT " p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ended)
+                 : "r"(address_in_shared(signal)), "r"(parity)
+                 : "memory");
+  } while (ended == 0);
+}
 // For the worker warps alone: barrier 0 is the block's.
 CWCLIP_DEVICE void worker_barrier() { asm volatile("barrier.sync 1, %0;" ::"n"(kLanes * kWorkerWarps) : "memory"); }
 CWCLIP_DEVICE void warp_barrier() { __syncwarp(); }
@@ -38,11 +69,7 @@ CWCLIP_DEVICE double from_first_lane(double value) { return __shfl_sync(0xffffff
 CWCLIP_DEVICE double from_lane_above(double value, int distance) {
   return __shfl_down_sync(0xffffffffu, value, distance);
 }
-CWCLIP_DEVICE void pause() {
-#if __CUDA_ARCH__ >= 700
-  __nanosleep(100);
-#endif
-}
+CWCLIP_DEVICE void pause() { __nanosleep(100); }
 
 // The same value, of which the compiler knows nothing, and no load is moved to before it.
 CWCLIP_DEVICE int hidden(int value) {
@@ -86,18 +113,9 @@ CWCLIP_DEVICE double load_relaxed(const double* p) {
 
 // 16 bytes of a table to shared memory, without a register in between; there after wait_for_copies(), for this thread.
 CWCLIP_DEVICE void copy_async(Vector* to, const Vector* from) {
-#if __CUDA_ARCH__ >= 800
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-#else
-  *to = *from;
-#endif
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address_in_shared(to)), "l"(from) : "memory");
 }
-CWCLIP_DEVICE void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
+CWCLIP_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Programmatic dependent launch: the next kernel's blocks may begin where there is room for them, and wait until the one
 // before has ended and all that it wrote is there. Nothing, if a launch wasn't made so.
@@ -120,15 +138,11 @@ CWCLIP_DEVICE Vector load_vector(const Vector* p) {
 }
 // With how long L2 keeps it: a cache policy, which costs no registers only as a kernel's parameter.
 CWCLIP_DEVICE Vector load_vector(const Vector* p, uint64_t policy) {
-#if __CUDA_ARCH__ >= 800
   Vector v;
   asm("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
       : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
       : "l"(p), "l"(policy));
   return v;
-#else
-  return load_vector(p);
-#endif
 }
 CWCLIP_DEVICE Vector load_vector_last(const Vector* p) {
   const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
@@ -164,17 +178,9 @@ CWCLIP_DEVICE uint32_t pack_f16(float low, float high) {
   return a | static_cast<uint32_t>(b) << 16;
 }
 CWCLIP_DEVICE uint32_t pack_bf16(float low, float high) {
-#if __CUDA_ARCH__ >= 800
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
-#else
-  const auto rounded = [](float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
-  };
-  return rounded(low) | rounded(high) << 16;
-#endif
 }
 
 CWCLIP_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -5,7 +5,7 @@
 //
 // A block has eight worker warps and one scheduler warp. The workers do one tile after another and nothing else. Meanwhile
 // the scheduler hands in the sum of the tile before, and finds the next tile, so that no load of a gradient waits for
-// a ticket, a table or a counter.
+// a ticket, a table or a counter. A warp that is done goes on to the next tile, whatever the others are at.
 //
 //   Mode::sum     Tiles are measured in the order of tickets. Whoever hands in a component's last tile adds up its
 //                 partial sums in a fixed order, works out norm and coefficient, and puts the tiles of a component that
@@ -31,8 +31,8 @@
 namespace cwclip::cuda {
 
 constexpr int kThreads = kWorkers + kLanes;
-// 96 KB of loads in flight on each processor: twice what it takes to hide the latency of memory, so that a block may
-// pause at its barrier. More would cost form 2 its reuse of L2, and registers.
+// 96 KB of loads in flight on each processor: twice what it takes to hide the latency of memory, so that a warp may wait
+// for its next job. More would cost form 2 its reuse of L2, and registers.
 constexpr int kBlocksPerProcessor = 3;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ CWCLIP_DEVICE void measure(const Call& call, void* address, const Tile& tile, Wo
 
 // One turn of the workers.
 template <Mode mode, Order order, int kCapacity, bool kGaps>
-CWCLIP_DEVICE void work(const Call& call, const Addresses<kCapacity>& addresses, Shared& shared, int turn, int thread) {
+CWCLIP_DEVICE void work(const Call& call, const Addresses<kCapacity>& addresses, Shared& shared, uint32_t turn, int thread) {
   const Job& job = shared.jobs[turn];
   const int warp = thread / kLanes;
   if (job.work == Work::none) return;
@@ -177,33 +177,49 @@ CWCLIP_KERNEL void CWCLIP_BOUNDS(kThreads, kBlocksPerProcessor)
     clip_kernel(CWCLIP_PARAMETER(Call) call, CWCLIP_PARAMETER(Addresses<kCapacity>) addresses) {
   CWCLIP_SHARED(Shared, shared);
   const int thread = thread_index(), lane = thread % kLanes;
-  const bool is_worker = thread < kWorkers;
   if constexpr (mode == Mode::scale) {
     wait_for_kernel_before();
-    if (!call.scales && is_worker) scale_small(call, addresses, thread);
+    if (!call.scales && thread < kWorkers) scale_small(call, addresses, thread);
   } else {
     let_next_kernel_begin();
     if (call.empty != 0 && call.range.table == 0) fill_in_empty_components(call);
   }
 
-  Scheduler<mode> scheduler(call, shared);
-  if (thread == kWorkers) scheduler.begin();
-  block_barrier();
-  for (int turn = 0;; turn ^= 1) {
-    const Job& job = shared.jobs[turn];
-    if (job.work == Work::leave) break;
-    if (is_worker) {
-      work<mode, order, kCapacity, kGaps>(call, addresses, shared, turn, thread);
-    } else {
-      Job& other = shared.jobs[turn ^ 1];
-      if (lane == 0) scheduler.look_ahead(job, other);
-      if constexpr (mode != Mode::scale) scheduler.template hand_in<order>(other, shared.sums[turn ^ 1], lane);
-      warp_barrier();
-      if (lane == 0) scheduler.next(job, other);
+  if (thread == 0) {
+    for (int turn = 0; turn < 2; ++turn) {
+      init_signal(&shared.ready[turn], 1);
+      init_signal(&shared.done[turn], kWorkerWarps);
     }
-    block_barrier();
   }
-  if (thread == kWorkers) leave(call);
+  block_barrier();
+  if (thread < kWorkers) {
+    for (uint32_t count = 0;; ++count) {
+      const uint32_t turn = count & 1, parity = count >> 1 & 1;
+      wait_for(&shared.ready[turn], parity);
+      if (shared.jobs[turn].work == Work::leave) return;
+      work<mode, order, kCapacity, kGaps>(call, addresses, shared, turn, thread);
+      warp_barrier();
+      if (lane == 0) arrive(&shared.done[turn]);
+    }
+  }
+  Scheduler<mode> scheduler(call, shared);
+  if (lane == 0) scheduler.begin();
+  for (uint32_t count = 0;; ++count) {
+    const uint32_t turn = count & 1;
+    const Job& job = shared.jobs[turn];
+    Job& other = shared.jobs[turn ^ 1];
+    if (lane == 0) arrive(&shared.ready[turn]);
+    warp_barrier();
+    if (job.work == Work::leave) break;
+    if (lane == 0) scheduler.look_ahead(job, other);
+    if (count != 0) {
+      wait_for(&shared.done[turn ^ 1], (count - 1) >> 1 & 1);
+      if constexpr (mode != Mode::scale) scheduler.template hand_in<order>(other, shared.sums[turn ^ 1], lane);
+    }
+    warp_barrier();
+    if (lane == 0) scheduler.next(job, other);
+  }
+  if (lane == 0) leave(call);
 }
 
 // Puts on the list what given coefficients clip: one warp for each component that isn't small. Before Mode::scale.

@@ -30,6 +30,9 @@ struct Shared {
   Tile entries[3][kWorkerWarps];
   Job jobs[2];                   // this one; and the one before, then the one after
   double sums[2][kWorkerWarps];  // likewise: of each worker warp
+  // Likewise: the job is there, one arrival; all worker warps are done with it. A warp goes on to the next job as soon as
+  // that is there, whatever the others are at.
+  Signal ready[2], done[2];
 };
 
 // One lane's business, but for hand_in().

@@ -117,7 +117,15 @@ def test_without_extension_the_wheel_is_pure(source):
             marks=pytest.mark.skipif(NVCC is None, reason="no nvcc"),
         ),
         pytest.param(
-            *("cuda", {"TORCH_CUDA_ARCH_LIST": "3.5"}, r"this nvcc doesn't know 3.5 \(sm_"),
+            *("cuda", {"TORCH_CUDA_ARCH_LIST": "9.0;17.5"}, r"this nvcc doesn't know 17.5 \(sm_"),
+            marks=pytest.mark.skipif(NVCC is None, reason="no nvcc"),
+        ),
+        pytest.param(
+            *(
+                "cuda",
+                {"TORCH_CUDA_ARCH_LIST": "7.5"},
+                "(?s)no CUDA kernels for 7.5: they need 8.0.*for none of 7.5: set",
+            ),
             marks=pytest.mark.skipif(NVCC is None, reason="no nvcc"),
         ),
         ("fast", {}, "CWCLIP_BUILD: expected auto, none, cpu or cuda, not 'fast'"),

@@ -26,6 +26,7 @@ uint32_t block_index();
 uint32_t block_count();
 void* shared_memory(size_t bytes);  // the block's own
 void block_barrier();
+void wait_while_parity(uint64_t* phase, uint32_t parity);  // until the phase's lowest bit is another
 void worker_barrier(int threads);  // for the block's first `threads`
 void warp_barrier(int lanes);
 // The value that thread `source` of this warp passes. All of a warp's lanes take part.

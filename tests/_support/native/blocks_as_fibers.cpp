@@ -36,6 +36,8 @@ struct Fiber {
   bool ended = false;
   const Barrier* waits_at = nullptr;  // until its generation is another than this
   uint64_t generation = 0;
+  const uint64_t* phase = nullptr;  // waits until its lowest bit isn't parity
+  uint64_t parity = 0;
   uint64_t passed = 0;  // to the other lanes of its warp
 };
 
@@ -80,6 +82,11 @@ void wait_at(Barrier& barrier, int expected) {
   current->waits_at = nullptr;
 }
 
+bool waits(const Fiber& fiber) {
+  return (fiber.waits_at != nullptr && fiber.waits_at->generation == fiber.generation) ||
+         (fiber.phase != nullptr && (*fiber.phase & 1) == fiber.parity);
+}
+
 void enter() {
   (*now.kernel)();
   current->ended = true;
@@ -101,6 +108,7 @@ void begin(Block& block, uint32_t index) {
     fiber->thread = t;
     fiber->begun = fiber->ended = false;
     fiber->waits_at = nullptr;
+    fiber->phase = nullptr;
   }
 }
 
@@ -126,7 +134,7 @@ bool step(Block& block) {
   const size_t count = block.fibers.size(), start = random_below(static_cast<uint32_t>(count));
   for (size_t i = 0; i < count; ++i) {
     Fiber& fiber = *block.fibers[(start + i) % count];
-    if (fiber.ended || (fiber.waits_at != nullptr && fiber.waits_at->generation == fiber.generation)) continue;
+    if (fiber.ended || waits(fiber)) continue;
     any = true;
     take_turn(fiber);
     if (fiber.ended) --block.running;
@@ -172,6 +180,13 @@ void* shared_memory(size_t bytes) {
 }
 
 void block_barrier() { wait_at(current->block->barrier, now.threads); }
+
+void wait_while_parity(uint64_t* phase, uint32_t parity) {
+  current->phase = phase;
+  current->parity = parity;
+  if (waits(*current)) yield();
+  current->phase = nullptr;
+}
 
 void worker_barrier(int threads) { wait_at(current->block->workers, threads); }
 

@@ -66,6 +66,9 @@ void* shared_memory(size_t bytes) {
 }
 
 void block_barrier() { own->barrier.arrive_and_wait(); }
+void wait_while_parity(uint64_t* phase, uint32_t parity) {
+  while ((std::atomic_ref<uint64_t>(*phase).load(std::memory_order_acquire) & 1) == parity) std::this_thread::yield();
+}
 void worker_barrier(int) {}  // one worker
 void warp_barrier(int) {}
 uint64_t exchange(uint64_t value, int, int) { return value; }

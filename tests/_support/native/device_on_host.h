@@ -42,6 +42,17 @@ inline uint32_t block_index() { return on_host::block_index(); }
 inline uint32_t block_count() { return on_host::block_count(); }
 
 inline void block_barrier() { on_host::block_barrier(); }
+struct Signal {
+  uint64_t phase;
+  uint32_t expected, pending;
+};
+inline void init_signal(Signal* signal, uint32_t arrivals) { *signal = {0, arrivals, arrivals}; }
+inline void arrive(Signal* signal) {
+  if (std::atomic_ref<uint32_t>(signal->pending).fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  signal->pending = signal->expected;
+  std::atomic_ref<uint64_t>(signal->phase).fetch_add(1, std::memory_order_release);
+}
+inline void wait_for(Signal* signal, uint32_t parity) { on_host::wait_while_parity(&signal->phase, parity); }
 inline void worker_barrier() { on_host::worker_barrier(kLanes * kWorkerWarps); }
 inline void warp_barrier() { on_host::warp_barrier(kLanes); }
 inline uint32_t from_first_lane(uint32_t value) {

@@ -12,7 +12,8 @@
  * MANY            components of more tiles than this are added up by the workers; not given: none
  * BREAK           breaks one rule, to see that the model notices (tests/test_queue_model.py); 0 or not given: none
  *
- * Which components are clipped is any choice. A block is a scheduler and a worker that meet at a barrier, as there. What a
+ * Which components are clipped is any choice. A block is a scheduler and a worker, for all of its workers: the
+ * next job is there when this one is done, and the job before has been handed in by then. What a
  * GPU does one at a time, one atomic or one access to shared memory, is one step here. spin's memory is sequentially
  * consistent; that each release and acquire is where it is needed, ThreadSanitizer judges (hand_over.cpp).
  *
