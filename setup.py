@@ -102,8 +102,8 @@ class Nvcc:
         self.targets = self._targets(asked or ARCHITECTURES, known, strict=bool(asked))
         if not self.targets:
             raise BuildError(
-                f"nvcc {self.path} compiles for none of {asked or ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST to GPUs of "
-                f"compute capability {OLDEST_GPU}.0 or newer"
+                f"nvcc {self.path} compiles for none of {asked or ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST to "
+                f"compute capabilities from {OLDEST_GPU}.0 on"
             )
 
     @staticmethod
