@@ -75,8 +75,8 @@ def waits_by_torch(call: Callable[[], object]) -> bool:
     torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the check doesn't find every wait: hence the profiler
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             call()
         except RuntimeError as error:
             if "synchroniz" not in str(error):

@@ -115,7 +115,8 @@ def test_found_inf_finds_what_is_not_finite(backend, bad, norm_type):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_finite_values_are_no_inf(backend):
     found = flag()
-    params = [parameter(torch.full((1000,), 3e38)), parameter(torch.full((10,), 65504.0).half())]
+    large = torch.full((1000,), 3e38, device=DEVICE), torch.full((10,), 65504.0, device=DEVICE).half()
+    params = list(map(parameter, large))
     norms = fused_component_clip_(params, 1.0, inv_scale=2.0**-100, found_inf=found, backend=backend)
     assert found == 0
     assert norms[0].item() == pytest.approx(3e38 * 2.0**-100 * math.sqrt(1000), rel=1e-6)

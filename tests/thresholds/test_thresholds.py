@@ -139,7 +139,7 @@ class TestAgainstTheSources:
             torch.testing.assert_close(p.grad.double(), e, rtol=2e-6, atol=1e-12)
 
     def test_agc_by_tensor_follows_the_parameters(self):
-        p = parameter(torch.tensor([3.0, 4.0]))
+        p = parameter(torch.tensor([3.0, 4.0], device=DEVICE))
         clipper = ComponentClipper([p], ParamRelative(0.5, eps=1e-3))
         for size in (0.0, 2.0, 20.0):
             p.data.fill_(size)
@@ -165,7 +165,7 @@ class TestAgainstTheSources:
             ComponentClipper([parameter(random_grad((3,)))], FromGlobal(1.0), 0.0)
 
     def test_schedule(self):
-        p = parameter(torch.tensor([8.0]))
+        p = parameter(torch.tensor([8.0], device=DEVICE))
         asked = []
 
         def fn(step):
@@ -357,7 +357,7 @@ def test_a_policy_of_your_own():
         def update_(self, norms, coefs):
             self.state("share", norms.device).mul_(0.5)
 
-    p = parameter(torch.tensor([100.0]))
+    p = parameter(torch.tensor([100.0], device=DEVICE))
     clipper = ComponentClipper([p], Halving())
     found = []
     for _ in range(3):
