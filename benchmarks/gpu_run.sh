@@ -1,18 +1,27 @@
 #!/usr/bin/env bash
-# One visit to a machine with an NVIDIA GPU: build, test, sanitize, measure. Under ten minutes; README.md says more.
+# A visit to a machine with an NVIDIA GPU, in three calls that each end within nine minutes; README.md says more.
 #
-#   benchmarks/gpu_run.sh OUT [build|tests|sanitize|bench|sweep|extras|ncu|all]...
+#   benchmarks/gpu_run.sh OUT check|speed|detail
+#   benchmarks/gpu_run.sh OUT build|tests|sanitize|bench|sweep|step|extras|ncu...
+#
+#   check     build, tests, sanitize       does it run, and right?
+#   speed     build, bench, sweep, step    how fast is it?
+#   detail    build, extras, ncu           what does the rest of a training step cost, and what moves through memory?
 #
 # Takes the python3 that is there (PYTHON=... for another), installs and downloads nothing. A stage that fails or runs
-# out of time doesn't stop the next. OUT gets run.log (everything), summary.txt and each stage's figures.
+# out of time doesn't stop the next. OUT gets run.log (everything), summary.txt and each stage's figures; of each stage
+# the end is printed, and a line for each stage at last: 12,000 characters at most.
 #
-#   LIMIT=300            seconds for each stage, instead of its own limit; all together still end by TOTAL (570)
-#   TEST_ARGS, SANITIZE_ARGS, BENCH_ARGS, SWEEP_ARGS, EXTRAS_ARGS, NCU_ARGS    instead of a stage's own arguments
+#   LIMIT=300            seconds for each stage, instead of its own limit; all together still end by TOTAL (530)
+#   TEST_ARGS, SANITIZE_ARGS, BENCH_ARGS, SWEEP_ARGS, STEP_ARGS, EXTRAS_ARGS, NCU_ARGS    instead of a stage's own
 set -uo pipefail
 
-STAGES="build tests sanitize bench sweep extras ncu"
-declare -A LIMITS=([build]=80 [tests]=120 [sanitize]=100 [bench]=130 [sweep]=45 [extras]=40 [ncu]=45)
+declare -A CALLS=([check]="build tests sanitize" [speed]="build bench sweep step" [detail]="build extras ncu")
+declare -A LIMITS=([build]=110 [tests]=250 [sanitize]=150 [bench]=220 [sweep]=90 [step]=90 [extras]=170 [ncu]=200)
+# Characters of a stage's output that are printed; those of a call add up to less than 12,000.
+declare -A SHOWN=([build]=700 [tests]=6000 [sanitize]=3500 [bench]=6000 [sweep]=2300 [step]=2000 [extras]=5500 [ncu]=4500)
 NOT_HERE=77 # exit status of a stage whose tool this machine lacks
+TOOLS="memcheck racecheck initcheck synccheck"
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
@@ -33,62 +42,97 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
   CWCLIP_BUILD=cuda "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m cwclip_kernels
 }
 
+run_pytest() {
+  # An unforeseen warning of this machine's packages is printed, and fails no test.
+  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider -q --tb=short -W default "$@"
+}
+
 stage_tests() {
+  local workers=()
+  # Most of the time goes into compiling Triton's kernels, which several processes share out.
+  "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-p xdist.plugin -n "${WORKERS:-8}" --dist worksteal)
   # shellcheck disable=SC2086 # arguments are words
-  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider ${TEST_ARGS:-tests/backends/test_cuda_gpu.py tests/backends/test_training_gpu.py
-    tests/core/test_mixed_precision.py tests/test_grad_scaler.py tests/components/test_spec.py tests/test_attach.py
-    tests/thresholds/test_thresholds.py
-    tests/in_backward/test_in_backward.py tests/telemetry/test_telemetry.py}
+  run_pytest "${workers[@]}" ${TEST_ARGS:--m not(ranks) tests/backends/test_cuda_gpu.py tests/backends/test_step_gpu.py
+    tests/backends/test_training_gpu.py
+    tests/backends/test_triton_kernels.py tests/backends/test_triton_step.py tests/backends/test_triton_step_kernels.py
+    tests/backends/test_triton_step_single.py tests/backends/test_triton_tables.py
+    tests/core/test_mixed_precision.py tests/test_grad_scaler.py tests/thresholds/test_thresholds.py
+    tests/components/test_spec.py tests/test_attach.py tests/telemetry/test_telemetry.py
+    tests/in_backward/test_in_backward.py tests/in_backward/test_in_backward_adamw.py
+    tests/in_backward/test_in_backward_steps.py
+    tests/optim/test_adamw_step.py tests/optim/test_adamw_alone.py tests/optim/test_adamw_changes.py
+    tests/optim/test_adamw_drop_in.py}
 }
 
 stage_sanitize() {
   command -v compute-sanitizer || return "$NOT_HERE"
-  local tool status worst=0
+  local tool worst=0 found said
   # Side by side: most of the time goes into loading torch, and a tool that hangs costs the others nothing.
-  for tool in memcheck racecheck initcheck synccheck; do
+  for tool in $TOOLS; do
     {
       sanitize "$tool" >"$SCRATCH/$tool" 2>&1
       echo $? >"$SCRATCH/$tool.status"
     } &
   done
   wait
-  for tool in memcheck racecheck initcheck synccheck; do
-    status=$(<"$SCRATCH/$tool.status")
+  for tool in $TOOLS; do
     echo "== $tool"
     cat "$SCRATCH/$tool"
-    ((status == 0)) || worst=$status
   done
-  for tool in memcheck racecheck initcheck synccheck; do
-    echo "$tool: exit $(<"$SCRATCH/$tool.status"), $(grep -h 'SUMMARY' "$SCRATCH/$tool" | tail -1)"
+  # What the tool found and how the tests ended, each by itself: a test may fail under a tool that finds nothing.
+  for tool in $TOOLS; do
+    found=$(grep -h 'SUMMARY' "$SCRATCH/$tool" | tail -1)
+    said=$(grep -hE '[0-9]+ (passed|failed|error)' "$SCRATCH/$tool" | tail -1)
+    echo "$tool: ${found:-no verdict}; tests: ${said:-no result} (exit $(<"$SCRATCH/$tool.status"))"
+    [[ $found == *" 0 errors"* || $found == *" 0 hazards"* ]] || worst=1
+    [[ $(<"$SCRATCH/$tool.status") == 0 ]] || worst=1
   done
   return "$worst"
 }
 
 sanitize() {
-  local options=(--tool "$1" --error-exitcode 86) limit=$((STAGE_LIMIT - 8)) # time to print what was found
+  local options=(--tool "$1" --error-exitcode 86 --print-limit 20) limit=$((STAGE_LIMIT - 8)) # time to print it
   # Our kernels alone, for speed. initcheck has to see torch's too, or what they wrote would pass for unwritten.
   [[ $1 == initcheck ]] || options+=(--kernel-name kns=cwclip)
   # Torch's cache of memory would hide a read past a tensor's end and hand out what others have written.
   [[ $1 == memcheck || $1 == initcheck ]] && export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  # CUDA graphs need that cache.
   # shellcheck disable=SC2086
-  timeout --kill-after=3 $((limit > 1 ? limit : 1)) compute-sanitizer "${options[@]}" \
-    "$PYTHON" -m pytest -p no:cacheprovider -q ${SANITIZE_ARGS:-tests/backends/test_cuda_gpu.py -k "not(graph)"}
+  CWCLIP_REQUIRE_GPU=1 timeout --kill-after=3 $((limit > 1 ? limit : 1)) compute-sanitizer "${options[@]}" \
+    "$PYTHON" -m pytest -p no:cacheprovider -q --tb=short -W default \
+    ${SANITIZE_ARGS:-tests/backends/test_cuda_gpu.py tests/backends/test_step_gpu.py -m sanitized -k not(triton)}
 }
 
 stage_bench() {
-  local defaults="--device cuda --rounds 15 --seconds 3 --sets bert-base,roberta-large,roberta-large:bfloat16"
-  defaults+=",llama3-8b,lora-384,views-2000,tiny-20000"
+  local sets="bert-base,roberta-large,roberta-large:bfloat16,lora-384,views-2000,llama3-8b,tiny-20000" status
+  # Torch's loop takes seconds for 20,000 tensors.
   # shellcheck disable=SC2086
-  "$PYTHON" benchmarks/compare.py ${BENCH_ARGS:-$defaults} --json "$OUT/bench.json" --roofline "$OUT/roofline.png"
+  "$PYTHON" benchmarks/compare.py ${BENCH_ARGS:---device cuda --rounds 15 --seconds 3 --sets $sets
+    --skip loop@tiny-20000} --json "$OUT/bench.json" --roofline "$OUT/roofline.png"
+  status=$?
+  "$PYTHON" benchmarks/digest.py "$OUT/bench.json"
+  return "$status"
 }
 
 stage_sweep() {
-  local defaults="--device cuda --rounds 15 --seconds 2 --sets bert-base,roberta-large:bfloat16,lora-384"
-  defaults+=" --clipped none,all --calls clipper --torch none --backends "
-  defaults+=$(printf 'cuda:form%d:blocks%d,' 1 1 1 2 1 3 1 4 2 1 2 2 2 3 2 4)
+  local status backends=()
+  backends=(cuda:form1:blocks{2,3,4} cuda:form1:nopdl cuda:form2:blocks{2,3,4} cuda:form2:hints)
   # shellcheck disable=SC2086
-  "$PYTHON" benchmarks/compare.py ${SWEEP_ARGS:-${defaults%,}} --json "$OUT/sweep.json"
+  "$PYTHON" benchmarks/compare.py ${SWEEP_ARGS:---device cuda --rounds 15 --seconds 2 --clipped none,all
+    --sets bert-base,roberta-large:bfloat16,lora-384,llama3-8b --calls clipper --torch none
+    --backends $(IFS=,; echo "${backends[*]}")} --json "$OUT/sweep.json"
+  status=$?
+  "$PYTHON" benchmarks/digest.py "$OUT/sweep.json"
+  return "$status"
+}
+
+stage_step() {
+  local status
+  # shellcheck disable=SC2086
+  "$PYTHON" benchmarks/optimizer_step.py ${STEP_ARGS:---device cuda --rounds 15 --sets bert-large,lora-384
+    --backends cuda,triton} --json "$OUT/step.json"
+  status=$?
+  "$PYTHON" benchmarks/digest.py "$OUT/step.json"
+  return "$status"
 }
 
 stage_extras() {
@@ -99,8 +143,10 @@ stage_extras() {
 
 stage_ncu() {
   command -v ncu || return "$NOT_HERE"
+  # Ours alone, and none with a kernel for each tensor: ncu takes its time over every launch.
   # shellcheck disable=SC2086
-  "$PYTHON" benchmarks/traffic.py ${NCU_ARGS:---device cuda} --csv "$OUT/ncu.csv"
+  "$PYTHON" benchmarks/traffic.py ${NCU_ARGS:---device cuda --clipped none,all --torch none
+    --backends cuda:form1,cuda:form2,triton} --csv "$OUT/ncu.csv"
 }
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,12 +157,14 @@ run_stage() {
   local stage=$1 began=$SECONDS left=$((TOTAL - SECONDS)) status word
   export STAGE_LIMIT=${LIMIT:-${LIMITS[$stage]}}
   ((STAGE_LIMIT <= left)) || STAGE_LIMIT=$left
-  echo "==== $stage, at most $STAGE_LIMIT s"
+  echo "==== $stage, at most $STAGE_LIMIT s" | tee -a "$OUT/run.log"
   if ((left < 10)); then # not worth beginning
     status=124
   else
-    timeout --kill-after=3 "$STAGE_LIMIT" bash -uo pipefail -c "stage_$stage" 2>&1 | tee -a "$OUT/run.log" | tail -n 40
+    timeout --kill-after=3 "$STAGE_LIMIT" bash -uo pipefail -c "stage_$stage" 2>&1 |
+      tee -a "$OUT/run.log" >"$SCRATCH/output"
     status=${PIPESTATUS[0]}
+    tail -c "${SHOWN[$stage]}" "$SCRATCH/output"
   fi
   case $status in
     0) word=passed ;;
@@ -129,25 +177,27 @@ run_stage() {
 }
 
 main() {
-  (($# >= 1)) || usage
-  local stage failed=0 wanted=()
-  mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit
-  shift
-  for stage in "${@:-all}"; do
-    case " $STAGES all " in
-      *" $stage "*) ;;
-      *) usage ;;
-    esac
-    if [[ $stage == all ]]; then read -ra wanted <<<"$STAGES"; else wanted+=("$stage"); fi
+  (($# >= 2)) || usage
+  local stage name failed=0 wanted=() own=()
+  for name in "${@:2}"; do
+    read -ra own <<<"${CALLS[$name]:-$name}"
+    wanted+=("${own[@]}")
   done
+  for stage in "${wanted[@]}"; do
+    [[ -n ${LIMITS[$stage]:-} ]] || usage
+  done
+  mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit
   cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
   PYTHON=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} here" >&2 && exit 1; }
   SCRATCH=$(mktemp -d)
   trap 'rm -rf "$SCRATCH"' EXIT
-  TOTAL=${TOTAL:-570}
-  export OUT PYTHON SCRATCH NOT_HERE
+  TOTAL=${TOTAL:-530}
+  export OUT PYTHON SCRATCH NOT_HERE TOOLS
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-  export -f stage_build stage_tests stage_sanitize sanitize stage_bench stage_sweep stage_extras stage_ncu
+  # Plugins of packages that happen to be installed there have no say in our tests.
+  export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+  export -f run_pytest sanitize stage_build stage_tests stage_sanitize stage_bench stage_sweep stage_step stage_extras
+  export -f stage_ncu
   {
     date --utc +%FT%TZ
     "$PYTHON" --version

@@ -3,6 +3,7 @@
 ``python benchmarks/optimizer_step.py`` prints, for each shape set with none and all of the components clipped, the
 time of torch's fused AdamW alone, of the same after each way to clip, and of ``ComponentClipAdamW``, which clips as
 it steps. All rows of a table are measured in the same rounds, on the same parameters and states; Python is included.
+On a GPU times are the device's, and "host" is the time until the call returned.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sets", type=names(sorted(SETS)), default=DEFAULT_SETS, help=f"default: {DEFAULT_SETS}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters")
     parser.add_argument("--state-dtype", choices=("same", "float32"), default="same", help="of our running means")
-    parser.add_argument("--backend", help="of ours (default: the best available)")
+    parser.add_argument(
+        "--backends", type=_backends, default=(None,), help='of ours, e.g. "cuda,triton" (default: the best available)'
+    )
     parser.add_argument("--rounds", type=count, default=20, help="timed rounds (default 20)")
     parser.add_argument("--threads", type=count, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in CASES:
             timings, ceilings = measure(SETS[name], case, options)
             _print(console, f"{SETS[name].description}: {case} clipped", timings, ceilings)
+            host_ms = {key: timing.host_median for key, timing in timings.items()}
             found.append(
                 {
                     "set": name,
@@ -74,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "dtype": options.dtype,
                     "state_dtype": options.state_dtype,
                     "ms": {key: timing.samples for key, timing in timings.items()},
+                    "host_ms": host_ms,
+                    "floor_ms": floor(ceilings),
                     "ceilings": {key: timing.samples for key, timing in ceilings.items()},
                 }
             )
@@ -96,7 +102,7 @@ def measure(
     own = Ceilings(shape_set.nbytes(gradients.current[0].dtype), options.device)
     timings = interleave([*variants, *own.variants()], clock_for(options.device), options.rounds)
     ceilings = own.take(timings)
-    return {key: timings[key] for key in LABELS}, ceilings
+    return {variant.key: timings[variant.key] for variant in variants}, ceilings
 
 
 def ways(
@@ -107,9 +113,13 @@ def ways(
     theirs = AdamW(parameters, lr=1e-5, fused=True)
     theirs.step()
     state_dtype = torch.float32 if options.state_dtype == "float32" else None
-    ours = ComponentClipAdamW(named, lr=1e-5, max_norm=cap, state_dtype=state_dtype, backend=options.backend)
-    if state_dtype is None or options.dtype == "float32":
-        ours.state.update(theirs.state)
+
+    def ours(backend: str | None) -> Callable[[], object]:
+        optimizer = ComponentClipAdamW(named, lr=1e-5, max_norm=cap, state_dtype=state_dtype, backend=backend)
+        if state_dtype is None or options.dtype == "float32":
+            optimizer.state.update(theirs.state)
+        return optimizer.step
+
     clipper = ComponentClipper(named, cap)
 
     def after(clip: Callable[[], object]) -> Callable[[], object]:
@@ -125,7 +135,7 @@ def ways(
 
     return {
         "step": theirs.step,
-        "ours": ours.step,
+        **{_key(backend): ours(backend) for backend in options.backends},
         "clip": after(clipper.clip_),
         "global": after(lambda: clip_grad_norm_(parameters, cap)),
         "loop": after(loop),
@@ -137,19 +147,32 @@ def floor(ceilings: dict[str, Timing]) -> float:
     return 3.5 * min(ceilings[key].min for key in Ceilings.WRITE)
 
 
+def _backends(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _key(backend: str | None) -> str:
+    return "ours" if backend is None else f"ours/{backend}"
+
+
+def _label(key: str) -> str:
+    return LABELS[key] if key in LABELS else f"{LABELS['ours']} ({key.partition('/')[2]})"
+
+
 def _print(console: Console, title: str, timings: dict[str, Timing], ceilings: dict[str, Timing]) -> None:
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("")
-    for column in ("min ms", "median ms", "min / step alone", "median / step alone", "times ours (median)"):
+    step = timings["step"]
+    ours = next(timing for key, timing in timings.items() if key.startswith("ours"))
+    host = ["host ms"] if step.host else []
+    for column in ("min ms", "median ms", *host, "min / step alone", "median / step alone", "times ours (median)"):
         table.add_column(column, justify="right")
-    step, ours = timings["step"], timings["ours"]
-    for key, label in LABELS.items():
-        own = timings[key]
+    for key, own in timings.items():
         ratios = own.min / step.min, own.median / step.median, own.median / ours.median
-        table.add_row(label, f"{own.min:.2f}", f"{own.median:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
-    table.add_row(
-        "reads of 4 and writes of 3 times the bytes, at mul_'s speed", f"{floor(ceilings):.2f}", "", "", "", ""
-    )
+        waited = [] if own.host_median is None else [f"{own.host_median:.3f}"]
+        times = f"{own.min:.3f}", f"{own.median:.3f}", *waited
+        table.add_row(_label(key), *times, *(f"{ratio:.2f}" for ratio in ratios))
+    table.add_row("reads of 4 and writes of 3 times the bytes, at mul_'s speed", f"{floor(ceilings):.3f}")
     console.print(table)
 
 

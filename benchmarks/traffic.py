@@ -121,7 +121,7 @@ def _steps(options: argparse.Namespace) -> Iterator[Step]:
     """Set, dtype, case and method of each clip, the same in the inner and the outer run."""
     tiny = [("weight", torch.nn.Parameter(torch.zeros(1, device=options.device)))]
     tiny[0][1].grad = torch.zeros(1, device=options.device)
-    providers = chosen_torch(options)
+    ours_here: list[Provider] = []
     for spec in chosen_backends(options):
         try:
             explain(tiny, spec)
@@ -129,10 +129,10 @@ def _steps(options: argparse.Namespace) -> Iterator[Step]:
             if not options.inner:
                 print(f"skipped: {spec}: {refusal}")
         else:
-            providers += ours(spec, ["clipper"])
+            ours_here += ours(spec, ["clipper"])
     for shape_set, dtype in chosen_sets(options):
         for case in options.clipped:
-            for provider in providers:
+            for provider in (*chosen_torch(options, shape_set), *ours_here):
                 if provider.componentwise or case != "half":
                     yield shape_set, dtype, case, provider
 

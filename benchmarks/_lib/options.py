@@ -33,12 +33,18 @@ def add_choices(parser: argparse.ArgumentParser, sets: Sequence[str], torch_ways
     parser.add_argument(
         "--backends",
         type=_backends,
-        help='ours to measure, e.g. "best,triton" or "cuda:form1:blocks2" (default: best; '
+        help='ours to measure, e.g. "best,triton", "cuda:form1:blocks2" or "cuda:form2:hints" (default: best; '
         f"on a GPU {','.join(GPU_BACKENDS)})",
     )
     ways = [p.key for p in TORCH]
     parser.add_argument(
         "--torch", type=names(ways, or_none=True), default=tuple(torch_ways), help=f"of {', '.join(ways)}; or none"
+    )
+    parser.add_argument(
+        "--skip",
+        type=_skipped,
+        default=frozenset(),
+        help='methods of torch that would take too long on a set, e.g. "loop@tiny-20000"',
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=default, help="cpu or cuda")
@@ -60,9 +66,9 @@ def chosen_backends(options: argparse.Namespace) -> tuple[str, ...]:
     return GPU_BACKENDS if options.device.type == "cuda" else ("best",)
 
 
-def chosen_torch(options: argparse.Namespace) -> list[Provider]:
-    """Torch's ways that take part."""
-    return [p for p in TORCH if p.key in options.torch]
+def chosen_torch(options: argparse.Namespace, shape_set: ShapeSet) -> list[Provider]:
+    """Torch's ways that take part on this set."""
+    return [p for p in TORCH if p.key in options.torch and (p.key, shape_set.name) not in options.skip]
 
 
 def names(known: Collection[str], or_none: bool = False) -> Callable[[str], tuple[str, ...]]:
@@ -99,6 +105,14 @@ def _sets(text: str) -> tuple[str, ...]:
         if colon:
             names(DTYPES)(dtype)
     return tuple(text.split(","))
+
+
+def _skipped(text: str) -> frozenset[tuple[str, str]]:
+    pairs = [spec.partition("@") for spec in text.split(",")]
+    for way, _, name in pairs:
+        names([p.key for p in TORCH])(way)
+        names(SETS)(name)
+    return frozenset((way, name) for way, _, name in pairs)
 
 
 def _backends(text: str) -> tuple[str, ...]:

@@ -22,9 +22,12 @@ from .gradients import Cap
 Named = Sequence[tuple[str, nn.Parameter]]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
-# Settings after a backend's name, and the variables that the library reads at each call (csrc/cuda/launch.cu).
+# Settings after a backend's name, and the variables that the library reads at each call (csrc/cuda/launch.cu): those
+# with a number, and words that stand for a value.
 SETTINGS = {"form": "CWCLIP_CUDA_FORM", "blocks": "CWCLIP_CUDA_BLOCKS_PER_SM"}
-_AS_STARTED = {variable: os.environ.get(variable) for variable in SETTINGS.values()}
+WORDS = {"hints": ("CWCLIP_CUDA_EVICT_HINTS", "1"), "nopdl": ("CWCLIP_CUDA_PDL", "0")}
+VARIABLES = (*SETTINGS.values(), *(variable for variable, _ in WORDS.values()))
+_AS_STARTED = {variable: os.environ.get(variable) for variable in VARIABLES}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def ours(spec: str = "best", calls: Sequence[str] = ("function", "clipper")) -> 
 
     Args:
         spec: a backend's name, or "best" for what the package takes by itself; settings may follow, as in
-            "cuda:form2" or "cuda:form1:blocks2".
+            "cuda:form2", "cuda:form1:blocks2" or "cuda:form2:hints".
         calls: which of the two.
 
     Raises:
@@ -143,9 +146,14 @@ def _parsed(spec: str) -> tuple[str | None, dict[str, str]]:
     environment = {}
     for setting in settings:
         match = re.fullmatch(r"([a-z]+)(\d+)", setting)
-        if match is None or match[1] not in SETTINGS:
-            raise ValueError(f"{spec!r}: {setting!r} is none of {', '.join(SETTINGS)} with a number, as in form2")
-        environment[SETTINGS[match[1]]] = match[2]
+        if setting in WORDS:
+            variable, value = WORDS[setting]
+            environment[variable] = value
+        elif match is not None and match[1] in SETTINGS:
+            environment[SETTINGS[match[1]]] = match[2]
+        else:
+            known = f"{', '.join(SETTINGS)} with a number, as in form2, or {', '.join(WORDS)}"
+            raise ValueError(f"{spec!r}: {setting!r} is none of {known}")
     return (None if backend == "best" else backend), environment
 
 

@@ -41,7 +41,7 @@ def measure_set(
         )
         return
     gradients = Gradients(shape_set, dtype, device, rotate, options.seed, restorable)
-    providers, served = _who_can(gradients, options, title, skipped)
+    providers, served = _who_can(shape_set, gradients, options, title, skipped)
     ceilings = Ceilings(nbytes, device)
     timings: dict[str, dict[str, Timing]] = {}
     best: dict[str, Timing] = defaultdict(Timing)  # what the memory can do is the same in every case
@@ -93,7 +93,7 @@ def count_launches(
     gradients = Gradients(shape_set, dtype, options.device, 1, options.seed, case != "none")
     found = {}
     try:
-        for provider in _all_providers(options):
+        for provider in _all_providers(shape_set, options):
             if (host_ms.get(provider.key) or PROFILED_MS) < PROFILED_MS:
                 one = variant(provider, gradients, case)
                 found[provider.key] = activity_of(lambda one=one: one.before(0), one.call)
@@ -123,12 +123,12 @@ def sets_in_turn(nbytes: int, options: argparse.Namespace) -> int:
     return 1 if options.warm else min(8, BEYOND_CACHES // nbytes + 1)
 
 
-def _all_providers(options: argparse.Namespace) -> list[Provider]:
-    return chosen_torch(options) + [p for spec in chosen_backends(options) for p in ours(spec, options.calls)]
+def _all_providers(shape_set: ShapeSet, options: argparse.Namespace) -> list[Provider]:
+    return chosen_torch(options, shape_set) + [p for spec in chosen_backends(options) for p in ours(spec, options.calls)]
 
 
 def _who_can(
-    gradients: Gradients, options: argparse.Namespace, title: str, skipped: list[str]
+    shape_set: ShapeSet, gradients: Gradients, options: argparse.Namespace, title: str, skipped: list[str]
 ) -> tuple[list[Provider], dict[str, str]]:
     """Torch's ways and those of our backends that serve here; what serves each of ours, in the package's words."""
     refused: set[str] = set()
@@ -139,7 +139,7 @@ def _who_can(
         except (RuntimeError, ValueError) as refusal:
             skipped.append(f"{title}, backend {spec}: {refusal}")
             refused.add(spec)
-    return [p for p in _all_providers(options) if p.key.partition("/")[2] not in refused], served
+    return [p for p in _all_providers(shape_set, options) if p.key.partition("/")[2] not in refused], served
 
 
 def _who_clips_right(

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,18 +16,23 @@ MACHINES = ((1, 1), (3, 2), (4, 8))
 
 
 @pytest.fixture(params=("cuda-1", "cuda-2", "triton"))
-def backend(request, monkeypatch) -> str:
-    """A backend by name, the CUDA one in each of its forms."""
+def backend(request, monkeypatch) -> Iterator[str]:
+    """A backend by name, the CUDA one in each of its forms; where there is no GPU, this one's kernels on the CPU."""
     name, _, form = request.param.partition("-")
+    if form:
+        monkeypatch.setenv("CWCLIP_CUDA_FORM", form)
+    if name == "cuda" and not torch.cuda.is_available():
+        assert not os.environ.get("CWCLIP_REQUIRE_GPU"), "no GPU"
+        with cuda_on_host.in_place_of_a_gpu():
+            yield name
+        return
     module = {"cuda": cuda, "triton": triton}[name]
     reason = module.refuses(torch.device("cuda", 0), torch.float32, 2.0)
     if reason is not None:
         # What the machine should have, and hasn't, is no reason to call it tested.
         assert not os.environ.get("CWCLIP_REQUIRE_GPU"), reason
         pytest.skip(f"{name} {reason}")
-    if form:
-        monkeypatch.setenv("CWCLIP_CUDA_FORM", form)
-    return name
+    yield name
 
 
 @pytest.fixture

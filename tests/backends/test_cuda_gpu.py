@@ -1,6 +1,7 @@
-"""What only a GPU can show: streams, graphs, syncs, launches, memory, several devices. Skipped where there is none.
+"""What only a GPU can show: streams, graphs, syncs, launches, memory, several devices; and sizes, on real hardware.
 
-The rest of the suite runs there too, with every backend that serves GPUs.
+Where there is none, the CUDA backend's tests of sizes run its kernels on the CPU, and the others are skipped. The rest
+of the suite runs on a GPU too, with every backend that serves it.
 """
 
 import math
@@ -26,7 +27,7 @@ from helpers import (
 )
 from no_sync import no_sync
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 NVIDIA = torch.version.hip is None
 SIZES = [(0,), (1,), (31,), (33,), (300, 100), (8191,), (8192,), (8193,), (1000, 1000)]
@@ -42,12 +43,14 @@ def check(params, backend, max_norm=0.7, norm_type=2.0, **more):
     assert_grads(params, expected, exact)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_sizes(dtype, norm_type, backend):
     check(parameters(SIZES, dtype), backend, norm_type=norm_type)
 
 
+@needs_gpu
 def test_what_none_names_is_the_cuda_backend():
     if cuda.unavailable(torch.device("cuda", 0)):
         assert not os.environ.get("CWCLIP_REQUIRE_GPU")
@@ -55,6 +58,7 @@ def test_what_none_names_is_the_cuda_backend():
     assert "'cuda' (first choice on cuda)" in ComponentClipper(parameters([(3,)]), 1.0).explain()
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_misaligned_views(dtype, backend):
     flat = random_grad((400_000,), dtype)
@@ -68,6 +72,7 @@ def test_misaligned_views(dtype, backend):
     assert same_bits(flat[~inside], before[~inside])
 
 
+@needs_gpu
 def test_twenty_thousand_tiny_tensors(backend):
     """Beside arithmetic on all at once: the reference would go through 20,000 tensors 20,000 times."""
     flat = random_grad((20_000, 3))
@@ -81,6 +86,7 @@ def test_twenty_thousand_tiny_tensors(backend):
     assert_grads([parameter(flat)], [clipped], torch.float32)
 
 
+@pytest.mark.sanitized
 def test_gaps_sparse_and_complex(backend):
     indices = torch.tensor([[0, 3, 3]], device=DEVICE)
     sparse = torch.sparse_coo_tensor(indices, random_grad((3, 5)), (9, 5), check_invariants=True)
@@ -93,6 +99,7 @@ def test_gaps_sparse_and_complex(backend):
     check(params, backend)
 
 
+@needs_gpu
 def test_same_bits_a_hundred_times(backend):
     params = parameters([(1000, 999), (7,), (33, 1000), (100_003,)])
     clipper = ComponentClipper(params, 0.3, backend=backend)
@@ -107,6 +114,7 @@ def test_same_bits_a_hundred_times(backend):
         assert all(same_bits(a, b) for a, b in zip(first, now, strict=True))
 
 
+@needs_gpu
 def test_nothing_waits_for_the_device(backend):
     """Not even the first call, which brings tables to the device."""
     caps = torch.full((2,), 0.1, device=DEVICE)
@@ -122,6 +130,7 @@ def test_nothing_waits_for_the_device(backend):
                 p.grad = torch.randn_like(p)
 
 
+@needs_gpu
 def test_on_a_side_stream(backend):
     params = parameters([(1000, 1000), (77,)])
     clipper = ComponentClipper(params, 0.1, backend=backend)
@@ -139,6 +148,7 @@ def test_on_a_side_stream(backend):
         assert (clipper.norms() <= 0.1 * (1 + 1e-6)).all()
 
 
+@needs_gpu
 def test_streams_side_by_side(backend):
     """Calls on several streams at once share tables, and nothing that they write."""
     streams = [torch.cuda.Stream() for _ in range(4)]
@@ -155,6 +165,7 @@ def test_streams_side_by_side(backend):
     assert all(same_bits(result, expected) for result in results)
 
 
+@needs_gpu
 def test_a_graph_replays_with_new_gradients_and_caps(backend):
     params = parameters([(300, 200), (33,), (5,), (9000,)])
     caps = torch.full((4,), 0.5, device=DEVICE)
@@ -180,6 +191,7 @@ def test_a_graph_replays_with_new_gradients_and_caps(backend):
             assert_norms(clipper.norms(), component_norms(params, backend="reference"), torch.float32)
 
 
+@needs_gpu
 def test_a_graph_outlives_its_clipper(backend):
     params = parameters([(300, 200), (9000,)])
     clipper = ComponentClipper(params, 0.5, backend=backend)
@@ -200,6 +212,7 @@ def test_a_graph_outlives_its_clipper(backend):
     del junk
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capturing_a_graph_first_is_refused_with_the_way_out(backend):
     clipper = ComponentClipper(parameters([(30,)]), 0.5, backend=backend)
@@ -210,6 +223,7 @@ def test_capturing_a_graph_first_is_refused_with_the_way_out(backend):
     clipper.clip_()
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch says so of every profile after the first
 def test_launches_and_copies(backend):
     """Two launches, or one; nothing copied to the device once the first call has been made."""
@@ -228,6 +242,7 @@ def test_launches_and_copies(backend):
     assert len(on_device) == (1 if os.environ.get("CWCLIP_CUDA_FORM") == "2" and backend == "cuda" else 2), on_device
 
 
+@needs_gpu
 def test_memory_of_a_call(backend):
     """Results, and no more than partial sums beside them."""
     params = parameters([(4000, 1000), (33,)])
@@ -242,6 +257,7 @@ def test_memory_of_a_call(backend):
     del result
 
 
+@needs_gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_component_over_two_devices_has_one_norm(backend):
     params = [torch.nn.Parameter(torch.zeros(1000, 10, device=torch.device("cuda", index % 2))) for index in range(4)]
@@ -264,6 +280,7 @@ def test_a_component_over_two_devices_has_one_norm(backend):
         assert torch.zeros(1, device="cuda").device.index == 1
 
 
+@needs_gpu
 def test_a_compiled_step(backend):
     params = parameters([(300, 200), (33,)])
     expected = copy_of(params)

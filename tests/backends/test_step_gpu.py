@@ -1,6 +1,6 @@
 """What only a GPU can show of an optimizer's step that clips: no waiting, graphs, no memory beyond the states.
 
-The rest of its tests runs there too. Skipped where there is no GPU.
+The rest of its tests runs there too. Where there is no GPU, the CUDA backend's step of odd sizes runs on the CPU.
 """
 
 import math
@@ -14,12 +14,13 @@ from helpers import DEVICE, same_bits
 from no_sync import no_sync
 from stepping import assert_stepped_alike, give_gradients, run, states_of, twins
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 SHAPES = [(15, 700), (300, 200), (33,)]
 CAP, LR = 0.5, 1e-2
 
 
+@needs_gpu
 def test_nothing_waits(backend):
     params, _ = twins(SHAPES)
     optimizer = ComponentClipAdamW(params, lr=torch.tensor(LR, device=DEVICE), max_norm=CAP, backend=backend)
@@ -30,6 +31,7 @@ def test_nothing_waits(backend):
     assert optimizer.state[params[0]]["step"].item() == 6
 
 
+@needs_gpu
 def test_inside_a_graph(backend):
     """Every replay does what a step outside of a graph does; the learning rate is read at each."""
     inside, outside = twins(SHAPES)
@@ -55,6 +57,7 @@ def test_inside_a_graph(backend):
     assert all(map(same_bits, states_of(first, inside), states_of(second, outside)))
 
 
+@needs_gpu
 def test_under_a_scaler_without_a_sync(backend):
     params, _ = twins(SHAPES)
     optimizer = ComponentClipAdamW(params, lr=LR, max_norm=CAP, backend=backend)
@@ -72,6 +75,7 @@ def test_under_a_scaler_without_a_sync(backend):
     assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
 
+@needs_gpu
 def test_needs_no_memory_beyond_the_states(backend):
     params, _ = twins([(1024, 1024)] * 8)
     optimizer = ComponentClipAdamW(params, lr=LR, max_norm=CAP, backend=backend)
@@ -84,8 +88,21 @@ def test_needs_no_memory_beyond_the_states(backend):
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
 
 
+@needs_gpu
 def test_large_tensors_equal_the_definition(backend):
     ours, theirs = twins([(1 << 22,), (4099, 1023), (7,)])
+    optimizer = ComponentClipAdamW(ours, lr=LR, max_norm=CAP, backend=backend)
+    definition = ComponentClipAdamW(theirs, lr=LR, max_norm=CAP, backend="reference")
+    run(3, (ours, optimizer.step), (theirs, definition.step))
+    assert_stepped_alike(ours, theirs, 3, LR)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_sizes_and_transposed_memory_equal_the_definition(dtype, backend):
+    ours, theirs = twins([(0,), (1,), (31,), (8193,), (129, 70)], dtype)
+    for params in (ours, theirs):
+        params.append(torch.nn.Parameter(torch.ones(50, 64, dtype=dtype, device=DEVICE).t()))
     optimizer = ComponentClipAdamW(ours, lr=LR, max_norm=CAP, backend=backend)
     definition = ComponentClipAdamW(theirs, lr=LR, max_norm=CAP, backend="reference")
     run(3, (ours, optimizer.step), (theirs, definition.step))

@@ -23,7 +23,7 @@ SMALL = ShapeSet("small", "small", (("a.weight", (12, 6)), ("a.bias", (12,)), ("
 def test_ways_step_alike(case):
     gradients = Gradients(SMALL, torch.float32, torch.device(DEVICE))
     cap = gradients.cap(case)
-    options = argparse.Namespace(dtype="float32", state_dtype="same", backend=None)
+    options = argparse.Namespace(dtype="float32", state_dtype="same", backends=(None,))
     found = {}
     for key in optimizer_step.LABELS:
         torch.manual_seed(0)
@@ -46,9 +46,11 @@ def test_prints_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SETS, "minilm-l6", SMALL)
     file = tmp_path / "step.json"
     arguments = ["--sets", "minilm-l6", "--rounds", "2", "--dtype", "bfloat16", "--state-dtype", "float32"]
+    arguments += ["--backends", "foreach,reference"]
     optimizer_step.main([*arguments, "--device", DEVICE, "--json", str(file)])
     printed = capsys.readouterr().out
-    assert "ComponentClipAdamW" in printed
+    assert "ComponentClipAdamW (foreach)" in printed
+    assert "ComponentClipAdamW (reference)" in printed
     assert "all clipped" in printed
     results = json.loads(file.read_text())["results"]
     assert [r["case"] for r in results] == ["none", "all"]
