@@ -16,10 +16,10 @@
 #   TEST_ARGS, SANITIZE_ARGS, BENCH_ARGS, SWEEP_ARGS, STEP_ARGS, EXTRAS_ARGS, NCU_ARGS    instead of a stage's own
 set -uo pipefail
 
-declare -A CALLS=([check]="build tests sanitize" [speed]="build bench sweep step" [detail]="build extras ncu")
+declare -A STAGES_OF=([check]="build tests sanitize" [speed]="build bench sweep step" [detail]="build extras ncu")
 declare -A LIMITS=([build]=110 [tests]=250 [sanitize]=150 [bench]=220 [sweep]=90 [step]=90 [extras]=170 [ncu]=200)
 # Characters of a stage's output that are printed; those of a call add up to less than 12,000.
-declare -A SHOWN=([build]=700 [tests]=6000 [sanitize]=3500 [bench]=6000 [sweep]=2300 [step]=2000 [extras]=5500 [ncu]=4500)
+declare -A SHOWN=([build]=700 [tests]=6000 [sanitize]=3500 [bench]=5600 [sweep]=2200 [step]=2000 [extras]=5500 [ncu]=4500)
 NOT_HERE=77 # exit status of a stage whose tool this machine lacks
 TOOLS="memcheck racecheck initcheck synccheck"
 
@@ -82,7 +82,7 @@ stage_sanitize() {
   # What the tool found and how the tests ended, each by itself: a test may fail under a tool that finds nothing.
   for tool in $TOOLS; do
     found=$(grep -h 'SUMMARY' "$SCRATCH/$tool" | tail -1)
-    said=$(grep -hE '[0-9]+ (passed|failed|error)' "$SCRATCH/$tool" | tail -1)
+    said=$(grep -hE '^[0-9]+ (passed|failed|skipped|error).* in [0-9]' "$SCRATCH/$tool" | tail -1)
     echo "$tool: ${found:-no verdict}; tests: ${said:-no result} (exit $(<"$SCRATCH/$tool.status"))"
     [[ $found == *" 0 errors"* || $found == *" 0 hazards"* ]] || worst=1
     [[ $(<"$SCRATCH/$tool.status") == 0 ]] || worst=1
@@ -180,7 +180,7 @@ main() {
   (($# >= 2)) || usage
   local stage name failed=0 wanted=() own=()
   for name in "${@:2}"; do
-    read -ra own <<<"${CALLS[$name]:-$name}"
+    read -ra own <<<"${STAGES_OF[$name]:-$name}"
     wanted+=("${own[@]}")
   done
   for stage in "${wanted[@]}"; do
