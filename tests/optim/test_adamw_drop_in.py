@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from cwclip_kernels import ComponentClipper, thresholds
 from cwclip_kernels.optim import ComponentClipAdamW
 from cwclip_kernels.telemetry import ClipRecorder, read_run
-from helpers import DEVICE, same_bits
+from helpers import DEVICE, FUSED, same_bits
 from stepping import assert_stepped_alike, give_gradients, named, run, states_of, twins
 
 SHAPES = [(9,), (50, 7), (6,)]
@@ -207,7 +207,7 @@ def test_several_caps_and_an_error_leave_every_bit():
 def test_a_gradient_that_cant_be_stepped_in_the_second_group_leaves_the_first():
     params, before = twins(SHAPES)
     groups = [{"params": params[:1], "max_norm": 1.0}, {"params": params[1:]}]
-    optimizer = ComponentClipAdamW(groups, max_norm=CAP, backend="cpu")
+    optimizer = ComponentClipAdamW(groups, max_norm=CAP, backend=FUSED[0])
     give_gradients(params)
     params[1].grad = params[1].grad.t().contiguous().t()
     with pytest.raises(RuntimeError, match="shapes and strides"):
@@ -328,7 +328,7 @@ def test_for_a_scaler_inf_is_no_error_and_nothing_is_learnt_from_a_skipped_step(
 
 def test_a_step_that_fails_under_a_scaler_leaves_no_scale_behind():
     params, before = twins(SHAPES)
-    optimizer = ComponentClipAdamW(params, max_norm=math.inf, backend="cpu")
+    optimizer = ComponentClipAdamW(params, max_norm=math.inf, backend=FUSED[0])
     scaler = GradScaler(DEVICE, init_scale=8.0)
     scaler.scale(torch.ones((), device=DEVICE))
     give_gradients(params)
