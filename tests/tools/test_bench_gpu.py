@@ -29,7 +29,8 @@ from _lib import launches, machine, runs  # noqa: E402
 from _lib.gradients import Gradients  # noqa: E402
 from _lib.launches import Activity  # noqa: E402
 from _lib.measure import clock_for  # noqa: E402
-from _lib.providers import SETTINGS, TORCH, Provider, ours, set_environment  # noqa: E402
+from _lib.options import chosen_torch  # noqa: E402
+from _lib.providers import TORCH, VARIABLES, Provider, ours, set_environment  # noqa: E402
 from _lib.shapes import SETS, ShapeSet  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -63,21 +64,41 @@ def test_current_norms_are_right_where_a_tensor_is_summed_in_pieces(monkeypatch:
 def test_a_spec_sets_the_variables_that_the_library_reads_and_the_next_one_resets_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for variable in SETTINGS.values():
+    for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("_lib.providers._AS_STARTED", dict.fromkeys(SETTINGS.values()))
-    first, second = (ours(spec, ["clipper"])[0] for spec in ("foreach:form2:blocks4", "foreach:form1"))
-    assert (first.key, first.label) == ("clipper/foreach:form2:blocks4", "ComponentClipper (foreach:form2:blocks4)")
-    seen = []
+    monkeypatch.setattr("_lib.providers._AS_STARTED", dict.fromkeys(VARIABLES))
+    specs = "foreach:form2:blocks4", "foreach:form1", "foreach:form2:hints", "foreach:nopdl"
+    variants = []
     gradients = Gradients(PAIR, torch.float32, CPU)
-    variants = [runs.variant(p, gradients, "all") for p in (first, second)]
+    for spec in specs:
+        (provider,) = ours(spec, ["clipper"])
+        assert (provider.key, provider.label) == (f"clipper/{spec}", f"ComponentClipper ({spec})")
+        variants.append(runs.variant(provider, gradients, "all"))
+    seen = []
     for one in variants:
         one.before(0)
         one.call()
-        seen.append([os.environ.get(variable) for variable in SETTINGS.values()])
-    assert seen == [["2", "4"], ["1", None]]
+        seen.append({variable: os.environ[variable] for variable in VARIABLES if variable in os.environ})
+    assert seen == [
+        {"CWCLIP_CUDA_FORM": "2", "CWCLIP_CUDA_BLOCKS_PER_SM": "4"},
+        {"CWCLIP_CUDA_FORM": "1"},
+        {"CWCLIP_CUDA_FORM": "2", "CWCLIP_CUDA_EVICT_HINTS": "1"},
+        {"CWCLIP_CUDA_PDL": "0"},
+    ]
     set_environment({})
-    assert all(variable not in os.environ for variable in SETTINGS.values())
+    assert all(variable not in os.environ for variable in VARIABLES)
+    for spec in ("cuda:form", "cuda:hints1", "cuda:pdl"):
+        with pytest.raises(ValueError, match="is none of form, blocks with a number, as in form2, or hints, nopdl"):
+            ours(spec)
+
+
+def test_a_way_that_takes_too_long_on_a_set_can_sit_out_there() -> None:
+    options = compare.parse(["--device", "cpu", "--torch", "loop,foreach", "--skip", "loop@lora-384,foreach@gpt2"])
+    taking_part = {name: [p.key for p in chosen_torch(options, SETS[name])] for name in ("lora-384", "gpt2", "vit-b16")}
+    assert taking_part == {"lora-384": ["foreach"], "gpt2": ["loop"], "vit-b16": ["loop", "foreach"]}
+    for wrong in ("loop", "loop@lora", "clipper@lora-384"):
+        with pytest.raises(SystemExit):
+            compare.parse(["--skip", wrong])
 
 
 def _options(**changed: object) -> Namespace:
@@ -170,6 +191,7 @@ def test_the_sync_check_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -
     assert modes == ["error", "default"] * 3
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_counting_goes_through_torchs_profiler_and_leaves_slow_calls_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "waits_by_torch", lambda call: call() is launches)  # that is, never
     options = _options(torch=("loop", "foreach"), clipped=("all",))
@@ -183,6 +205,7 @@ def test_counting_goes_through_torchs_profiler_and_leaves_slow_calls_out(monkeyp
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_launches_of_known_calls_on_a_gpu() -> None:
     x = torch.ones(8, device="cuda")
     two = launches.activity_of(lambda: None, lambda: x.mul_(2).add_(1))
