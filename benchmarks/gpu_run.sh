@@ -82,7 +82,7 @@ stage_sanitize() {
   # What the tool found and how the tests ended, each by itself: a test may fail under a tool that finds nothing.
   for tool in $TOOLS; do
     found=$(grep -h 'SUMMARY' "$SCRATCH/$tool" | tail -1)
-    said=$(grep -hE '^[0-9]+ (passed|failed|skipped|error).* in [0-9]' "$SCRATCH/$tool" | tail -1)
+    said=$(grep -hE '^[0-9]+ [a-z]+.* in [0-9]' "$SCRATCH/$tool" | tail -1)
     echo "$tool: ${found:-no verdict}; tests: ${said:-no result} (exit $(<"$SCRATCH/$tool.status"))"
     [[ $found == *" 0 errors"* || $found == *" 0 hazards"* ]] || worst=1
     [[ $(<"$SCRATCH/$tool.status") == 0 ]] || worst=1

@@ -17,7 +17,7 @@ def bucket_of(grads, owners, count=None, norm_dtype=None, plain=True):
     if norm_dtype is None:
         norm_dtype = torch.float64 if torch.float64 in {g.dtype for g in grads} else torch.float32
     return Bucket(
-        device=torch.device(DEVICE),
+        device=torch.empty(0, device=DEVICE).device,  # of a GPU with its number, as tensors have it
         backend="triton",
         reason="test",
         positions=tuple(range(len(grads))),
