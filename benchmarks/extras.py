@@ -182,7 +182,7 @@ def _print(console: Console, title: str, samples: dict[str, list[float]]) -> Non
     first = min(next(iter(samples.values())))
     for key, times in samples.items():
         median = sorted(times)[len(times) // 2]
-        table.add_row(key, f"{min(times):.2f}", f"{median:.2f}", f"{min(times) / first:.2f}")
+        table.add_row(key, f"{min(times):.3f}", f"{median:.3f}", f"{min(times) / first:.2f}")
     console.print(table)
 
 

@@ -42,24 +42,23 @@ print('%d.%d' % torch.cuda.get_device_capability())")} || return
   CWCLIP_BUILD=cuda "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m cwclip_kernels
 }
 
-run_pytest() {
-  # An unforeseen warning of this machine's packages is printed, and fails no test.
-  CWCLIP_REQUIRE_GPU=1 "$PYTHON" -m pytest -p no:cacheprovider -q --tb=short -W default "$@"
-}
-
 stage_tests() {
   local workers=()
   # Most of the time goes into compiling Triton's kernels, which several processes share out.
   "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-p xdist.plugin -n "${WORKERS:-8}" --dist worksteal)
+  # An interrupted pytest still says what has failed so far.
   # shellcheck disable=SC2086 # arguments are words
-  run_pytest "${workers[@]}" ${TEST_ARGS:--m not(ranks) tests/backends/test_cuda_gpu.py tests/backends/test_step_gpu.py
+  timeout --signal=INT --kill-after=8 $((STAGE_LIMIT > 30 ? STAGE_LIMIT - 12 : STAGE_LIMIT)) \
+    "$PYTHON" -m pytest $PYTEST_OPTIONS "${workers[@]}" ${TEST_ARGS:--m not(ranks) tests/backends/test_cuda_gpu.py tests/backends/test_step_gpu.py
     tests/backends/test_training_gpu.py
     tests/backends/test_triton_kernels.py tests/backends/test_triton_step.py tests/backends/test_triton_step_kernels.py
     tests/backends/test_triton_step_single.py tests/backends/test_triton_tables.py
     tests/core/test_mixed_precision.py tests/test_grad_scaler.py tests/thresholds/test_thresholds.py
-    tests/components/test_spec.py tests/test_attach.py tests/telemetry/test_telemetry.py
+    tests/components/test_spec.py tests/test_attach.py tests/core/test_nonfinite.py
+    tests/telemetry/test_telemetry.py tests/telemetry/test_telemetry_again.py
     tests/in_backward/test_in_backward.py tests/in_backward/test_in_backward_adamw.py
-    tests/in_backward/test_in_backward_steps.py
+    tests/in_backward/test_in_backward_clipper.py tests/in_backward/test_in_backward_handle.py
+    tests/in_backward/test_in_backward_passes.py tests/in_backward/test_in_backward_steps.py
     tests/optim/test_adamw_step.py tests/optim/test_adamw_alone.py tests/optim/test_adamw_changes.py
     tests/optim/test_adamw_drop_in.py}
 }
@@ -97,8 +96,8 @@ sanitize() {
   # Torch's cache of memory would hide a read past a tensor's end and hand out what others have written.
   [[ $1 == memcheck || $1 == initcheck ]] && export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   # shellcheck disable=SC2086
-  CWCLIP_REQUIRE_GPU=1 timeout --kill-after=3 $((limit > 1 ? limit : 1)) compute-sanitizer "${options[@]}" \
-    "$PYTHON" -m pytest -p no:cacheprovider -q --tb=short -W default \
+  timeout --kill-after=3 $((limit > 1 ? limit : 1)) compute-sanitizer "${options[@]}" \
+    "$PYTHON" -m pytest $PYTEST_OPTIONS \
     ${SANITIZE_ARGS:-tests/backends/test_cuda_gpu.py tests/backends/test_step_gpu.py -m sanitized -k not(triton)}
 }
 
@@ -126,13 +125,14 @@ stage_sweep() {
 }
 
 stage_step() {
-  local status
-  # shellcheck disable=SC2086
-  "$PYTHON" benchmarks/optimizer_step.py ${STEP_ARGS:---device cuda --rounds 15 --sets bert-large,lora-384
-    --backends cuda,triton} --json "$OUT/step.json"
-  status=$?
-  "$PYTHON" benchmarks/digest.py "$OUT/step.json"
-  return "$status"
+  local dtype worst=0
+  for dtype in float32 bfloat16; do
+    # shellcheck disable=SC2086
+    "$PYTHON" benchmarks/optimizer_step.py ${STEP_ARGS:---device cuda --rounds 15 --sets bert-large,lora-384
+      --backends cuda,triton} --dtype "$dtype" --state-dtype float32 --json "$OUT/step_$dtype.json" || worst=$?
+  done
+  "$PYTHON" benchmarks/digest.py "$OUT/step_float32.json" "$OUT/step_bfloat16.json"
+  return "$worst"
 }
 
 stage_extras() {
@@ -194,9 +194,10 @@ main() {
   TOTAL=${TOTAL:-530}
   export OUT PYTHON SCRATCH NOT_HERE TOOLS
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-  # Plugins of packages that happen to be installed there have no say in our tests.
-  export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-  export -f run_pytest sanitize stage_build stage_tests stage_sanitize stage_bench stage_sweep stage_step stage_extras
+  # Plugins of packages that happen to be installed there have no say in our tests, and a warning of theirs fails none.
+  export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 CWCLIP_REQUIRE_GPU=1
+  export PYTEST_OPTIONS="-p no:cacheprovider -q --tb=short -W default"
+  export -f sanitize stage_build stage_tests stage_sanitize stage_bench stage_sweep stage_step stage_extras
   export -f stage_ncu
   {
     date --utc +%FT%TZ

@@ -93,6 +93,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         if not options.way.endswith("stepped"):
             optimizer.step()
             optimizer.zero_grad()
+        if options.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return {
         "peak_bytes": _peak(options.device),
@@ -150,7 +152,7 @@ def _print(console: Console, options: argparse.Namespace, found: dict[str, dict[
             f"{own['peak_bytes'] / 1e6:,.0f}",
             f"{saved / 1e6:,.0f}",
             f"{saved / gradients:.0%}",
-            f"{own['fastest_step_s']:.2f}",
+            f"{own['fastest_step_s']:.3f}",
         )
     console.print(table)
 

@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters")
     parser.add_argument("--state-dtype", choices=("same", "float32"), default="same", help="of our running means")
     parser.add_argument(
-        "--backends", type=_backends, default=(None,), help='of ours, e.g. "cuda,triton" (default: the best available)'
+        "--backends", type=_backends, default=(None,), help='of ours, e.g. "cuda,triton" (default: the best)'
     )
     parser.add_argument("--rounds", type=count, default=20, help="timed rounds (default 20)")
     parser.add_argument("--threads", type=count, help="CPU threads (default: torch's choice)")

@@ -124,7 +124,8 @@ def sets_in_turn(nbytes: int, options: argparse.Namespace) -> int:
 
 
 def _all_providers(shape_set: ShapeSet, options: argparse.Namespace) -> list[Provider]:
-    return chosen_torch(options, shape_set) + [p for spec in chosen_backends(options) for p in ours(spec, options.calls)]
+    own = [p for spec in chosen_backends(options) for p in ours(spec, options.calls)]
+    return chosen_torch(options, shape_set) + own
 
 
 def _who_can(

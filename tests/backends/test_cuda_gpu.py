@@ -1,7 +1,7 @@
 """What only a GPU can show: streams, graphs, syncs, launches, memory, several devices; and sizes, on real hardware.
 
-Where there is none, the CUDA backend's tests of sizes run its kernels on the CPU, and the others are skipped. The rest
-of the suite runs on a GPU too, with every backend that serves it.
+Where there is none, tests of sizes run the CUDA backend's kernels on the CPU, and the others are skipped. The rest of
+the suite runs on a GPU too, with every backend that serves it.
 """
 
 import math
@@ -234,7 +234,7 @@ def test_launches_and_copies(backend):
     with torch.profiler.profile(activities=activities) as profile:
         clipper.clip_()
         torch.cuda.synchronize()
-    on_device = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     if not on_device:
         pytest.skip("this machine's profiler sees no kernels")
     assert not [name for name in on_device if "emcpy" in name or "emset" in name]

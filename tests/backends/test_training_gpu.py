@@ -1,7 +1,7 @@
 """What only a GPU can show of slices, loss scales, cap policies, recording: no waiting, graphs, fewer bytes.
 
-The rest of their tests runs there too. Where there is no GPU, the CUDA backend's clip in the backward pass runs on the
-CPU, and the others are skipped.
+The rest of their tests runs there too. Where there is no GPU, the CUDA backend clips on the CPU in the backward pass;
+the other tests are skipped.
 """
 
 import math

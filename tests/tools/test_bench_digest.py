@@ -18,11 +18,13 @@ def row(key, min_ms, host_ms=None):
 
 
 def case(name, clipped, rows):
-    return {"set": name, "dtype": "float32", "clipped": clipped, "nbytes": 437_935_112, "floor_ms": 0.15, "rows": rows}
+    numbers = {"nbytes": 437_935_112, "floor_ms": 0.15}
+    return {"set": name, "dtype": "float32", "clipped": clipped, **numbers, "rows": rows}
 
 
 def test_clips(tmp_path, capsys):
-    own = [row("function/cuda:form1", 0.2, 0.07), row("clipper/cuda:form1", 0.25, 0.05), row("clipper/triton", 0.3, 0.1)]
+    own = [row("function/cuda:form1", 0.2, 0.07), row("clipper/cuda:form1", 0.25, 0.05)]
+    own.append(row("clipper/triton", 0.3, 0.1))
     activity = {"kernels": 2, "copies": 0, "fills": 0, "waits": 0, "torch_waits": False}
     written = {
         "results": [
@@ -50,6 +52,7 @@ def test_clips(tmp_path, capsys):
     assert lines[0] == "---- bench.json"
     assert lines[1].startswith("skipped: bert-base float32, backend cuda:form2: xxx")
     assert len(lines[1]) == digest.LONGEST
+    heading = "fastest round, ms N MB floor loop foreach form1 our triton floor/best of ours"
     assert [line.split() for line in lines[2:]] == [
         [],
         ["host,", "ms", "until", "the", "call", "returned", "form1", "our", "triton"],
@@ -58,7 +61,7 @@ def test_clips(tmp_path, capsys):
         ["launches", "of", "one", "call", "form1", "our", "triton"],
         ["bert-base", "float32", "all", "2", "2", "sync"],
         [],
-        "fastest round, ms N MB floor loop foreach form1 our triton floor/best of ours".split(),
+        heading.split(),
         ["bert-base", "float32", "none", "437.9", "0.150", "12.35", "1.500", "0.250", "0.300", "60%"],
         ["bert-base", "float32", "all", "437.9", "0.150", "-", "1.600", "0.250", "-", "60%"],
         ["other.json:", "not", "written"],
@@ -74,6 +77,6 @@ def test_steps(tmp_path, capsys):
     digest.main([str(path)])
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["----", "step.json"],
-        "fastest round, ms step ours/cuda clip ceiling".split(),
+        ["fastest", "round,", "ms", "step", "ours/cuda", "clip", "ceiling"],
         *(["lora-384", "float32", c, "1.500", "0.250", "3.000", "0.031"] for c in ("none", "all")),
     ]

@@ -94,7 +94,8 @@ def test_a_spec_sets_the_variables_that_the_library_reads_and_the_next_one_reset
 
 def test_a_way_that_takes_too_long_on_a_set_can_sit_out_there() -> None:
     options = compare.parse(["--device", "cpu", "--torch", "loop,foreach", "--skip", "loop@lora-384,foreach@gpt2"])
-    taking_part = {name: [p.key for p in chosen_torch(options, SETS[name])] for name in ("lora-384", "gpt2", "vit-b16")}
+    sets = "lora-384", "gpt2", "vit-b16"
+    taking_part = {name: [p.key for p in chosen_torch(options, SETS[name])] for name in sets}
     assert taking_part == {"lora-384": ["foreach"], "gpt2": ["loop"], "vit-b16": ["loop", "foreach"]}
     for wrong in ("loop", "loop@lora", "clipper@lora-384"):
         with pytest.raises(SystemExit):
@@ -301,4 +302,3 @@ def test_traffic_says_what_ncu_did_not_see(
 def _refused(log: Path) -> SimpleNamespace:
     log.write_text("==ERROR== ERR_NVGPUCTRPERM - no permission to access performance counters\n")
     return SimpleNamespace(returncode=1)
-

@@ -73,7 +73,8 @@ class Run:
     def __init__(self, folder: Path, *arguments: str, tools: bool = True, **environment: str) -> None:
         programs, calls = folder / "bin", folder / "calls"
         _program(programs / "python3", FAKE_PYTHON)
-        for name, text in (("compute-sanitizer", FAKE_SANITIZER), ("ncu", FAKE_PROGRAM), ("nvidia-smi", FAKE_PROGRAM)):
+        fakes = {"compute-sanitizer": FAKE_SANITIZER, "ncu": FAKE_PROGRAM, "nvidia-smi": FAKE_PROGRAM}
+        for name, text in fakes.items():
             (programs / name).unlink(missing_ok=True)
             if tools:
                 _program(programs / name, text)
@@ -149,7 +150,8 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
     )
     # A tool that finds nothing says so, whatever the tests did.
     for tool in TOOLS:
-        assert re.search(rf"{tool}: =+ .*SUMMARY: 0 .*; tests: 2 failed, 40 passed in 9s \(exit 1\)", run.output), tool
+        line = rf"{tool}: =+ .*SUMMARY: 0 .*; tests: 2 failed, 40 passed in 9s \(exit 1\)"
+        assert re.search(line, run.output), tool
 
 
 def test_what_a_sanitizer_finds_is_a_failure_though_tests_pass(tmp_path: Path) -> None:
@@ -181,7 +183,9 @@ def test_arguments_of_the_stages_are_ones_that_the_scripts_take(tmp_path: Path) 
     sweep = compare.parse(given["sweep.json"])
     assert len(set(sweep.backends)) == 8
     assert sweep.torch == ()
-    assert optimizer_step.parse(given["step.json"]).backends == ("cuda", "triton")
+    for dtype in ("float32", "bfloat16"):
+        step = optimizer_step.parse(given[f"step_{dtype}.json"])
+        assert (step.backends, step.dtype, step.state_dtype) == (("cuda", "triton"), dtype, "float32")
     assert extras.parse(given["extras.json"]).set == "bert-base"
     profiled = traffic._parse(given["ncu.csv"])
     assert profiled.torch == ()
@@ -203,14 +207,12 @@ def test_script_explains_itself(tmp_path: Path, arguments: tuple[str, ...]) -> N
 
 
 @pytest.mark.slow
-def test_bench_and_step_run_for_real_on_a_cpu(tmp_path: Path) -> None:
+def test_the_bench_stage_runs_for_real_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    tiny = "--device cpu --sets lora-384 --rounds 1"
-    clip = " --warmup 1 --rotate 1 --clipped all --torch foreach --backends best,foreach"
-    env = {**HERE, "PYTHON": sys.executable, "BENCH_ARGS": tiny + clip, "STEP_ARGS": tiny + " --backends foreach"}
+    tiny = "--device cpu --sets lora-384 --rounds 1 --warmup 1 --rotate 1 --clipped all --torch foreach"
+    env = {**HERE, "PYTHON": sys.executable, "BENCH_ARGS": tiny + " --backends best,foreach"}
     out = tmp_path / "out"
-    done = subprocess.run(["bash", SCRIPT, out, "bench", "step"], capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run(["bash", SCRIPT, out, "bench"], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in out.iterdir()} == {"run.log", "summary.txt", "bench.json", "roofline.png", "step.json"}
+    assert {path.name for path in out.iterdir()} == {"run.log", "summary.txt", "bench.json", "roofline.png"}
     assert re.search(r"lora-384 float32 +all +12\.58 +[\d.]+ ", done.stdout)
-    assert re.search(r"---- step\.json\n.* step +ours/foreach ", done.stdout)
