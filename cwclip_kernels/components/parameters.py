@@ -98,7 +98,7 @@ def as_items(parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]
 
 
 def _of_items(items: list[Any]) -> NamedTensors:
-    named = bool(items) and not isinstance(items[0], Tensor)
+    named = len(items) > 0 and not isinstance(items[0], Tensor)  # torch 2.11's Dynamo can't trace bool(items)
     given: list[str] = []
     tensors: list[Tensor] = []
     for position, item in enumerate(items):

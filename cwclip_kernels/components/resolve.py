@@ -48,13 +48,14 @@ def resolve(parameters: NamedTensors, grouping: Grouping, *, is_all: bool = True
         key = key_of(by, whole, name, tensor, beside)
         if key is None:
             continue
-        try:
-            hash(key)
-        except TypeError:
-            raise TypeError(
-                f"components: the callable returned an unhashable {type_name(key)} for {name!r}; "
-                "return a string, number or tuple, or None to leave the parameter alone"
-            ) from None
+        if not isinstance(key, str):  # whose hash torch 2.11's Dynamo can't trace
+            try:
+                hash(key)
+            except TypeError:
+                raise TypeError(
+                    f"components: the callable returned an unhashable {type_name(key)} for {name!r}; "
+                    "return a string, number or tuple, or None to leave the parameter alone"
+                ) from None
         try:
             slices = [(label, flat(place)) for label, place in spec.slices_of(name, tensor)]
         except ValueError as error:
