@@ -1,12 +1,15 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and CPU tensors under Triton's interpreter.
 
-    clip_        power_sums_kernel for each dtype, then clip_kernel for each dtype
+    clip_        sum_or_clip_kernel for each dtype, which is all that components of one tile take, up to 64 KB in one
+                 gradient; for the others coefficients_kernel, then scale_kernel for each dtype
     power_sums   power_sums_kernel for each dtype, then combine_kernel
     scale_       scale_kernel for each dtype
 
 with one more combine_kernel where a component is very large. Bytes: each gradient is read once; a clipped one is
-read again and written. Launches follow one another on the current stream: no atomics, no host sync, and no copy to
-the device while the gradients keep their addresses.
+read again, from L2 if its component is one tile, and written. Launches follow one another on the current stream: no
+atomics, no host sync, and no copy to the device while the gradients keep their addresses.
+
+Each dtype has launches of its own: one kernel for two dtypes needs as many registers as the worse of them.
 
 Gradients without gaps in memory are read 16 bytes at a time, in memory order. Others, and slices along other dims
 than the first, are read element by element, in place and in launches of their own.
@@ -72,7 +75,8 @@ def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses:
     with launching_on(bucket.device):
         call = prepare(bucket, grads, addresses)
         if call.tables.count:
-            _combine(partial_sums(call, norm_type), call.tables.spans, sums, norm_type)
+            partials = partial_sums(call, norm_type)
+            _combine(_merged(call.tables, partials, norm_type), call.tables.spans, sums, norm_type)
     return sums
 
 
@@ -80,38 +84,76 @@ def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, 
     """``g <- coef * g`` in place; nothing written where coef is 1."""
     with launching_on(bucket.device):
         call = prepare(bucket, grads, addresses)
-        coefs = coefs.contiguous()
+        factors = coefs.contiguous()
         for tiles in call.tables.scale_tiles:
-            _launch("scale_kernel", call, tiles, coefs, ZERO_FILL=zero_fill)
+            _launch("scale_kernel", call, tiles, len(tiles.rows), factors, ZERO_FILL=zero_fill)
 
 
 def clip_(
     bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-    coefs = torch.empty_like(norms)
+    results = Results.of(bucket, caps, loss_scale)
     with launching_on(bucket.device):
         call = prepare(bucket, grads, addresses)
-        if not call.tables.covers_all:  # no program writes the results of components without elements
-            norms.fill_(0.0)
-            coefs.fill_(1.0)
-        partials = partial_sums(call, rule.norm_type)
+        tables, constants = call.tables, constants_of(rule)
+        partials = torch.empty(tables.count, dtype=torch.float64, device=bucket.device)
+        for tiles in tables.sum_tiles:
+            own = (tiles.several, partials, *results)
+            _launch("sum_or_clip_kernel", call, tiles, len(tiles.rows), *own, **constants)
+        if len(tables.components):
+            factors = factors_of(tables, partials, results, rule)
+            for tiles in tables.scale_tiles:
+                _launch("scale_kernel", call, tiles, tiles.several, factors, ZERO_FILL=rule.zero_fill)
+    return results.norms, results.coefs
+
+
+class Results(NamedTuple):
+    """What norms are made into, and from: arguments of all kernels that do, in their order."""
+
+    caps: Tensor
+    cap_stride: int
+    inverse: Tensor | None
+    norms: Tensor
+    coefs: Tensor
+    found_inf: Tensor | None
+
+    @classmethod
+    def of(cls, bucket: Bucket, caps: Tensor, loss_scale: LossScale) -> Results:
+        """With norms and coefficients to be written."""
+        norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
         stride = caps.stride(0) if caps.ndim else 0
-        read = (partials, call.tables.spans, caps, stride, loss_scale.inverse)
-        constants = {"EPS": rule.eps, "NONFINITE": rule.nonfinite, "CHUNK": triton_tables.CHUNK}
-        written = (norms, coefs, loss_scale.found_inf)
-        for tiles in call.tables.scale_tiles:
-            _launch("clip_kernel", call, tiles, *read, *written, ORDER=rule.norm_type, **constants)
-    return norms, coefs
+        return cls(caps, stride, loss_scale.inverse, norms, torch.empty_like(norms), loss_scale.found_inf)
+
+
+def constants_of(rule: ClipRule) -> dict[str, Any]:
+    """What of the rule is compiled into those kernels."""
+    return {"ORDER": rule.norm_type, "EPS": rule.eps, "NONFINITE": rule.nonfinite}
+
+
+def factors_of(tables: TileTables, partials: Tensor, results: Results, rule: ClipRule) -> Tensor:
+    """Writes the results of ``tables.components`` from partial sums; of each what to multiply its gradients with."""
+    merged = _merged(tables, partials, rule.norm_type)
+    factors = None if results.inverse is None else torch.empty_like(results.norms, dtype=torch.float64)
+    kernels().coefficients_kernel[(len(tables.components),)](
+        *(tables.components, merged, tables.spans, *results, factors),
+        **constants_of(rule),
+        CHUNK=triton_tables.CHUNK,
+        enable_fp_fusion=True,
+    )
+    return results.coefs if factors is None else factors
 
 
 def partial_sums(call: Call, norm_type: float) -> Tensor:
-    """Launches the first pass: partial power sums, float64, to be read with ``call.tables.spans``."""
-    tables = call.tables
-    partials = torch.empty(tables.count, dtype=torch.float64, device=call.addresses.device)
-    for tiles in tables.sum_tiles:
-        _launch("power_sums_kernel", call, tiles, partials, ORDER=norm_type)
+    """Launches the first pass: partial power sums, float64."""
+    partials = torch.empty(call.tables.count, dtype=torch.float64, device=call.addresses.device)
+    for tiles in call.tables.sum_tiles:
+        _launch("power_sums_kernel", call, tiles, len(tiles.rows), partials, ORDER=norm_type)
+    return partials
+
+
+def _merged(tables: TileTables, partials: Tensor, norm_type: float) -> Tensor:
+    """Partial sums to be read with ``tables.spans``."""
     if tables.chunks is None:
         return partials
     merged = partials.new_empty(len(tables.chunks) - 1)
@@ -119,11 +161,12 @@ def partial_sums(call: Call, norm_type: float) -> Tensor:
     return merged
 
 
-def _launch(kernel: str, call: Call, tiles: Tiles, *arguments: object, **constants: object) -> None:
-    """One program for each tile."""
-    getattr(kernels(), kernel)[(len(tiles.rows),)](
-        call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **block(tiles.dtype, tiles.dims)
-    )
+def _launch(kernel: str, call: Call, tiles: Tiles, programs: int, *arguments: object, **constants: object) -> None:
+    """One program for each of the first tiles, as many as that."""
+    if programs:
+        getattr(kernels(), kernel)[(programs,)](
+            call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **block(tiles.dtype, tiles.dims)
+        )
 
 
 def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) -> None:
@@ -135,15 +178,15 @@ def _combine(partials: Tensor, spans: Tensor, sums: Tensor, norm_type: float) ->
 @cache
 def kernels() -> Any:
     """The kernels. Imported when first needed, since Triton may be missing and takes long to import."""
-    from ..kernels import adamw, adamw_single, combine, power_sums, scale, tile
+    from ..kernels import adamw, adamw_single, clip, coefficients, combine, power_sums, scale, tile
 
     return SimpleNamespace(
         interpreted=tile.INTERPRETED.value,
         power_sums_kernel=power_sums.power_sums_kernel,
         combine_kernel=combine.combine_kernel,
         scale_kernel=scale.scale_kernel,
-        clip_kernel=scale.clip_kernel,
-        coefficients_kernel=adamw.coefficients_kernel,
+        sum_or_clip_kernel=clip.sum_or_clip_kernel,
+        coefficients_kernel=coefficients.coefficients_kernel,
         advance_kernel=adamw.advance_kernel,
         adamw_kernel=adamw.adamw_kernel,
         adamw_single_kernel=adamw_single.adamw_single_kernel,

@@ -30,11 +30,11 @@ from ..core.adamw import AdamWRule, AdamWStep
 from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
-from . import native, triton, triton_tables
+from . import native, triton
 from .memory import Numbers, place, stream_of
 from .native import Addresses, packed
 from .served import DTYPES
-from .triton import Call, addresses_on, kernels, launching_on, partial_sums
+from .triton import Call, Results, addresses_on, constants_of, factors_of, kernels, launching_on, partial_sums
 from .triton_tables import StepTables, StepTiles, build_step_tables
 
 _BLOCK = 128  # gradients of a program that advances t
@@ -71,31 +71,19 @@ def clip_adamw_(
 
     ``loss_scale.found_inf`` may not be ``step.skip``: some are stepped before others are measured.
     """
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-    coefs, factors = torch.empty_like(norms), None
+    results = Results.of(bucket, caps, loss_scale)
     if not grads:
-        return norms.zero_(), coefs.fill_(1.0)
-    read = (caps, caps.stride(0) if caps.ndim else 0, loss_scale.inverse)
-    constants = {"ORDER": rule.norm_type, "EPS": rule.eps, "NONFINITE": rule.nonfinite}
+        return results.norms.zero_(), results.coefs.fill_(1.0)
     with launching_on(bucket.device):
-        call = _advance(bucket, grads, step, addresses)
-        written = (norms, coefs, loss_scale.found_inf)
+        call, factors = _advance(bucket, grads, step, addresses), results.coefs
         for tiles in call.tables.tiles:
-            own = block_of_single(call.kinds[tiles.kind])
-            _launch("adamw_single_kernel", call, tiles, tiles.single, *read, *written, **constants, **own)
-        if len(call.tables.components):
-            if loss_scale.inverse is not None:
-                factors = torch.empty_like(norms, dtype=torch.float64)
+            own = constants_of(rule) | block_of_single(call.kinds[tiles.kind])
+            _launch("adamw_single_kernel", call, tiles, tiles.single, *results, **own)
+        if len(call.tables.sums.components):
             partials = partial_sums(call.of_sums(), rule.norm_type)
-            kernels().coefficients_kernel[(len(call.tables.components),)](
-                *(call.tables.components, partials, call.tables.sums.spans, *read),
-                *(norms, coefs, factors, loss_scale.found_inf),
-                **constants,
-                CHUNK=triton_tables.CHUNK,
-                enable_fp_fusion=True,
-            )
-        _step(call, coefs if factors is None else factors, rule.zero_fill, "rest")
-    return norms, coefs
+            factors = factors_of(call.tables.sums, partials, results, rule)
+        _step(call, factors, rule.zero_fill, "rest")
+    return results.norms, results.coefs
 
 
 def adamw_(

@@ -18,8 +18,8 @@ from .memory import upload
 SUM_TILE_BYTES = 64 << 10
 SCALE_TILE_BYTES = 256 << 10
 STEP_TILE_BYTES = 64 << 10  # of gradients, to which come parameters and states
-# Every program that clips first adds up its component's partials. Beyond this number of them, sum tiles grow
-# up to the size of scale tiles; where that is not enough, partials are merged in a launch of their own.
+# One program adds up the partials of a component. Beyond this number of them, sum tiles grow up to the size of scale
+# tiles; where that is not enough, partials are merged in a launch of their own.
 CHUNK = 1024
 
 
@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     dtype: torch.dtype
     dims: int  # of the layouts, where there are gaps between elements; 0 where there are none
     rows: Tensor  # int64 [programs, 5 or 6], the tile table that kernels read
+    several: int  # those of components of several tiles come first, as many as this; then the only ones of theirs
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class TileTables:
     """What is static about a bucket."""
 
     count: int  # of sum tiles, hence of partials
-    sum_tiles: list[Tiles]  # rows of gradient, start, length, slot among the partials, layout
-    scale_tiles: list[Tiles]  # rows of gradient, start, length, component, 1 for the component's first, layout
+    sum_tiles: list[Tiles]  # rows of gradient, start, length, component, layout, slot among the partials
+    scale_tiles: list[Tiles]  # rows of gradient, start, length, component, layout
     layouts: Tensor  # int64, of each piece with gaps its offset, then sizes and strides, innermost dim first
     chunks: Tensor | None  # int64 [m + 1], m runs of partials to merge first; None if no component has too many
     spans: Tensor  # int64 [K + 1], component c has (merged) partials spans[c] to spans[c + 1]
-    covers_all: bool  # whether every component has a tile
+    components: Tensor  # int64, those of several tiles, or of none
 
     def to(self, device: torch.device) -> TileTables:
         """The same on a device."""
@@ -52,13 +53,14 @@ class TileTables:
             layouts=upload(self.layouts, device),
             chunks=None if self.chunks is None else upload(self.chunks, device),
             spans=upload(self.spans, device),
+            components=upload(self.components, device),
         )
 
 
 class StepTiles(NamedTuple):
     """The tiles of one combination of dtypes in an optimizer's step.
 
-    Rows of gradient, start, length, component, the gradient's number from ``column``, layout.
+    Rows of gradient, start, length, component, layout, the gradient's number from ``column``.
     """
 
     kind: int  # of their gradients, as given to ``build_step_tables``
@@ -74,16 +76,15 @@ class StepTables:
 
     tiles: list[StepTiles]
     sums: TileTables  # of the components without ``single`` tile, which are measured first; nothing to scale
-    components: Tensor  # int64, which these are: of several tiles, or of none
 
     def to(self, device: torch.device) -> StepTables:
         """The same on a device."""
         tiles = [_step_tiles(some.kind, some.dims, upload(some.rows, device), len(some.rest)) for some in self.tiles]
-        return StepTables(tiles, self.sums.to(device), upload(self.components, device))
+        return StepTables(tiles, self.sums.to(device))
 
 
-def _step_tiles(kind: int, dims: int, rows: Tensor, rest: int) -> StepTiles:
-    return StepTiles(kind, dims, rows, rows[:rest], rows[rest:])
+def _step_tiles(kind: int, dims: int, rows: Tensor, several: int) -> StepTiles:
+    return StepTiles(kind, dims, rows, rows[:several], rows[several:])
 
 
 def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], column: list[int]) -> StepTables:
@@ -98,17 +99,13 @@ def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], col
     owner, order = bucket.components, bucket.components.argsort(stable=True)
     pieces = _pieces(bucket, grads)
     is_single = has_single_tile(pieces, owner, bucket.count)
-    many = order[~is_single[owner[order]]]
     sizes = torch.where(is_single[owner], SUM_TILE_BYTES, STEP_TILE_BYTES)
     cut = _cut(pieces.numels, sizes // pieces.itemsizes, order)
     piece, start, length = (each.flip(0) for each in cut)  # what was read last first, as in ``build_tables``
     gradient = pieces.gradients[piece]
-    groups = pieces.groups(_int64(kinds), piece, start, length, owner[piece], _int64(column)[gradient])
-    tiles = []
-    for kind, dims, rows in groups:
-        last = is_single[rows[:, 3]]
-        tiles.append(_step_tiles(kind, dims, torch.cat((rows[~last], rows[last])), int((~last).sum())))
-    return StepTables(tiles, _sum_tables(pieces, owner, bucket.count, many), (~is_single).nonzero()[:, 0])
+    rows = pieces.rows(piece, start, length, owner, _int64(column)[gradient])
+    tiles = [_step_tiles(*launch) for launch in pieces.launches(_int64(kinds), rows, is_single)]
+    return StepTables(tiles, _sum_tables(pieces, owner, order[~is_single[owner[order]]], is_single))
 
 
 def has_single_tile(pieces: _Pieces, owner: Tensor, count: int) -> Tensor:
@@ -121,17 +118,16 @@ def build_tables(bucket: Bucket, grads: list[Tensor]) -> TileTables:
     """Cuts the gradients into tiles, component by component, so that each component's partials lie together."""
     owner, order = bucket.components, bucket.components.argsort(stable=True)
     pieces = _pieces(bucket, grads)
+    is_single = has_single_tile(pieces, owner, bucket.count)
     # What was read last is scaled first: it may still be in the cache.
     cut = _cut(pieces.numels, SCALE_TILE_BYTES // pieces.itemsizes, order)
-    piece, start, length = (column.flip(0) for column in cut)
-    component = owner[piece]
-    is_first = component != torch.cat((component[1:], torch.tensor([-1])))
-    scale_tiles = pieces.tiles(piece, start, length, component, is_first)[::-1]
-    return replace(_sum_tables(pieces, owner, bucket.count, order), scale_tiles=scale_tiles)
+    rows = pieces.rows(*(column.flip(0) for column in cut), owner)
+    return replace(_sum_tables(pieces, owner, order, is_single), scale_tiles=pieces.tiles(rows, is_single)[::-1])
 
 
-def _sum_tables(pieces: _Pieces, owner: Tensor, count: int, order: Tensor) -> TileTables:
+def _sum_tables(pieces: _Pieces, owner: Tensor, order: Tensor, is_single: Tensor) -> TileTables:
     """Of the pieces in ``order``, which has those of a component together; without scale tiles."""
+    count = len(is_single)
     sum_bytes = torch.full((count,), SUM_TILE_BYTES)
     while True:
         piece, start, length = _cut(pieces.numels, sum_bytes[owner] // pieces.itemsizes, order)
@@ -140,15 +136,15 @@ def _sum_tables(pieces: _Pieces, owner: Tensor, count: int, order: Tensor) -> Ti
         if not coarser.any():
             break
         sum_bytes[coarser] *= 2
-    sum_tiles = pieces.tiles(piece, start, length, torch.arange(len(piece)))
+    rows = pieces.rows(piece, start, length, owner, torch.arange(len(piece)))
+    components = (~is_single).nonzero()[:, 0]
 
     chunks, spans = None, _offsets(counts)
     if bool((counts > CHUNK).any()):
         component, _, merged = _cut(counts, torch.full((count,), CHUNK), torch.arange(count))
         chunks, spans = _offsets(merged), _offsets(component.bincount(minlength=count))
 
-    tiles = sum(len(some.rows) for some in sum_tiles)
-    return TileTables(tiles, sum_tiles, [], pieces.layouts, chunks, spans, bool((counts > 0).all()))
+    return TileTables(len(rows), pieces.tiles(rows, is_single), [], pieces.layouts, chunks, spans, components)
 
 
 @dataclass(frozen=True)
@@ -165,23 +161,34 @@ class _Pieces:
     dtypes: list[torch.dtype]
     dtype_codes: Tensor  # which of them each gradient has
 
-    def tiles(self, piece: Tensor, start: Tensor, length: Tensor, *more: Tensor) -> list[Tiles]:
-        """Tiles in launches of one dtype each, those with gaps apart."""
-        groups = self.groups(self.dtype_codes, piece, start, length, *more)
-        return [Tiles(self.dtypes[code], dims, rows) for code, dims, rows in groups]
+    def rows(self, piece: Tensor, start: Tensor, length: Tensor, owner: Tensor, *more: Tensor) -> Tensor:
+        """The rows of tiles, each part of a piece: gradient, start, length, component, layout, and these columns."""
+        gradient, layout = self.gradients[piece], self.places[piece]
+        return torch.stack((gradient, self.offsets[piece] + start, length, owner[piece], layout, *more), 1)
 
-    def groups(
-        self, codes: Tensor, piece: Tensor, start: Tensor, length: Tensor, *more: Tensor
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Tables of tiles whose gradients have the same code, those with gaps apart: code, dims of layouts, table."""
-        place, gradient = self.places[piece], self.gradients[piece]
-        table = torch.stack((gradient, self.offsets[piece] + start, length, *more, place.clamp(min=0)), 1)
-        own_code = codes[gradient]
+    def tiles(self, rows: Tensor, is_single: Tensor) -> list[Tiles]:
+        """These tiles in launches of one dtype each; ``is_single`` as in ``launches``."""
+        launches = self.launches(self.dtype_codes, rows, is_single)
+        return [Tiles(self.dtypes[code], dims, own, several) for code, dims, own, several in launches]
+
+    def launches(self, codes: Tensor, rows: Tensor, is_single: Tensor) -> Iterator[tuple[int, int, Tensor, int]]:
+        """The rows of tiles whose gradients have the same code, those with gaps apart.
+
+        Args:
+            codes: of the gradients.
+            rows: of all tiles.
+            is_single: of each component, whether it is one tile; these tiles come last.
+
+        Yields:
+            Code, dims of layouts, rows, and how many of these are of components of several tiles.
+        """
+        own_code, is_last = codes[rows[:, 0]], is_single[rows[:, 3]]
         for code in dict.fromkeys(codes.tolist()):
             for dims in sorted({0, self.dims}):
-                own = table[(own_code == code) & ((place >= 0) == (dims > 0))]
-                if len(own):
-                    yield code, dims, own.contiguous()
+                own = (own_code == code) & ((rows[:, 4] >= 0) == (dims > 0))
+                if own.any():
+                    several = rows[own & ~is_last]
+                    yield code, dims, torch.cat((several, rows[own & is_last])), len(several)
 
 
 def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:

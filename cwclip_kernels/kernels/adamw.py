@@ -4,43 +4,7 @@
 import triton
 import triton.language as tl
 
-from .scale import measured, report
 from .tile import VECTOR_BYTES, gapped_offsets, narrow, widen
-
-
-@triton.jit
-def coefficients_kernel(
-    components,
-    partials,
-    spans,
-    caps,
-    cap_stride,
-    inverse,
-    norms,
-    coefs,
-    factors,
-    found_inf,
-    ORDER: tl.constexpr,
-    EPS: tl.constexpr,
-    NONFINITE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """``norm = (sum of partials)^(1/p); coef = min(1, cap / (norm + eps)); factor = coef * inverse``, by component.
-
-    Program: one component. Bytes: 8 for each partial, once; ``clip_kernel`` saves this launch, but a step has more
-    tiles, and every one needs the factor. Deterministic: fixed order, the same bits as ``clip_kernel``.
-
-    Args, beside those of ``clip_kernel``:
-        components: int64 [programs], those that ``adamw_single_kernel`` doesn't measure.
-        factors: float64 [K], written; None without ``inverse``, where they are the coefficients.
-    """
-    component = tl.load(components + tl.program_id(0))
-    norm, coef, total = measured(
-        component, partials, spans, caps, cap_stride, inverse, norms.dtype.element_ty, ORDER, EPS, NONFINITE, CHUNK
-    )
-    report(component, norm, coef, total, norms, coefs, found_inf)
-    if factors is not None:
-        tl.store(factors + component, coef.to(tl.float64) * tl.load(inverse))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -119,7 +83,7 @@ def adamw_kernel(
     What lies outside whole 16-byte vectors goes element by element, LANES at a time, and so does a tile whose tensors
     don't have their 16-byte boundaries at the same elements, or have gaps.
 
-    Further columns of ``tiles``: component, place of w's address in ``states``, layout. Args, beside ``tile``'s:
+    Last column of ``tiles``: place of w's address in ``states``. Args, beside ``tile``'s:
         factors: float32 or float64 [K], for g; with ZERO_FILL, 0 erases inf and NaN.
         states: int64, addresses of all p, then all m, v, t, and the w that there are.
         count: number of gradients n.
@@ -179,13 +143,12 @@ def step_tile(
         p_at = element_address(kept, start, PARAM)
         m_at = element_address(kept + count, start, STATE)
         v_at = element_address(kept + 2 * count, start, STATE)
-        w_at = element_address(states + tl.load(row + 4), start, STATE) if AMSGRAD else v_at
+        w_at = element_address(states + tl.load(row + 5), start, STATE) if AMSGRAD else v_at
         g = g_at.to(tl.pointer_type(GRAD))
         p = p_at.to(tl.pointer_type(PARAM))
         m = m_at.to(tl.pointer_type(STATE))
         v = v_at.to(tl.pointer_type(STATE))
         w = w_at.to(tl.pointer_type(STATE))
-        layout = layouts + tl.load(row + 5)
         body = 0
         if DIMS == 0:
             head, body = common_body(g_at, p_at, m_at, v_at, w_at, length, GRAD, PARAM, STATE)
@@ -195,7 +158,7 @@ def step_tile(
                 offset = tl.where(lane < head, lane, lane + body)
                 mask = lane < length - body
             else:
-                offset, mask = gapped_offsets(row, layout, at, DIMS, LANES)
+                offset, mask = gapped_offsets(row, layouts, at, DIMS, LANES)
             # fmt: off
             step(g + offset, p + offset, m + offset, v + offset, w + offset, mask, times, is_zero, decay, size, root,
                  rate1, beta2, rate2, eps, AMSGRAD, ZERO_FILL)

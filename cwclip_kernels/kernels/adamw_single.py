@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from .adamw import step_tile
-from .power_sums import dense_sum, gapped_sum
-from .scale import judged, report
+from .coefficients import judge
+from .power_sums import tile_sum
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -45,18 +45,13 @@ def adamw_single_kernel(
     coefficient, 8 bytes, are stored, no partial sum. Deterministic: the same bits as those three kernels.
 
     Where ``skip`` is not 0, the norm and the coefficient are all that is written. Args: those of ``adamw_kernel``,
-    and of ``clip_kernel`` those from which it makes the factor.
+    and of ``coefficients_kernel`` those from which it makes the factor.
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
     component = tl.load(row + 3)
-    if DIMS == 0:
-        total = dense_sum(pointers, row, GRAD, ORDER, ROWS, SUM_COLUMNS)
-    else:
-        total = gapped_sum(pointers, row, layouts + tl.load(row + 5), GRAD, DIMS, ORDER, SUM_COLUMNS)
+    total = tile_sum(pointers, row, layouts, GRAD, DIMS, ORDER, ROWS, SUM_COLUMNS)
     # fmt: off
-    norm, coef = judged(component, total, caps, cap_stride, inverse, norms.dtype.element_ty, ORDER, EPS, NONFINITE)
-    report(component, norm, coef, total, norms, coefs, found_inf)
-    factor = coef if inverse is None else coef.to(tl.float64) * tl.load(inverse)
+    factor = judge(component, total, caps, cap_stride, inverse, norms, coefs, found_inf, ORDER, EPS, NONFINITE)
     step_tile(pointers, row, layouts, factor, states, count, scalars, skip, GRAD, PARAM, STATE, AMSGRAD, DIMS,
               NONFINITE == "zero", COLUMNS, LANES)
     # fmt: on

@@ -12,7 +12,7 @@ def merge_partials(partials, first, last, ORDER: tl.constexpr, CHUNK: tl.constex
     """The sum, or for ORDER = inf the maximum, of partials[first:last]; 0 if there are none.
 
     CHUNK lanes take every CHUNK-th partial and are then reduced in a tree: the order of additions depends on
-    the number of partials only, so that every program that repeats this gets the same bits.
+    the number of partials only.
     """
     lanes = tl.arange(0, CHUNK)
     if ORDER == INF:

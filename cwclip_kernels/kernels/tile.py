@@ -5,7 +5,7 @@ A launch has one program for each row of a static tile table. So one launch serv
 differs between launches is data, not code. All kernels have these arguments in common:
 
     pointers        int64 [n], addresses of the gradients' first elements, which change from step to step
-    tiles           int64 [programs, 5 or 6]: gradient, start, length (in elements), two or three columns more
+    tiles           int64 [programs, 5 or 6]: gradient, start, length (in elements), component, layout, and one more
     layouts         int64, for tiles with gaps between their elements: see ``gapped_offsets``
     DTYPE           element type of the gradients of this launch
     DIMS            dimensions of the layouts, 0 where there are no gaps
@@ -64,20 +64,21 @@ def edge_lanes(first, head, body, length):
 
 
 @triton.jit
-def gapped_lanes(pointers, row, layout, at, DTYPE: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
+def gapped_lanes(pointers, row, layouts, at, DTYPE: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to and mask of elements [at, at + COLUMNS) of the tile of one table row, where memory has gaps."""
-    offset, mask = gapped_offsets(row, layout, at, DIMS, COLUMNS)
+    offset, mask = gapped_offsets(row, layouts, at, DIMS, COLUMNS)
     first = tl.load(pointers + tl.load(row)).to(tl.pointer_type(DTYPE))
     return first + offset, mask
 
 
 @triton.jit
-def gapped_offsets(row, layout, at, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
+def gapped_offsets(row, layouts, at, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
     """Offsets of these elements from the gradient's first, and their mask.
 
-    ``layout`` points to the offset of the tile's run from the gradient's first element, and then size and stride of
-    each dimension, innermost first. The tile's start is an index into that run.
+    The tile's layout is the place in ``layouts`` of the offset of its run from the gradient's first element, and then
+    of size and stride of each dimension, innermost first. The tile's start is an index into that run.
     """
+    layout = layouts + tl.load(row + 4)
     lane = at + tl.arange(0, COLUMNS)
     index = tl.load(row + 1) + lane
     offset = tl.load(layout) + 0 * index

@@ -28,8 +28,8 @@ ORDER = [
     components/spec
     thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
-    kernels/tile kernels/combine kernels/power_sums kernels/scale kernels/adamw
-    kernels/adamw_single
+    kernels/tile kernels/combine kernels/power_sums kernels/coefficients kernels/scale kernels/clip
+    kernels/adamw kernels/adamw_single
     backends/served core/checks core/loss_scale backends/memory backends/native core/bucket core/adamw
     reference backends/foreach backends/programs backends/cpu backends/cuda_step backends/cuda
     backends/triton_tables backends/triton backends/triton_step backends/registry

@@ -1,0 +1,54 @@
+# mypy: ignore-errors
+"""The first pass of clipping: partial power sums, and all of it for components that are one tile."""
+
+import triton
+import triton.language as tl
+
+from .coefficients import judge
+from .power_sums import tile_sum
+from .scale import scale_tile
+
+
+@triton.jit(do_not_specialize=["several"])
+def sum_or_clip_kernel(
+    pointers,
+    tiles,
+    layouts,
+    several,
+    partials,
+    caps,
+    cap_stride,
+    inverse,
+    norms,
+    coefs,
+    found_inf,
+    DTYPE: tl.constexpr,
+    DIMS: tl.constexpr,
+    ORDER: tl.constexpr,
+    EPS: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``partials[slot]`` = sum |g|^p over one tile; if it is its component's only one, g <- coef * g instead.
+
+    Program: one tile, ``power_sums_kernel``'s, and for the only tile of a component ``coefficients_kernel``'s and
+    ``scale_kernel``'s after it. Bytes: each element once; one that is clipped is loaded again, from L1 or L2, since
+    such a tile has at most 64 KB, and written. Both kinds are in one launch, so that sets of small components, LoRA's
+    factors, take one launch, and biases beside large matrices none of their own; the second kind needs no more
+    registers than the first. Deterministic: the same bits as those three kernels.
+
+    Args, beside those of these three:
+        several: tiles from this one on are the only ones of their components.
+    """
+    tile = tl.program_id(0)
+    row = tiles + tile.to(tl.int64) * 6
+    total = tile_sum(pointers, row, layouts, DTYPE, DIMS, ORDER, ROWS, COLUMNS)
+    if tile < several:
+        tl.store(partials + tl.load(row + 5), total)
+    else:
+        component = tl.load(row + 3)
+        # fmt: off
+        factor = judge(component, total, caps, cap_stride, inverse, norms, coefs, found_inf, ORDER, EPS, NONFINITE)
+        scale_tile(pointers, row, layouts, factor, DTYPE, DIMS, NONFINITE == "zero", ROWS, COLUMNS)
+        # fmt: on
