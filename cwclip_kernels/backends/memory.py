@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ class Tables(Protocol):
     def to(self: T, device: torch.device) -> T:
         """The same on a device."""
 
+    def tensors(self) -> list[Tensor]:
+        """What they consist of."""
+
 
 def stream_of(device: torch.device) -> int | None:
     """The current stream's id, 0 where there are no streams; None while it is captured into a CUDA graph."""
@@ -71,46 +74,96 @@ def stream_of(device: torch.device) -> int | None:
     return torch.accelerator.current_stream().stream_id
 
 
-def place(tables: T, placed: dict[int, T], device: torch.device, stream: int | None) -> T:
-    """Tables on the device, copied once for each stream: for others that copy may not have arrived yet.
+class Copy:
+    """Tensors just copied to a device on its current stream, for kernels on this stream and on others.
+
+    All use the one copy, and wait for it until it has once been seen to be there. With a copy for each stream, found
+    by the stream's id, a new stream that got the id of a destroyed one could read what is still on its way.
 
     Args:
-        tables: on the host.
-        placed: the copies, by stream; added to.
-        device: where to.
-        stream: ``stream_of(device)``.
-
-    Raises:
-        RuntimeError: while capturing, before any copy has been made.
+        tensors: there.
+        stream: ``stream_of`` that device.
     """
-    if stream is None:
-        earlier = next(iter(placed.values()), None)
-        if earlier is None:
-            raise RuntimeError(BEFORE_CAPTURE)
-        keep_for_graphs(earlier)
-        return earlier
-    if stream not in placed:
-        placed[stream] = tables.to(device)
-    return placed[stream]
+
+    def __init__(self, tensors: list[Tensor], device: torch.device, stream: int) -> None:
+        self._tensors, self._stream = tensors, stream
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._device, self._arrived = device, None
+        if self._module is not None:
+            self._arrived = self._module.Event()
+            self._arrived.record(self._module.current_stream(device))
+
+    def wait(self, stream: int) -> None:
+        """Lets the current stream, which this number stands for, wait for the copy. Not while it is captured."""
+        arrived = self._arrived
+        if arrived is None and stream == self._stream:
+            return
+        current = self._module.current_stream(self._device)
+        if arrived is not None:
+            if arrived.query():
+                self._arrived = None
+            else:
+                current.wait_event(arrived)
+        if stream != self._stream:  # where freed memory goes to, whatever stream has that id by then
+            for tensor in self._tensors:
+                tensor.record_stream(current)
+
+
+class Placed(Generic[T]):
+    """Static tables that are brought to their device once.
+
+    Attributes:
+        tables: on the host.
+    """
+
+    def __init__(self, tables: T) -> None:
+        self.tables = tables
+        self._there: tuple[T, Copy] | None = None
+
+    def on(self, device: torch.device, stream: int | None) -> T:
+        """The tables on that device, for its current stream.
+
+        Args:
+            device: the same at each call.
+            stream: ``stream_of(device)``.
+
+        Raises:
+            RuntimeError: while capturing, before they have been brought there.
+        """
+        there = self._there
+        if stream is None:
+            # The copy was made before the capture, and torch.cuda.graph waits for all that was.
+            if there is None:
+                raise RuntimeError(BEFORE_CAPTURE)
+            keep_for_graphs(there[0])
+        elif there is None:
+            tables = self.tables.to(device)
+            there = self._there = tables, Copy(tables.tensors(), device, stream)
+        else:
+            there[1].wait(stream)
+        return there[0]
 
 
 @dataclass
 class Numbers:
     """int64 numbers on a device, copied there again whenever they change, without waiting."""
 
-    sent: dict[int, tuple[bytes, Tensor]] = field(default_factory=dict)  # by stream, as in ``place``
+    sent: tuple[bytes, Tensor, Copy] | None = None
     spare: Tensor | None = None  # pinned, for a call that is captured
 
     def on(self, device: torch.device, numbers: bytes, stream: int | None) -> Tensor:
-        """These numbers on the device: int64 [n]."""
+        """These numbers on the device: int64 [n]; ``stream`` as in ``Placed.on``."""
         if stream is None:
             return self._captured(device, numbers)
         if device.type == "cuda" and (self.spare is None or self.spare.nbytes != len(numbers)):
             self.spare = _pinned(numbers)
-        last = self.sent.get(stream)
-        if last is None or last[0] != numbers:
-            last = self.sent[stream] = numbers, upload(_on_host(numbers), device)
-        return last[1]
+        sent = self.sent
+        if sent is None or sent[0] != numbers:
+            there = upload(_on_host(numbers), device)
+            sent = self.sent = numbers, there, Copy([there], device, stream)
+        else:
+            sent[2].wait(stream)
+        return sent[1]
 
     def _captured(self, device: torch.device, numbers: bytes) -> Tensor:
         """The graph's own, copied at each replay from host memory that is never written again."""

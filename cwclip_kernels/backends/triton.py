@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from ..core.bucket import Bucket
-from ..core.formula import ClipRule
+from ..core.formula import ClipRule, has_float64
 from ..core.loss_scale import LossScale
 from . import triton_tables
-from .memory import Numbers, place, stream_of
+from .memory import Numbers, Placed, stream_of
 from .native import packed
 from .served import unserved
 from .triton_tables import Tiles, TileTables, build_tables
@@ -66,6 +66,8 @@ def unavailable(device: torch.device) -> str | None:
     nvidia = device.type == "cuda" and torch.version.hip is None
     if nvidia and torch.cuda.get_device_capability(device) < (7, 0):
         return "needs a GPU of compute capability 7.0 or newer"
+    if not has_float64(device):
+        return "computes norms in float64, which this GPU doesn't have: take backend='foreach', with float32 there"
     return None
 
 
@@ -230,7 +232,6 @@ class Call(NamedTuple):
 
     tables: TileTables
     addresses: Tensor  # of the gradients' first elements, int64 [n]
-    stream: int | None  # see ``memory.stream_of``
 
 
 @dataclass
@@ -238,8 +239,7 @@ class _State:
     """What a bucket keeps from call to call."""
 
     signature: object  # of the gradients that the tables are of; None where the plan compares them
-    tables: TileTables | None = None  # on the host, once they are needed
-    placed: dict[int, TileTables] = field(default_factory=dict)  # by stream
+    tables: Placed[TileTables] | None = None  # once they are needed
     addresses: Numbers = field(default_factory=Numbers)
 
 
@@ -248,9 +248,8 @@ def prepare(bucket: Bucket, grads: list[Tensor], addresses: bytes | None) -> Cal
     state, device, stream = _state_of(bucket, grads), bucket.device, stream_of(bucket.device)
     if state.tables is None:
         with torch.device("cpu"):  # whatever the default device is
-            state.tables = build_tables(bucket, grads)
-    tables = place(state.tables, state.placed, device, stream)
-    return Call(tables, addresses_on(bucket, grads, addresses, stream), stream)
+            state.tables = Placed(build_tables(bucket, grads))
+    return Call(state.tables.on(device, stream), addresses_on(bucket, grads, addresses, stream))
 
 
 def addresses_on(bucket: Bucket, grads: list[Tensor], addresses: bytes | None, stream: int | None) -> Tensor:

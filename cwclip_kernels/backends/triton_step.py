@@ -31,7 +31,7 @@ from ..core.bucket import Bucket
 from ..core.formula import ClipRule
 from ..core.loss_scale import LossScale
 from . import native, triton
-from .memory import Numbers, place, stream_of
+from .memory import Numbers, Placed, stream_of
 from .native import Addresses, packed
 from .served import DTYPES
 from .triton import Call, Results, addresses_on, constants_of, factors_of, kernels, launching_on, partial_sums
@@ -106,11 +106,10 @@ class _StepCall(NamedTuple):
     length: int  # number of gradients
     scalars: Tensor  # what ``advance_kernel`` has written
     skip: Tensor | None
-    stream: int | None
 
     def of_sums(self) -> Call:
         """The same for what ``triton`` measures of it."""
-        return Call(self.tables.sums, self.addresses, self.stream)
+        return Call(self.tables.sums, self.addresses)
 
 
 def _advance(bucket: Bucket, grads: list[Tensor], step: AdamWStep, addresses: bytes | None) -> _StepCall:
@@ -123,7 +122,7 @@ def _advance(bucket: Bucket, grads: list[Tensor], step: AdamWStep, addresses: by
     found = state.addresses_of(step)
     state.last = None
     assert found is not None  # since there was no reason against
-    tables = place(state.tables, state.placed, device, stream)
+    tables = state.tables.on(device, stream)
     pointers = addresses_on(bucket, grads, addresses, stream)
     states = state.addresses.on(device, found, stream)
     rule_of = state.rule_of.on(device, state.packed_rule_of(step.rule_of), stream)
@@ -138,7 +137,7 @@ def _advance(bucket: Bucket, grads: list[Tensor], step: AdamWStep, addresses: by
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return _StepCall(state.kinds, tables, pointers, states, count, scalars, step.skip, stream)
+    return _StepCall(state.kinds, tables, pointers, states, count, scalars, step.skip)
 
 
 def _step(call: _StepCall, factors: Tensor, zero_fill: bool, which: Literal["rows", "rest"]) -> None:
@@ -205,10 +204,9 @@ class _State:
     """Tables of one bucket's parameters and their states, and which tensors they were made for."""
 
     kinds: list[Kind]
-    tables: StepTables  # on the host
+    tables: Placed[StepTables]
     native: Addresses | None  # compares tensors with those; None without the compiled extension, or for subclasses
     forms: object  # the same in Python
-    placed: dict[int, StepTables] = field(default_factory=dict)  # by stream
     addresses: Numbers = field(default_factory=Numbers)
     rules: Numbers = field(default_factory=Numbers)
     rule_of: Numbers = field(default_factory=Numbers)
@@ -227,7 +225,7 @@ class _State:
         for kind in each:
             column.append(end if kind.amsgrad else 0)
             end += kind.amsgrad
-        tables = build_step_tables(bucket, grads, [kinds.index(kind) for kind in each], column)
+        tables = Placed(build_step_tables(bucket, grads, [kinds.index(kind) for kind in each], column))
         tensors = _tensors(step)
         known = None
         if native.unavailable() is None and all(type(t) in (Tensor, Parameter) for t in tensors if t is not None):

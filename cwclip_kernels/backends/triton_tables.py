@@ -56,6 +56,12 @@ class TileTables:
             components=upload(self.components, device),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """What they consist of."""
+        tensors = [tiles.rows for tiles in self.sum_tiles + self.scale_tiles]
+        tensors += [self.layouts, self.spans, self.components]
+        return tensors if self.chunks is None else [*tensors, self.chunks]
+
 
 class StepTiles(NamedTuple):
     """The tiles of one combination of dtypes in an optimizer's step.
@@ -81,6 +87,10 @@ class StepTables:
         """The same on a device."""
         tiles = [_step_tiles(some.kind, some.dims, upload(some.rows, device), len(some.rest)) for some in self.tiles]
         return StepTables(tiles, self.sums.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        """What they consist of."""
+        return [*(some.rows for some in self.tiles), *self.sums.tensors()]
 
 
 def _step_tiles(kind: int, dims: int, rows: Tensor, several: int) -> StepTiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -33,7 +33,17 @@ class ClipRule:
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The dtype of power sums and of the coefficient's arithmetic: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64: Apple's GPUs don't, and of Intel's some."""
+    return _xpu_has_float64(device.index) if device.type == "xpu" else device.type != "mps"
+
+
+@cache
+def _xpu_has_float64(index: int | None) -> bool:
+    return bool(getattr(torch.xpu.get_device_properties(index), "has_fp64", True))
 
 
 def merged(sums: Tensor, norm_type: float) -> Tensor:
