@@ -234,7 +234,7 @@ def numbers_of(bucket):
     """What eager calls have sent to the device."""
     state = bucket.step_state
     each = (bucket.state.addresses, state.addresses, state.rules, state.rule_of)
-    return [sent for numbers in each for _, sent in numbers.sent.values()]
+    return [numbers.sent[1] for numbers in each]
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -262,13 +262,11 @@ def test_offsets_beyond_32_bits(backend):
     reference.adamw_(bucket, grads, expected, factors, False, None)
     skipped = replace(step, skip=torch.ones((), device=DEVICE))
     triton_step.adamw_(bucket, grads, skipped, factors, False, None)
-    (tables,) = bucket.step_state.placed.values()
-    for tiles in tables.tiles:
+    for tiles in bucket.step_state.tables.on(bucket.device, memory.stream_of(bucket.device)).tiles:
         tiles.rows[:, 1] += far
     size = torch.tensor([4, 2], device=DEVICE) * far
     for numbers, lists in ((bucket.state.addresses, 1), (bucket.step_state.addresses, 3)):
-        ((_, sent),) = numbers.sent.values()
-        sent[: 2 * lists] -= size.repeat(lists)
+        numbers.sent[1][: 2 * lists] -= size.repeat(lists)
     triton_step.adamw_(bucket, grads, step, factors, False, None)
     for actual, wanted in zip(written_by(step), written_by(expected), strict=True):
         assert_stepped(actual, wanted)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from cwclip_kernels.core.adamw import AdamWStep
 from cwclip_kernels.core.formula import ClipRule
 from cwclip_kernels.core.loss_scale import UNSCALED, LossScale
 from helpers import DEVICE, DTYPES, random_grad, same_bits
+from single_tiles import lying_alike, record_launches, small_tiles, switch_off
 from triton_buckets import bucket_of, cap, one_each
 
 pytestmark = pytest.mark.usefixtures("needs_triton")
@@ -25,31 +25,13 @@ AMSGRAD = RULE._replace(amsgrad=True)
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(triton_tables, "SUM_TILE_BYTES", 4 * TILE)
-    monkeypatch.setattr(triton_tables, "STEP_TILE_BYTES", 2 * TILE)
+def tiles(monkeypatch):
+    small_tiles(monkeypatch, TILE)
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The kernels launched, by name."""
-    names, kernels = [], triton.kernels()
-
-    class Named(SimpleNamespace):
-        def __getitem__(self, grid):
-            assert grid[0] > 0
-            names.append(self.name)
-            return self.kernel[grid]
-
-    found = {n: Named(name=n, kernel=k) if n.endswith("_kernel") else k for n, k in vars(kernels).items()}
-    for module in (triton, triton_step):
-        monkeypatch.setattr(module, "kernels", lambda: SimpleNamespace(**found))
-    return names
-
-
-def switch_off(patch):
-    """No component is of one tile, as far as the tables know."""
-    patch.setattr(triton_tables, "has_single_tile", lambda pieces, owner, count: torch.zeros(count, dtype=torch.bool))
+    return record_launches(monkeypatch)
 
 
 def copied(step):
@@ -60,15 +42,10 @@ def copied(step):
     )
 
 
-def lying_alike(t):
-    memory = t.untyped_storage().clone()
-    return torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, t.storage_offset(), t.shape, t.stride())
-
-
 def check(monkeypatch, bucket, grads, step, rule=ClipRule(), caps=None, inverse=None):  # noqa: B008  # immutable
     """Two steps with the pass and without, and norms as ``clip_`` has them; tiles that take the pass, and others."""
     caps = cap(1.0) if caps is None else caps
-    outcomes, tiles, before = [], [], [g.clone() for g in grads]
+    outcomes, counts, before = [], [], [g.clone() for g in grads]
     for off in (False, True):
         own, stepped, report = replace(bucket), copied(step), torch.zeros((), device=DEVICE)
         with monkeypatch.context() as patch:
@@ -79,13 +56,14 @@ def check(monkeypatch, bucket, grads, step, rule=ClipRule(), caps=None, inverse=
                     own, grads, stepped, caps, rule, LossScale(inverse, report), None
                 )
         outcomes.append([norms, coefs, report, *written_by(stepped)])
-        tiles.append([sum(len(getattr(t, name)) for t in own.step_state.tables.tiles) for name in ("single", "rest")])
+        placed = own.step_state.tables.tables.tiles
+        counts.append([sum(len(getattr(t, name)) for t in placed) for name in ("single", "rest")])
     assert all(map(same_bits, *outcomes))
     assert all(map(same_bits, grads, before))
     clipped = triton.clip_(bucket, [lying_alike(g) for g in grads], caps, rule, LossScale(inverse, None), None)
     assert all(map(same_bits, outcomes[0][:2], clipped))
-    assert tiles[1][0] == 0
-    return tiles[0]
+    assert counts[1][0] == 0
+    return counts[0]
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
@@ -181,9 +159,9 @@ def test_each_element_has_one_row():
     rows = torch.cat([tiles.rows for tiles in tables.tiles])
     assert [int(rows[rows[:, 0] == i, 2].sum()) for i in range(len(grads))] == [g.numel() for g in grads]
     single = torch.cat([tiles.single[:, 3] for tiles in tables.tiles])
-    assert sorted([*single.tolist(), *tables.components.tolist()]) == list(range(bucket.count))
+    assert sorted([*single.tolist(), *tables.sums.components.tolist()]) == list(range(bucket.count))
     measured = torch.cat([tiles.rows for tiles in tables.sums.sum_tiles])
-    assert sorted(measured[:, 3].tolist()) == list(range(tables.sums.count))
+    assert sorted(measured[:, 5].tolist()) == list(range(tables.sums.count))
     assert not set(torch.tensor(owners)[measured[:, 0]].tolist()) & set(single.tolist())
 
 

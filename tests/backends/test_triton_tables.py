@@ -26,7 +26,8 @@ def test_tables_of_huge_gradients():
     bucket = bucket_of(grads, [2, 2, 0, 2, 1])
     tables = triton_tables.build_tables(bucket, grads)
     for tiles in (tables.sum_tiles, tables.scale_tiles):
-        for dtype, _, group in tiles:
+        for dtype, _, group, several in tiles:
+            assert several == len(group)
             assert group.dtype == torch.int64
             for i in group[:, 0].unique().tolist():
                 assert grads[i].dtype == dtype
@@ -34,16 +35,14 @@ def test_tables_of_huge_gradients():
                 assert start[0] == 0
                 assert torch.equal((start[1:] - start[:-1]).unique(), length.max().view(1)) or len(start) == 1
                 assert length.sum() == grads[i].numel()
-    slots = torch.cat([group[:, 3] for *_, group in tables.sum_tiles])
+    slots = torch.cat([tiles.rows[:, 5] for tiles in tables.sum_tiles])
     assert torch.equal(slots.sort().values, torch.arange(tables.count))
-    leaders = torch.cat([group[group[:, 4] == 1, 3] for *_, group in tables.scale_tiles])
-    assert sorted(leaders.tolist()) == [0, 2]
     assert tables.chunks is not None
     assert (tables.chunks.diff() <= triton_tables.CHUNK).all()
     assert tables.chunks[-1] == tables.count
     assert tables.spans[-1] == len(tables.chunks) - 1
     assert tables.spans.diff()[0] <= triton_tables.CHUNK  # 64 MB
-    assert not tables.covers_all
+    assert tables.components.tolist() == [0, 1, 2]
 
 
 def test_offsets_beyond_32_bits():
@@ -68,14 +67,12 @@ def test_gradients_move_between_calls():
     bucket = one_each(grads)
     first = backend.power_sums(bucket, grads, 2.0, None)
     tables = bucket.state.tables
-    ((_, before),) = bucket.state.addresses.sent.values()
+    before = bucket.state.addresses.sent[1]
     assert same_bits(backend.power_sums(bucket, grads, 2.0, None), first)
-    ((_, again),) = bucket.state.addresses.sent.values()
-    assert again is before
+    assert bucket.state.addresses.sent[1] is before
     moved = [g.clone() for g in grads]
     assert same_bits(backend.power_sums(bucket, moved, 2.0, None), first)
-    ((pointers, _),) = bucket.state.addresses.sent.values()
-    assert pointers == packed(g.data_ptr() for g in moved)
+    assert bucket.state.addresses.sent[0] == packed(g.data_ptr() for g in moved)
     assert bucket.state.tables is tables
 
 
@@ -102,10 +99,10 @@ def test_captured_graphs_get_addresses_of_their_own(monkeypatch):
     grads = [random_grad((300,)), random_grad((9,))]
     bucket = one_each(grads)
     eager = backend.prepare(bucket, grads, None)
-    numbers, placed = bucket.state.addresses, bucket.state.placed
+    numbers, placed = bucket.state.addresses, bucket.state.tables
     with pytest.raises(RuntimeError, match="make one before"):
-        memory.place(bucket.state.tables, {}, bucket.device, None)
-    assert memory.place(bucket.state.tables, placed, bucket.device, None) is eager.tables
+        memory.Placed(placed.tables).on(bucket.device, None)
+    assert placed.on(bucket.device, None) is eager.tables
     captured = [numbers.on(bucket.device, packed(pointers), None) for pointers in ((1, 2), (3, 4))]
     assert [addresses.tolist() for addresses in captured] == [[1, 2], [3, 4]]
     ((tables,), *hosts) = memory._KEPT_FOR_GRAPHS
