@@ -1,13 +1,15 @@
 """The Triton backend's host side: tile tables, addresses that move, graphs, and what it says where it can't run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cwclip_kernels.backends import memory, triton_tables
+from cwclip_kernels.backends import memory, registry, triton_tables
 from cwclip_kernels.backends import triton as backend
 from cwclip_kernels.backends.native import packed
+from cwclip_kernels.core import formula
 from helpers import DEVICE, DTYPES, random_grad, same_bits
 from triton_buckets import bucket_of, expected_sums, one_each
 
@@ -130,3 +132,23 @@ def test_refusals_say_what_to_do(monkeypatch):
 
     monkeypatch.setattr(backend, "kernels", missing)
     assert "pip install" in unavailable(device)
+
+
+# As Intel's Arc; Max has float64.
+@pytest.mark.parametrize("has_fp64", [False, True])
+def test_gpus_without_float64_are_refused(monkeypatch, has_fp64):
+    properties = SimpleNamespace(has_fp64=has_fp64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(formula, "_xpu_has_float64", formula._xpu_has_float64.__wrapped__)
+    monkeypatch.setattr(backend, "unavailable", backend.unavailable.__wrapped__)
+    monkeypatch.setattr(backend.kernels(), "interpreted", False)
+    gpu = torch.device("xpu", 0)
+    name, why = registry.choose(gpu, torch.float32, 2.0, None)
+    assert formula.wide_dtype(gpu) == (torch.float64 if has_fp64 else torch.float32)
+    if has_fp64:
+        assert (name, why) == ("triton", "first choice on xpu")
+    else:
+        assert name == "foreach"
+        assert "triton computes norms in float64, which this GPU doesn't have" in why
+        with pytest.raises(RuntimeError, match="take backend='foreach', with float32 there"):
+            registry.choose(gpu, torch.float32, 2.0, "triton")
