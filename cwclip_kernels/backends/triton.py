@@ -1,15 +1,13 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and CPU tensors under Triton's interpreter.
 
-    clip_        sum_or_clip_kernel for each dtype, which is all that components of one tile take, up to 64 KB in one
-                 gradient; for the others coefficients_kernel, then scale_kernel for each dtype
-    power_sums   power_sums_kernel for each dtype, then combine_kernel
-    scale_       scale_kernel for each dtype
+    clip_        sum_or_clip_kernel, which is all that components of one tile take, up to 64 KB in one gradient; for
+                 the others coefficients_kernel, then scale_kernel
+    power_sums   power_sums_kernel, then combine_kernel
+    scale_       scale_kernel
 
-with one more combine_kernel where a component is very large. Bytes: each gradient is read once; a clipped one is
-read again, from L2 if its component is one tile, and written. Launches follow one another on the current stream: no
-atomics, no host sync, and no copy to the device while the gradients keep their addresses.
-
-Each dtype has launches of its own: one kernel for two dtypes needs as many registers as the worse of them.
+each for all dtypes, with one more combine_kernel where a component is very large. Bytes: each gradient is read once;
+a clipped one is read again, from L2 if its component is one tile, and written. Launches follow one another on the
+current stream: no atomics, no host sync, and no copy to the device while the gradients keep their addresses.
 
 Gradients without gaps in memory are read 16 bytes at a time, in memory order. Others, and slices along other dims
 than the first, are read element by element, in place and in launches of their own.
@@ -37,9 +35,9 @@ from .native import packed
 from .served import unserved
 from .triton_tables import Tiles, TileTables, build_tables
 
-# Blocks of _ROWS x 4 KB give each of 256 threads _ROWS loads of 16 bytes in flight.
+# Blocks of ROWS x 4 KB give each of 256 threads ROWS loads of 16 bytes to have in flight.
 THREADS = 256
-_ROWS = 8
+ROWS = 8
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -167,7 +165,12 @@ def _launch(kernel: str, call: Call, tiles: Tiles, programs: int, *arguments: ob
     """One program for each of the first tiles, as many as that."""
     if programs:
         getattr(kernels(), kernel)[(programs,)](
-            call.addresses, tiles.rows, call.tables.layouts, *arguments, **constants, **block(tiles.dtype, tiles.dims)
+            call.addresses,
+            tiles.rows,
+            call.tables.layouts,
+            *arguments,
+            **constants,
+            **block(tiles.dtypes, tiles.dims),
         )
 
 
@@ -196,9 +199,9 @@ def kernels() -> Any:
 
 
 @cache
-def block(dtype: torch.dtype, dims: int) -> dict[str, Any]:
+def block(dtypes: tuple[torch.dtype, ...], dims: int) -> dict[str, Any]:
     """The launch configuration. Fixed: tuning would scale the gradients over and over."""
-    constants = {"DTYPE": type_of(dtype), "DIMS": dims, "ROWS": _ROWS, "COLUMNS": THREADS * 16 // dtype.itemsize}
+    constants = {"DTYPES": tuple(map(type_of, dtypes)), "DIMS": dims, "ROWS": ROWS, "THREADS": THREADS}
     return constants | options()
 
 

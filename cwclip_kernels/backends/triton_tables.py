@@ -26,9 +26,9 @@ CHUNK = 1024
 class Tiles(NamedTuple):
     """The tiles of one launch."""
 
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]  # of all gradients
     dims: int  # of the layouts, where there are gaps between elements; 0 where there are none
-    rows: Tensor  # int64 [programs, 5 or 6], the tile table that kernels read
+    rows: Tensor  # int64 [programs, 6 or 7], the tile table that kernels read
     several: int  # those of components of several tiles come first, as many as this; then the only ones of theirs
 
 
@@ -37,8 +37,8 @@ class TileTables:
     """What is static about a bucket."""
 
     count: int  # of sum tiles, hence of partials
-    sum_tiles: list[Tiles]  # rows of gradient, start, length, component, layout, slot among the partials
-    scale_tiles: list[Tiles]  # rows of gradient, start, length, component, layout
+    sum_tiles: list[Tiles]  # rows of gradient, start, length, component, layout, dtype, slot among the partials
+    scale_tiles: list[Tiles]  # rows of gradient, start, length, component, layout, dtype
     layouts: Tensor  # int64, of each piece with gaps its offset, then sizes and strides, innermost dim first
     chunks: Tensor | None  # int64 [m + 1], m runs of partials to merge first; None if no component has too many
     spans: Tensor  # int64 [K + 1], component c has (merged) partials spans[c] to spans[c + 1]
@@ -114,7 +114,7 @@ def build_step_tables(bucket: Bucket, grads: list[Tensor], kinds: list[int], col
     piece, start, length = (each.flip(0) for each in cut)  # what was read last first, as in ``build_tables``
     gradient = pieces.gradients[piece]
     rows = pieces.rows(piece, start, length, owner, _int64(column)[gradient])
-    tiles = [_step_tiles(*launch) for launch in pieces.launches(_int64(kinds), rows, is_single)]
+    tiles = [_step_tiles(*launch) for launch in pieces.launches(_int64(kinds)[gradient], rows, is_single)]
     return StepTables(tiles, _sum_tables(pieces, owner, order[~is_single[owner[order]]], is_single))
 
 
@@ -131,7 +131,8 @@ def build_tables(bucket: Bucket, grads: list[Tensor]) -> TileTables:
     is_single = has_single_tile(pieces, owner, bucket.count)
     # What was read last is scaled first: it may still be in the cache.
     cut = _cut(pieces.numels, SCALE_TILE_BYTES // pieces.itemsizes, order)
-    rows = pieces.rows(*(column.flip(0) for column in cut), owner)
+    piece, start, length = (column.flip(0) for column in cut)
+    rows = pieces.rows(piece, start, length, owner, pieces.dtype_of[piece])
     return replace(_sum_tables(pieces, owner, order, is_single), scale_tiles=pieces.tiles(rows, is_single)[::-1])
 
 
@@ -146,7 +147,7 @@ def _sum_tables(pieces: _Pieces, owner: Tensor, order: Tensor, is_single: Tensor
         if not coarser.any():
             break
         sum_bytes[coarser] *= 2
-    rows = pieces.rows(piece, start, length, owner, torch.arange(len(piece)))
+    rows = pieces.rows(piece, start, length, owner, pieces.dtype_of[piece], torch.arange(len(piece)))
     components = (~is_single).nonzero()[:, 0]
 
     chunks, spans = None, _offsets(counts)
@@ -168,8 +169,8 @@ class _Pieces:
     places: Tensor  # where its layout begins in ``layouts``, -1 for a piece without gaps
     dims: int  # of layouts; 0 if there are none
     layouts: Tensor  # see ``TileTables``
-    dtypes: list[torch.dtype]
-    dtype_codes: Tensor  # which of them each gradient has
+    dtypes: tuple[torch.dtype, ...]
+    dtype_of: Tensor  # which of them each piece has
 
     def rows(self, piece: Tensor, start: Tensor, length: Tensor, owner: Tensor, *more: Tensor) -> Tensor:
         """The rows of tiles, each part of a piece: gradient, start, length, component, layout, and these columns."""
@@ -177,25 +178,25 @@ class _Pieces:
         return torch.stack((gradient, self.offsets[piece] + start, length, owner[piece], layout, *more), 1)
 
     def tiles(self, rows: Tensor, is_single: Tensor) -> list[Tiles]:
-        """These tiles in launches of one dtype each; ``is_single`` as in ``launches``."""
-        launches = self.launches(self.dtype_codes, rows, is_single)
-        return [Tiles(self.dtypes[code], dims, own, several) for code, dims, own, several in launches]
+        """These tiles in one launch, those with gaps apart; ``is_single`` as in ``launches``."""
+        launches = self.launches(torch.zeros_like(rows[:, 0]), rows, is_single)
+        return [Tiles(self.dtypes, dims, own, several) for _, dims, own, several in launches]
 
     def launches(self, codes: Tensor, rows: Tensor, is_single: Tensor) -> Iterator[tuple[int, int, Tensor, int]]:
-        """The rows of tiles whose gradients have the same code, those with gaps apart.
+        """The rows of tiles with the same code, those with gaps apart.
 
         Args:
-            codes: of the gradients.
-            rows: of all tiles.
+            codes: of the tiles.
+            rows: of the tiles.
             is_single: of each component, whether it is one tile; these tiles come last.
 
         Yields:
             Code, dims of layouts, rows, and how many of these are of components of several tiles.
         """
-        own_code, is_last = codes[rows[:, 0]], is_single[rows[:, 3]]
+        is_last = is_single[rows[:, 3]]
         for code in dict.fromkeys(codes.tolist()):
             for dims in sorted({0, self.dims}):
-                own = (own_code == code) & ((rows[:, 4] >= 0) == (dims > 0))
+                own = (codes == code) & ((rows[:, 4] >= 0) == (dims > 0))
                 if own.any():
                     several = rows[own & ~is_last]
                     yield code, dims, torch.cat((several, rows[own & is_last])), len(several)
@@ -204,7 +205,7 @@ class _Pieces:
 def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:
     boxes = bucket.slices if bucket.slices is not None else [(i, ()) for i in range(len(grads))]
     shapes = [(g.shape, g.stride()) for g in grads]  # a tensor's own are made anew each time they are asked for
-    dtypes = list(dict.fromkeys(g.dtype for g in grads))
+    dtypes = tuple(dict.fromkeys(g.dtype for g in grads))
     gradients, offsets, numels, runs = [], [], [], []
     for i, box in boxes:
         sizes, strides = list(shapes[i][0]), shapes[i][1]
@@ -232,7 +233,7 @@ def _pieces(bucket: Bucket, grads: list[Tensor]) -> _Pieces:
         dims,
         _int64(layouts or [0]),
         dtypes,
-        _int64([dtypes.index(g.dtype) for g in grads]),
+        _int64([dtypes.index(g.dtype) for g in grads])[gradient],
     )
 
 

@@ -33,14 +33,13 @@ def adamw_single_kernel(
     EPS: tl.constexpr,
     NONFINITE: tl.constexpr,
     ROWS: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """``norm = (sum |g|^p)^(1/p); coef = min(1, cap / (norm + eps)); m, v, p <- AdamW(coef * g)`` over one tile.
 
-    Program: one component, which is one tile: first ``power_sums_kernel``'s program, [ROWS, SUM_COLUMNS] elements at
-    a time, then ``coefficients_kernel``'s and ``adamw_kernel``'s. Bytes: as ``adamw_kernel``, 28 for each float32
+    Program: one component, which is one tile: first ``power_sums_kernel``'s program, ROWS vectors a thread at a
+    time, then ``coefficients_kernel``'s and ``adamw_kernel``'s. Bytes: as ``adamw_kernel``, 28 for each float32
     element; g is loaded twice, the second time from L1 or L2, since a tile has at most 64 KB of it. Norm and
     coefficient, 8 bytes, are stored, no partial sum. Deterministic: the same bits as those three kernels.
 
@@ -49,7 +48,7 @@ def adamw_single_kernel(
     """
     row = tiles + tl.program_id(0).to(tl.int64) * 6
     component = tl.load(row + 3)
-    total = tile_sum(pointers, row, layouts, GRAD, DIMS, ORDER, ROWS, SUM_COLUMNS)
+    total = tile_sum(pointers, row, layouts, GRAD, DIMS, ORDER, ROWS, LANES)
     # fmt: off
     factor = judge(component, total, caps, cap_stride, inverse, norms, coefs, found_inf, ORDER, EPS, NONFINITE)
     step_tile(pointers, row, layouts, factor, states, count, scalars, skip, GRAD, PARAM, STATE, AMSGRAD, DIMS,

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from .coefficients import judge
-from .power_sums import tile_sum
-from .scale import scale_tile
+from .power_sums import sum_of_any
+from .scale import scale_any
 
 
 @triton.jit(do_not_specialize=["several"])
@@ -22,13 +22,13 @@ def sum_or_clip_kernel(
     norms,
     coefs,
     found_inf,
-    DTYPE: tl.constexpr,
+    DTYPES: tl.constexpr,
     DIMS: tl.constexpr,
     ORDER: tl.constexpr,
     EPS: tl.constexpr,
     NONFINITE: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """``partials[slot]`` = sum |g|^p over one tile; if it is its component's only one, g <- coef * g instead.
 
@@ -42,13 +42,13 @@ def sum_or_clip_kernel(
         several: tiles from this one on are the only ones of their components.
     """
     tile = tl.program_id(0)
-    row = tiles + tile.to(tl.int64) * 6
-    total = tile_sum(pointers, row, layouts, DTYPE, DIMS, ORDER, ROWS, COLUMNS)
+    row = tiles + tile.to(tl.int64) * 7
+    total = sum_of_any(pointers, row, layouts, DTYPES, DIMS, ORDER, ROWS, THREADS)
     if tile < several:
-        tl.store(partials + tl.load(row + 5), total)
+        tl.store(partials + tl.load(row + 6), total)
     else:
         component = tl.load(row + 3)
         # fmt: off
         factor = judge(component, total, caps, cap_stride, inverse, norms, coefs, found_inf, ORDER, EPS, NONFINITE)
-        scale_tile(pointers, row, layouts, factor, DTYPE, DIMS, NONFINITE == "zero", ROWS, COLUMNS)
+        scale_any(pointers, row, layouts, factor, DTYPES, DIMS, NONFINITE == "zero", ROWS, THREADS)
         # fmt: on

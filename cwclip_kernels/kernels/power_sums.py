@@ -29,15 +29,15 @@ def power_sums_kernel(
     tiles,
     layouts,
     partials,
-    DTYPE: tl.constexpr,
+    DTYPES: tl.constexpr,
     DIMS: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """``partials[slot]`` = sum |g|^p over one tile, max |g| for p = inf; NaN and inf come out as themselves.
 
-    Program: one tile, [ROWS, COLUMNS] elements at a time. Bytes: each element once, and 8 written.
+    Program: one tile, ROWS vectors a thread at a time. Bytes: each element once, and 8 written.
     Deterministic: fixed order, one writer for each slot. The order is that of the tile's 16-byte vectors, so
     equal gradients at addresses that differ modulo 16 may differ in the norm's last bits.
 
@@ -47,9 +47,32 @@ def power_sums_kernel(
 
     Last column of ``tiles``: slot among the ``partials``, which are float64. The rest is ``tile``'s.
     """
-    row = tiles + tl.program_id(0).to(tl.int64) * 6
-    total = tile_sum(pointers, row, layouts, DTYPE, DIMS, ORDER, ROWS, COLUMNS)
-    tl.store(partials + tl.load(row + 5), total)
+    row = tiles + tl.program_id(0).to(tl.int64) * 7
+    total = sum_of_any(pointers, row, layouts, DTYPES, DIMS, ORDER, ROWS, THREADS)
+    tl.store(partials + tl.load(row + 6), total)
+
+
+@triton.jit
+def sum_of_any(
+    pointers,
+    row,
+    layouts,
+    DTYPES: tl.constexpr,
+    DIMS: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """The power sum of the tile of one table row, of any of these types."""
+    total = tl.full([], 0.0, tl.float64)
+    if len(DTYPES) == 1:
+        total = tile_sum(pointers, row, layouts, DTYPES[0], DIMS, ORDER, ROWS, THREADS)
+    else:
+        kind = tl.load(row + 5)
+        for i in tl.static_range(len(DTYPES)):
+            if kind == i:
+                total = tile_sum(pointers, row, layouts, DTYPES[i], DIMS, ORDER, ROWS, THREADS)
+    return total
 
 
 @triton.jit
@@ -61,20 +84,20 @@ def tile_sum(
     DIMS: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """The power sum of the tile of one table row."""
     if DIMS == 0:
-        total = dense_sum(pointers, row, DTYPE, ORDER, ROWS, COLUMNS)
+        total = dense_sum(pointers, row, DTYPE, ORDER, ROWS, THREADS)
     else:
+        COLUMNS: tl.constexpr = THREADS * VECTOR_BYTES // (DTYPE.primitive_bitwidth // 8)
         total = gapped_sum(pointers, row, layouts, DTYPE, DIMS, ORDER, COLUMNS)
     return total
 
 
 @triton.jit
-def dense_sum(pointers, row, DTYPE: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def dense_sum(pointers, row, DTYPE: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr):
     """The power sum of one tile without gaps."""
-    THREADS: tl.constexpr = COLUMNS * (DTYPE.primitive_bitwidth // 8) // VECTOR_BYTES
     first, aligned, head, body, length = locate(pointers, row, DTYPE)
     edge, mask = edge_lanes(first, head, body, length)
     edges = widen(tl.load(edge, mask=mask, other=0.0), tl.float64)

@@ -5,12 +5,13 @@ A launch has one program for each row of a static tile table. So one launch serv
 differs between launches is data, not code. All kernels have these arguments in common:
 
     pointers        int64 [n], addresses of the gradients' first elements, which change from step to step
-    tiles           int64 [programs, 5 or 6]: gradient, start, length (in elements), component, layout, and one more
+    tiles           int64 [programs, 6 or 7]: gradient, start, length (in elements), component, layout, and more
     layouts         int64, for tiles with gaps between their elements: see ``gapped_offsets``
-    DTYPE           element type of the gradients of this launch
+    DTYPES          element types of the gradients of this launch; column 5 of ``tiles`` says which of them a tile has
+    DTYPE           the one of a tile, or of all in a launch of ``adamw.py``
     DIMS            dimensions of the layouts, 0 where there are no gaps
     ORDER           order p of the norm: 1.0, 2.0 or inf
-    ROWS, COLUMNS   size of the block that a program works on at a time; a column is 16 bytes for each thread
+    ROWS, THREADS   a program works on blocks of ROWS times 16 bytes for each thread, in [ROWS, COLUMNS] elements
 
 Tiles without gaps may start anywhere: each peels off the few elements before its first and after its last 16-byte
 boundary, and everything between, its body, moves in aligned 16-byte loads and stores.

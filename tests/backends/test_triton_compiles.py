@@ -22,7 +22,7 @@ from cwclip_kernels.backends import triton_step, triton_tables
 # clipping.
 TARGETS = ("cuda:90", "hip:gfx942", "cuda:80", "cuda:100", "hip:gfx90a", "xpu:pvc")
 FULL = TARGETS[:2]
-COMPILED = (torch.float32, torch.bfloat16)
+COMPILED = ((torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16))
 # Registers a thread, so that a multiprocessor takes three blocks of 256, or one of AMD's SIMDs four waves.
 REGISTERS = {"cuda": 80, "hip": 128}
 # Bytes that a multiprocessor of Hopper should have in flight: its 132nd part of 3.4 TB/s, for a latency of 700 ns, is
@@ -65,16 +65,16 @@ def test_compiles_to_wide_loads_without_spills(target, tmp_path):
             assert report["shared"] == 0, report  # bytes, through which threads would exchange elements
         if report["kernel"] == "adamw_single_kernel":
             loads, stores = next(expected_single)
-            assert report["wide_loads"] >= backend._ROWS + loads, report  # for the norm, then for the step
+            assert report["wide_loads"] >= backend.ROWS + loads, report  # for the norm, then for the step
             assert report["wide_stores"] == stores, report
         if report["kernel"] in STREAMING:
             assert report["registers"] <= REGISTERS[kind], report
-            assert report["wide_loads"] >= backend._ROWS, report
+            assert report["wide_loads"] >= backend.ROWS, report
             if target == "cuda:90":
                 blocks = 2**16 // (backend.THREADS * -(-report["registers"] // 8) * 8)
                 assert blocks * backend.THREADS * 16 * report["in_flight"] >= IN_FLIGHT, report
         if report["kernel"] in STREAMING[1:]:
-            assert report["wide_stores"] >= backend._ROWS, report
+            assert report["wide_stores"] >= backend.ROWS, report
             # Head and tail, with masks or without; norm; coefficient; found_inf; partial sum.
             assert report["narrow_stores"] <= 5, report
 
@@ -101,8 +101,8 @@ def compile_all(target):
     nothing = dict.fromkeys(("inverse", "found_inf"))
     rule = {"ORDER": 2.0, "EPS": 1e-6, "NONFINITE": "zero"}
     jobs = []
-    for dtype in COMPILED:
-        block = block_of(dtype)
+    for dtypes in COMPILED:
+        block = block_of(*dtypes)
         jobs.append((kernels.power_sums_kernel, sums, {"ORDER": 2.0, **block}))
         jobs.append((kernels.scale_kernel, scale, {"ZERO_FILL": True, **block}))
         jobs.append((kernels.sum_or_clip_kernel, {**sums, **scaled, "several": "i32"}, {**rule, **block}))
@@ -130,9 +130,9 @@ def compile_all(target):
     return reports
 
 
-def block_of(dtype):
+def block_of(*dtypes):
     """The launch configuration without the compiler's options."""
-    return {k: v for k, v in backend.block(dtype, 0).items() if k.isupper()}
+    return {k: v for k, v in backend.block(dtypes, 0).items() if k.isupper()}
 
 
 def jobs_of_a_step(kernels, clip, plain, rule):
@@ -195,7 +195,7 @@ def loads_in_flight(sass):
         target = re.search(r"0x([0-9a-f]+)", rest)
         if name == "BRA" and target and int(target[1], 16) < at:
             body = [each[1:] for each in code if int(target[1], 16) <= each[0] <= at]
-            if sum(map(is_wide_load, body)) >= backend._ROWS:
+            if sum(map(is_wide_load, body)) >= backend.ROWS:
                 loops.append(most_pending(body))
     return min(loops)
 

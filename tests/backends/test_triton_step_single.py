@@ -161,7 +161,7 @@ def test_each_element_has_one_row():
     single = torch.cat([tiles.single[:, 3] for tiles in tables.tiles])
     assert sorted([*single.tolist(), *tables.sums.components.tolist()]) == list(range(bucket.count))
     measured = torch.cat([tiles.rows for tiles in tables.sums.sum_tiles])
-    assert sorted(measured[:, 5].tolist()) == list(range(tables.sums.count))
+    assert sorted(measured[:, 6].tolist()) == list(range(tables.sums.count))
     assert not set(torch.tensor(owners)[measured[:, 0]].tolist()) & set(single.tolist())
 
 

@@ -28,16 +28,16 @@ def test_tables_of_huge_gradients():
     bucket = bucket_of(grads, [2, 2, 0, 2, 1])
     tables = triton_tables.build_tables(bucket, grads)
     for tiles in (tables.sum_tiles, tables.scale_tiles):
-        for dtype, _, group, several in tiles:
+        for dtypes, _, group, several in tiles:
             assert several == len(group)
             assert group.dtype == torch.int64
             for i in group[:, 0].unique().tolist():
-                assert grads[i].dtype == dtype
+                assert {dtypes[j] for j in group[group[:, 0] == i, 5].tolist()} == {grads[i].dtype}
                 _, start, length, *_ = group[group[:, 0] == i].sort(0).values.T
                 assert start[0] == 0
                 assert torch.equal((start[1:] - start[:-1]).unique(), length.max().view(1)) or len(start) == 1
                 assert length.sum() == grads[i].numel()
-    slots = torch.cat([tiles.rows[:, 5] for tiles in tables.sum_tiles])
+    slots = torch.cat([tiles.rows[:, 6] for tiles in tables.sum_tiles])
     assert torch.equal(slots.sort().values, torch.arange(tables.count))
     assert tables.chunks is not None
     assert (tables.chunks.diff() <= triton_tables.CHUNK).all()
