@@ -49,19 +49,19 @@ def test_tables_of_huge_gradients():
 
 def test_offsets_beyond_32_bits():
     grads = [random_grad((5000,), dtype) for dtype in DTYPES]
-    bucket = one_each(grads)
-    for i, grad in enumerate(grads):
-        call = backend.prepare(bucket, grads, None)
-        far = call.addresses - 2**33 * grad.element_size()
-        tiles = []
-        for group in call.tables.sum_tiles:
-            moved_tiles = group.rows.clone()
-            moved_tiles[:, 1] += 2**33
-            tiles.append(group._replace(rows=moved_tiles))
-        moved = call._replace(addresses=far, tables=replace(call.tables, count=len(grads), sum_tiles=[tiles[i]]))
-        with backend.launching_on(bucket.device):
-            partials = backend.partial_sums(moved, 1.0)
-        assert partials[i].item() == pytest.approx(grad.double().abs().sum().item(), rel=1e-6)
+    bucket, far = one_each(grads), 2**33
+    call = backend.prepare(bucket, grads, None)
+    (group,) = call.tables.sum_tiles
+    rows = group.rows.clone()
+    rows[:, 1] += far
+    sizes = torch.tensor([grad.element_size() for grad in grads], device=DEVICE)
+    moved = call._replace(
+        addresses=call.addresses - far * sizes,
+        tables=replace(call.tables, sum_tiles=[group._replace(rows=rows)]),
+    )
+    with backend.launching_on(bucket.device):
+        partials = backend.partial_sums(moved, 1.0)
+    assert partials.tolist() == pytest.approx([grad.double().abs().sum().item() for grad in grads], rel=1e-6)
 
 
 def test_gradients_move_between_calls():
