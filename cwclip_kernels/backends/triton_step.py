@@ -1,7 +1,7 @@
 """AdamW's step by Triton kernels, where ``triton`` serves the gradients.
 
-    clip_adamw_   advance_kernel, adamw_single_kernel for components of one tile; for the others power_sums_kernel for
-                  each dtype, coefficients_kernel, adamw_kernel
+    clip_adamw_   advance_kernel, adamw_single_kernel for components of one tile; for the others power_sums_kernel,
+                  coefficients_kernel, adamw_kernel
     adamw_        advance_kernel, then adamw_kernel for all
 
 each adamw kernel for each combination of dtypes. Bytes of each float32 parameter: 28, for all elements, clipped or
