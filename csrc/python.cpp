@@ -4,7 +4,7 @@
 // Python's limited API and torch's stable ABI (torch/csrc/stable), so that one wheel serves every Python >= 3.10 and
 // torch >= 2.10.
 #include "common/python.h"
-#include "common/tensor_list.h"
+#include "common/torch_objects.h"
 
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

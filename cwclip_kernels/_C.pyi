@@ -1,9 +1,10 @@
 """The compiled extension, built from csrc/. Its index is csrc/python.cpp.
 
-Functions take addresses instead of tensors: an int is the address of a tensor's first element, or of a CUDA stream,
-and 0 stands for None. ``addresses`` are int64 numbers as bytes, one for each gradient of the program. Errors come
-before the first gradient is written: TypeError and ValueError for arguments, RuntimeError for what doesn't fit
-together and for CUDA's errors. A build without CUDA kernels has no functions named cuda_*.
+Most functions take addresses instead of tensors: an int is the address of a tensor's first element, or of a CUDA
+stream, and 0 stands for None. Those that read gradients themselves, ``*_at_once``, take tensors. ``addresses`` are int64
+numbers as bytes, one for each gradient of the program. Errors come before the first gradient is written: TypeError and
+ValueError for arguments, RuntimeError for what doesn't fit together and for CUDA's errors. A build without CUDA kernels
+has no functions named cuda_*.
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,12 @@ def addresses_of(
         None if the tensors have another signature or share memory.
     """
 
+def gradients_of(parameters: tuple[Tensor, ...], /) -> list[Tensor | None]:
+    """``[p.grad for p in parameters]``, some 10 ns each; raises what reading one raises.
+
+    Of a Tensor or Parameter it is read past modes of ``__torch_function__``.
+    """
+
 def cpu_program(signature: bytes, components: bytes, cuts: bytes | None, count: int, wide: bool, /) -> CpuProgram:
     """Cuts the gradients of one bucket into tiles.
 
@@ -96,6 +103,38 @@ def cpu_clip(
         found_inf: float32 [], set to 1 if any element is inf or NaN; or 0.
         norms: written.
         coefs: written.
+    """
+
+def cpu_clip_at_once(
+    program: CpuProgram,
+    parameters: tuple[Tensor, ...],
+    signature: bytes,
+    last: bytes | None,
+    rule: Rule,
+    caps: Tensor,
+    inverse: Tensor | None,
+    found_inf: Tensor | None,
+    norms: Tensor,
+    coefs: Tensor,
+    /,
+) -> bytes | None:
+    """Looks at parameters' gradients as ``addresses_of`` with ``writes``, bumps their versions, and clips them.
+
+    Args:
+        program: of the bucket.
+        parameters: those of the call.
+        signature: of their gradients, from ``signature_of``.
+        last: what the last call returned; returned again if nothing moved.
+        rule: this and all below as for ``cpu_clip``, as tensors.
+        caps: float64, [] or [K].
+        inverse: float64 [].
+        found_inf: float32 [].
+        norms: [K], contiguous.
+        coefs: [K], contiguous.
+
+    Returns:
+        The gradients' addresses. None, and nothing done, if they have another signature, share memory or require
+        grad, or if a tensor has no address, as a fake one.
     """
 
 def cpu_step_program(program: CpuProgram, grads: bytes, written: bytes, rule_of: bytes, /) -> CpuStepProgram:
@@ -189,6 +228,26 @@ def cuda_clip(
 ) -> None:
     """Launches what ``cpu_clip`` does."""
 
+def cuda_clip_at_once(
+    program: CudaProgram,
+    workspaces: dict[int, Tensor],
+    parameters: tuple[Tensor, ...],
+    signature: bytes,
+    last: bytes | None,
+    rule: Rule,
+    caps: Tensor,
+    inverse: Tensor | None,
+    found_inf: Tensor | None,
+    norms: Tensor,
+    coefs: Tensor,
+    /,
+) -> bytes | None:
+    """Launches what ``cpu_clip_at_once`` does on torch's current stream.
+
+    ``workspaces`` are those of streams, by ``cuda_stream``'s number. None also if the current stream has none there,
+    or is being captured.
+    """
+
 def cuda_step_table(program: CudaProgram, stepped: bytes, /) -> bytes:
     """What ``cuda_adamw`` and ``cuda_clip_adamw`` need on the device, for tensors that lie where they are.
 
@@ -246,8 +305,12 @@ def cuda_clip_adamw(
 ) -> None:
     """Launches norms and coefficients as ``cuda_clip``, and the step by them; arguments as there and above."""
 
-def cuda_stream(device: int, /) -> tuple[int, bool]:
-    """Torch's current stream on a device, and whether it is being captured."""
+def cuda_stream(device: int, /) -> tuple[int, int, bool]:
+    """Torch's current stream on a device: its handle, its number, and whether it is being captured.
+
+    No other stream of the process ever has this number, but for drivers older than CUDA 12, which don't count them:
+    then it is the handle, which a later stream may have. 0 while the stream is captured.
+    """
 
 def cuda_obstacle(device: int, /) -> str | None:
     """Why the kernels can't run on a device, or None."""

@@ -21,6 +21,7 @@ PyMethodDef methods[] = {
     method("rule", &py_rule),
     method("signature_of", &py_signature_of),
     method("addresses_of", &py_addresses_of),
+    method("gradients_of", &py_gradients_of),
     {nullptr, nullptr, 0, nullptr},
 };
 

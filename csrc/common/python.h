@@ -91,6 +91,33 @@ class Arguments {
     });
   }
 
+  PyObject* tuple() {
+    return read([&](PyObject* value) {
+      if (!PyTuple_Check(value)) raise(PyExc_TypeError, "expected a tuple of tensors");
+      return value;
+    });
+  }
+
+  PyObject* dict() {
+    return read([&](PyObject* value) {
+      if (!PyDict_Check(value)) raise(PyExc_TypeError, "expected a dict");
+      return value;
+    });
+  }
+
+  // Any object; the caller looks at it.
+  PyObject* object() {
+    return read([](PyObject* value) { return value; });
+  }
+
+  // Bytes as an object, or None.
+  PyObject* bytes_or_none() {
+    return read([&](PyObject* value) {
+      if (value != Py_None && !PyBytes_Check(value)) raise(PyExc_TypeError, "expected bytes, or None");
+      return value;
+    });
+  }
+
   // Addresses of as many gradients as a program has.
   char* const* addresses(size_t gradients) {
     const Bytes read = bytes();

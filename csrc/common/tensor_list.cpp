@@ -1,117 +1,15 @@
 #include "tensor_list.h"
 
-#include "dlpack.h"
-#include "pieces.h"
-
-#include <cstring>
-#include <stdexcept>
 #include <string>
 
 namespace cwclip {
 namespace {
 
-PyObject *tensor_type = nullptr, *parameter_type = nullptr;
-const dlpack::ExchangeApi* api = nullptr;
-
-// A signature has, for each entry of a list, one Head and then its sizes and its strides.
-struct Head {
-  int32_t kind, bits, device_type, device, dims, is_parameter;
-};
-static_assert(sizeof(Head) % sizeof(int64_t) == 0, "sizes and strides stay aligned");
-
-// Kinds of entries without a gradient: None, and Ellipsis, where anything may be.
-constexpr int32_t kAbsent = -1, kIgnored = -2;
-
-Head head_of(const dlpack::Tensor& tensor, bool is_parameter) {
-  return {tensor.element.kind, tensor.element.bits, tensor.device.type, tensor.device.index, tensor.dims, is_parameter};
-}
-
-DType dtype_of(const Head& head, size_t index) {
-  if (head.kind == dlpack::kFloat && head.bits == 32) return DType::f32;
-  if (head.kind == dlpack::kFloat && head.bits == 16) return DType::f16;
-  if (head.kind == dlpack::kFloat && head.bits == 64) return DType::f64;
-  if (head.kind == dlpack::kBfloat && head.bits == 16) return DType::bf16;
-  throw std::runtime_error("grads[" + std::to_string(index) +
-                           "]: expected float32, bfloat16, float16 or float64 elements");
-}
-
-void* address_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
-// Reads a signature one entry after another.
-class SignatureReader {
- public:
-  explicit SignatureReader(Bytes bytes) : at_(bytes.data), end_(bytes.data + bytes.size) {}
-
-  bool at_end() const { return at_ == end_; }
-
-  // The next entry; throws if it is cut short.
-  Head next(const int64_t** sizes, const int64_t** strides) {
-    Head head;
-    if (end_ - at_ < static_cast<ptrdiff_t>(sizeof head)) throw std::runtime_error("signature: too short");
-    std::memcpy(&head, at_, sizeof head);
-    const ptrdiff_t bytes = head.dims * static_cast<ptrdiff_t>(sizeof(int64_t));
-    if (head.dims < 0 || end_ - at_ - static_cast<ptrdiff_t>(sizeof head) < 2 * bytes) {
-      throw std::runtime_error("signature: too short");
-    }
-    *sizes = reinterpret_cast<const int64_t*>(at_ + sizeof head);
-    *strides = *sizes + head.dims;
-    at_ += sizeof head + 2 * bytes;
-    return head;
-  }
-
-  // The kind of the next entry. Of one cut short a gradient's: next() and matches() then notice that it is too short.
-  int32_t kind() const {
-    Head head = {dlpack::kFloat, 0, 0, 0, 0, 0};
-    if (end_ - at_ >= static_cast<ptrdiff_t>(sizeof head)) std::memcpy(&head, at_, sizeof head);
-    return head.kind;
-  }
-
-  // Moves past an entry without a gradient.
-  void skip() { at_ += sizeof(Head); }
-
-  // Whether the next gradient is like this one; moves past it if so.
-  bool matches(const dlpack::Tensor& tensor, bool is_parameter) {
-    const Head head = head_of(tensor, is_parameter);
-    const size_t bytes = tensor.dims * sizeof(int64_t);
-    if (static_cast<size_t>(end_ - at_) < sizeof head + 2 * bytes || std::memcmp(at_, &head, sizeof head) != 0) {
-      return false;
-    }
-    const char* const sizes = at_ + sizeof head;
-    if (bytes != 0 && (std::memcmp(sizes, tensor.sizes, bytes) != 0 ||
-                       std::memcmp(sizes + bytes, tensor.strides, bytes) != 0)) {
-      return false;
-    }
-    at_ = sizes + 2 * bytes;
-    return true;
-  }
-
- private:
-  const char *at_, *end_;
-};
-
-// False for anything but a Tensor or a Parameter, and for what torch can't describe.
-bool describe(PyObject* entry, dlpack::Tensor* tensor, bool* is_parameter) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(entry));
-  *is_parameter = type == parameter_type;
-  if ((type == tensor_type || *is_parameter) && api->from_python(entry, tensor) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-// Asks for the memory of entries further on: a list's tensors lie anywhere, and after a backward pass none is in cache.
-// Hints alone: where a tensor's object keeps the address of the tensor is torch's own affair, and if it isn't one of
-// the two words after the object's head, nothing is gained and nothing goes wrong.
+// Asks for the memory of entries further on.
 void fetch_ahead(PyObject* list, Py_ssize_t i, Py_ssize_t length) {
   constexpr Py_ssize_t kObject = 16, kTensor = 8;
   if (i + kObject < length) __builtin_prefetch(PyList_GetItem(list, i + kObject));
-  if (i + kTensor >= length) return;
-  PyObject* const entry = PyList_GetItem(list, i + kTensor);
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(entry));
-  if (type != tensor_type && type != parameter_type) return;
-  const char* const* const words = reinterpret_cast<const char* const*>(entry) + sizeof(PyObject) / sizeof(void*);
-  for (int word = 0; word < 2; ++word) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(words[word] + 64 * line);
-  }
+  if (i + kTensor < length) fetch_tensor(PyList_GetItem(list, i + kTensor));
 }
 
 template <class T>
@@ -119,47 +17,32 @@ void append(std::string& bytes, const T* values, size_t count) {
   if (count != 0) bytes.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-struct Gradients {
-  std::vector<Piece> pieces;  // without data and components
-  std::vector<Shape> shapes;  // in the signature's own memory, which has to be aligned as Python's bytes are
-};
+// Whether a Python object holds these addresses already.
+bool holds(PyObject* last, const std::vector<void*>& addresses) {
+  char* data = nullptr;
+  Py_ssize_t size = 0;
+  if (last == Py_None || PyBytes_AsStringAndSize(last, &data, &size) != 0) return false;
+  const size_t bytes = addresses.size() * sizeof(void*);
+  return static_cast<size_t>(size) == bytes && (bytes == 0 || std::memcmp(data, addresses.data(), bytes) == 0);
+}
 
-// The gradients that a signature describes.
-Gradients gradients_of(Bytes signature) {
-  SignatureReader reader(signature);
-  Gradients gradients;
-  for (size_t i = 0; !reader.at_end(); ++i) {
-    const int64_t *sizes, *strides;
-    const Head head = reader.next(&sizes, &strides);
-    if (head.kind < 0) continue;
-    int64_t numel = 1;
-    for (int32_t d = 0; d < head.dims; ++d) numel *= sizes[d];
-    gradients.pieces.push_back({nullptr, numel, dtype_of(head, i), 0, strides_of(sizes, strides, head.dims, i)});
-    gradients.shapes.push_back({sizes, strides, head.dims});
+PyObject* bytes_of(const std::vector<void*>& addresses) {
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses.data()),
+                                   static_cast<Py_ssize_t>(addresses.size() * sizeof(void*)));
+}
+
+// Whether gradients with this signature share memory, or can't be cut into pieces, which says whether they do.
+bool may_share_memory(Bytes signature, const std::vector<void*>& addresses) {
+  try {
+    std::vector<Piece> pieces = gradients_of(signature).pieces;
+    for (size_t i = 0; i < pieces.size(); ++i) pieces[i].data = addresses[i];
+    return share_memory(pieces);
+  } catch (const std::exception&) {
+    return true;
   }
-  return gradients;
 }
 
 }  // namespace
-
-bool find_torch() {
-  PyObject* const torch = PyImport_ImportModule("torch");
-  if (torch == nullptr) return false;
-  tensor_type = PyObject_GetAttrString(torch, "Tensor");
-  PyObject* const nn = PyObject_GetAttrString(torch, "nn");
-  Py_DECREF(torch);
-  if (nn != nullptr) parameter_type = PyObject_GetAttrString(nn, "Parameter");
-  Py_XDECREF(nn);
-  if (tensor_type == nullptr || parameter_type == nullptr) return false;
-  PyObject* const capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
-  if (capsule == nullptr) return false;
-  api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
-  Py_DECREF(capsule);  // torch's own class keeps it
-  while (api != nullptr && api->major > dlpack::kMajorVersion) api = api->older;
-  if (api != nullptr && api->from_python != nullptr && api->current_stream != nullptr) return true;
-  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ImportError, "this torch's DLPack is not one that cwclip_kernels knows");
-  return false;
-}
 
 PyObject* py_signature_of(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 1, "signature_of(tensors)");
@@ -187,7 +70,7 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* values, Py_ssize_t count) 
   Arguments arguments(values, count, 4, "addresses_of(grads, signature, last, writes)");
   PyObject* const grads = arguments.list();
   const Bytes signature = arguments.bytes();
-  const Bytes last = arguments.bytes(true);
+  PyObject* const last = arguments.bytes_or_none();
   const bool writes = arguments.flag();
   if (arguments.failed()) return nullptr;
   SignatureReader reader(signature);
@@ -209,55 +92,94 @@ PyObject* py_addresses_of(PyObject*, PyObject* const* values, Py_ssize_t count) 
     addresses.push_back(address_of(tensor));
   }
   if (!reader.at_end()) Py_RETURN_NONE;
-  const Py_ssize_t bytes = static_cast<Py_ssize_t>(addresses.size() * sizeof(void*));
-  if (last.data != nullptr && last.size == bytes && (bytes == 0 || std::memcmp(last.data, addresses.data(), bytes) == 0)) {
-    Py_INCREF(values[2]);
-    return values[2];
+  if (holds(last, addresses)) {
+    Py_INCREF(last);
+    return last;
   }
-  if (writes) {
-    try {
-      std::vector<Piece> pieces = gradients_of(signature).pieces;
-      for (size_t i = 0; i < pieces.size(); ++i) pieces[i].data = addresses[i];
-      if (share_memory(pieces)) Py_RETURN_NONE;
-    } catch (const std::exception&) {
-      Py_RETURN_NONE;
+  if (writes && may_share_memory(signature, addresses)) Py_RETURN_NONE;
+  return bytes_of(addresses);
+}
+
+PyObject* py_gradients_of(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 1, "gradients_of(parameters)");
+  PyObject* const parameters = arguments.tuple();
+  if (arguments.failed()) return nullptr;
+  const Py_ssize_t length = PyTuple_Size(parameters);
+  PyObject* const gradients = PyList_New(length);
+  for (Py_ssize_t i = 0; gradients != nullptr && i < length; ++i) {
+    PyObject* const gradient = gradient_of(PyTuple_GetItem(parameters, i));
+    if (gradient == nullptr) {
+      Py_DECREF(gradients);
+      return nullptr;
     }
+    PyList_SetItem(gradients, i, gradient);
   }
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(addresses.data()), bytes);
+  return gradients;
 }
 
-BucketPieces read_bucket(Arguments& arguments) {
-  const Bytes signature = arguments.bytes(), components = arguments.bytes(), cuts = arguments.bytes(true);
-  const int64_t count = arguments.number();
-  const bool wide = arguments.flag();
-  if (arguments.failed()) return {};
-  if (count < 0 || count > INT32_MAX) throw std::runtime_error("count: expected a number from 0 to 2^31 - 1");
-  Gradients gradients = gradients_of(signature);
-  const size_t addresses = gradients.pieces.size();
-  constexpr Py_ssize_t kNumber = sizeof(int64_t);
-  const Cuts numbers = {components.as<int64_t>(), components.size / kNumber, cuts.as<int64_t>(), cuts.size / kNumber};
-  return {cut(std::move(gradients.pieces), gradients.shapes, numbers, count), addresses, count, wide};
+bool GradientLook::finds_planned() {
+  bool found = read() && any_requires_grad(held_) == 0;
+  if (found) {
+    stayed_ = holds(last_, addresses_);
+    found = stayed_ || !may_share_memory(signature_, addresses_);
+  }
+  PyErr_Clear();  // of an attribute that can't be read: Python meets it again, and raises
+  return found;
 }
 
-std::vector<Entry> entries_of(Bytes signature) {
-  SignatureReader reader(signature);
-  std::vector<Entry> entries;
-  while (!reader.at_end()) {
-    Entry entry = {};
-    const Head head = reader.next(&entry.shape.sizes, &entry.shape.strides);
-    entry.present = head.kind >= 0;
-    if (entry.present) {
-      entry.on_cpu = head.device_type == dlpack::kCpu;
-      entry.dtype = dtype_of(head, entries.size());
-      entry.shape.dims = head.dims;
+bool GradientLook::read() {
+  SignatureReader reader(signature_);
+  const Py_ssize_t length = PyTuple_Size(parameters_);
+  held_.reserve(length);
+  addresses_.reserve(length);
+  for (Py_ssize_t i = 0; i < length; ++i) {
+    constexpr Py_ssize_t kAhead = 8;
+    if (i + kAhead < length) fetch_tensor(PyTuple_GetItem(parameters_, i + kAhead));
+    if (reader.at_end()) return false;
+    const int32_t kind = reader.kind();
+    if (kind == kIgnored) {
+      reader.skip();
+      continue;
     }
-    entries.push_back(entry);
+    PyObject* const gradient = gradient_of(PyTuple_GetItem(parameters_, i));
+    if (gradient == nullptr) return false;
+    if (kind == kAbsent) {
+      Py_DECREF(gradient);
+      if (gradient != Py_None) return false;
+      reader.skip();
+      continue;
+    }
+    held_.push_back(gradient);
+    dlpack::Tensor tensor;
+    bool is_parameter;
+    if (!describe(gradient, &tensor, &is_parameter) || !reader.matches(tensor, is_parameter)) return false;
+    addresses_.push_back(address_of(tensor));
   }
-  return entries;
+  return reader.at_end();
 }
 
-bool find_cuda_stream(int32_t device, void** stream) {
-  return api->current_stream(dlpack::kCuda, device, stream) == 0;
+PyObject* GradientLook::kept() const {
+  if (!stayed_) return bytes_of(addresses_);
+  Py_INCREF(last_);
+  return last_;
+}
+
+ClipTensors::ClipTensors(Arguments& arguments) : described(true), caps_stride(0) {
+  dlpack::Tensor tensor = {};
+  const auto next = [&](bool or_none = false) -> void* {
+    PyObject* const object = arguments.object();
+    bool is_parameter;
+    if (object == nullptr || (or_none && object == Py_None)) return nullptr;
+    if (describe(object, &tensor, &is_parameter)) return address_of(tensor);
+    described = false;
+    return nullptr;
+  };
+  caps = static_cast<const double*>(next());
+  if (caps != nullptr && tensor.dims > 0) caps_stride = tensor.strides[0];
+  inverse = static_cast<const double*>(next(true));
+  found_inf = next(true);
+  norms = next();
+  coefs = next();
 }
 
 }  // namespace cwclip

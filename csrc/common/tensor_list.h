@@ -1,43 +1,58 @@
-// Lists of gradients, as Python passes them, without torch's dispatcher: some 20 ns a tensor instead of 200.
-//
-// Through DLPack's C exchange API (DLPack 1.3, torch >= 2.10), which reads address, dtype, device, shape and strides from
-// a torch.Tensor and takes no reference.
+// Lists of tensors and their gradients, as Python passes them, compared with the signature that a plan was made for.
 #pragma once
 
-#include "pieces.h"
-#include "python.h"
+#include "signature.h"
+#include "torch_objects.h"
 
 namespace cwclip {
 
-// Looks torch up. False with a Python error set if it isn't there.
-bool find_torch();
-
 PyObject* py_signature_of(PyObject* module, PyObject* const* values, Py_ssize_t count);
 PyObject* py_addresses_of(PyObject* module, PyObject* const* values, Py_ssize_t count);
+PyObject* py_gradients_of(PyObject* module, PyObject* const* values, Py_ssize_t count);
 
-// What a program is made for: one bucket of gradients.
-struct BucketPieces {
-  std::vector<Piece> pieces;  // without data
-  size_t gradients;           // whose addresses a call brings
-  int64_t components;
-  bool wide;  // norms and coefficients are float64
+// One call's look at its parameters' gradients, which it keeps alive.
+class GradientLook {
+ public:
+  // Reads the arguments parameters, signature and last, which the caller has to outlive.
+  explicit GradientLook(Arguments& arguments)
+      : parameters_(arguments.tuple()), signature_(arguments.bytes()), last_(arguments.bytes_or_none()) {}
+  GradientLook(const GradientLook&) = delete;
+  ~GradientLook() {
+    for (PyObject* const gradient : held_) Py_DECREF(gradient);
+  }
+
+  // Whether the gradients are those of the signature, require no grad and share no memory, so that they may be written to.
+  // Otherwise false; never with a Python error set.
+  bool finds_planned();
+
+  char* const* addresses() const { return reinterpret_cast<char* const*>(addresses_.data()); }
+  size_t count() const { return addresses_.size(); }
+
+  // Tells autograd about the write to come; false with a Python error set if it refuses.
+  bool bump_versions() const { return cwclip::bump_versions(held_); }
+
+  // The addresses as Python keeps them: `last` itself if nothing has moved.
+  PyObject* kept() const;
+
+ private:
+  bool read();
+
+  PyObject* parameters_;
+  Bytes signature_;
+  PyObject* last_;  // None, or bytes
+  std::vector<PyObject*> held_;
+  std::vector<void*> addresses_;
+  bool stayed_ = false;  // all where `last` has them
 };
 
-// Reads the arguments of cpu_program and cuda_program. Throws std::runtime_error if they don't fit together.
-BucketPieces read_bucket(Arguments& arguments);
-
-// One entry of a list of tensors, as its signature has it.
-struct Entry {
-  bool present;  // false for None and Ellipsis
-  bool on_cpu;
-  DType dtype;
-  Shape shape;  // in the signature's own memory
+// What clipping at once takes: caps, inverse, found_inf, norms and coefs, as tensors; None for no inverse and no found_inf.
+struct ClipTensors {
+  explicit ClipTensors(Arguments& arguments);
+  bool described;  // false where one is no plain tensor: a fake one has no address
+  const double* caps;
+  int64_t caps_stride;
+  const double* inverse;
+  void *found_inf, *norms, *coefs;
 };
-
-// Throws std::runtime_error for a dtype that kernels don't serve.
-std::vector<Entry> entries_of(Bytes signature);
-
-// The stream that torch uses on a CUDA device now. False with a Python error set if that can't be told.
-bool find_cuda_stream(int32_t device, void** stream);
 
 }  // namespace cwclip

@@ -1,7 +1,7 @@
 // What the CPU's functions of the Python module share: a bucket's program, threads, and letting go of the GIL.
 #pragma once
 
-#include "../common/tensor_list.h"
+#include "../common/signature.h"
 #include "queue.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -27,12 +27,18 @@ struct Program {
 struct Call {
   explicit Call(Arguments& arguments) : program(arguments.capsule<Program>()) {
     char* const* const addresses = arguments.addresses(program == nullptr ? 0 : program->gradients);
-    if (arguments.failed()) return;
+    if (!arguments.failed()) place(addresses);
+  }
+  Call(const Program* program, char* const* addresses) : program(program) { place(addresses); }
+
+  const Program* program;
+  std::vector<Piece> pieces;
+
+ private:
+  void place(char* const* addresses) {
     pieces = program->pieces;
     for (Piece& piece : pieces) piece.data = addresses[piece.gradient] + piece.offset * size_of(piece.dtype);
   }
-  const Program* program;
-  std::vector<Piece> pieces;
 };
 
 // Runs work(i) once on each of torch's threads, i counting them, in one parallel region; on fewer where there is little

@@ -1,5 +1,6 @@
 // The CPU's functions of the Python module.
 #include "../common/formula.h"
+#include "../common/tensor_list.h"
 #include "call.h"
 #include "strided.h"
 
@@ -54,28 +55,64 @@ PyObject* py_scale(PyObject*, PyObject* const* values, Py_ssize_t count) {
   });
 }
 
+// What clipping reads and writes beside the gradients.
+struct ClipMemory {
+  const double* caps;
+  int64_t caps_stride;
+  const double* inverse;
+  float* found_inf;
+  void *norms, *coefs;
+};
+
+// Without the GIL; None, or null with a Python error set.
+PyObject* clip(const Call& call, const ClipRule& rule, const ClipMemory& memory) {
+  return without_gil([&] {
+    const Program& program = *call.program;
+    const int threads = std::max(1, static_cast<int>(torch::stable::get_num_threads()));
+    const CallRule whole{memory.caps, memory.caps_stride, memory.inverse, rule.eps, rule.nonfinite, program.wide};
+    const Outcome outcome{rule.order, whole, inverse_of_scale(whole), memory.norms, memory.coefs};
+    ClipQueue queue(call.pieces, program.tiles, outcome, threads);
+    on_all_threads(program.tiles.bytes, [&](int thread) { queue.work(thread); });
+    if (memory.found_inf != nullptr && queue.found_nonfinite()) *memory.found_inf = 1;
+  });
+}
+
 PyObject* py_clip(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 9,
                       "cpu_clip(program, addresses, rule, caps, caps_stride, inverse, found_inf, norms, coefs)");
   const Call call(arguments);
   const auto* const rule = arguments.capsule<ClipRule>();
-  const auto* const caps = arguments.pointer<const double>();
-  const int64_t caps_stride = arguments.number();
-  const auto* const inverse = arguments.pointer<const double>();
-  auto* const found_inf = arguments.pointer<float>();
-  void* const norms = arguments.pointer<void>();
-  void* const coefs = arguments.pointer<void>();
+  ClipMemory memory;
+  memory.caps = arguments.pointer<const double>();
+  memory.caps_stride = arguments.number();
+  memory.inverse = arguments.pointer<const double>();
+  memory.found_inf = arguments.pointer<float>();
+  memory.norms = arguments.pointer<void>();
+  memory.coefs = arguments.pointer<void>();
   if (arguments.failed()) return nullptr;
-  if (caps == nullptr || norms == nullptr || coefs == nullptr) return raise(PyExc_ValueError, "caps, norms, coefs: null");
-  return without_gil([&] {
-    const Program& program = *call.program;
-    const int threads = std::max(1, static_cast<int>(torch::stable::get_num_threads()));
-    const CallRule whole{caps, caps_stride, inverse, rule->eps, rule->nonfinite, program.wide};
-    const Outcome outcome{rule->order, whole, inverse_of_scale(whole), norms, coefs};
-    ClipQueue queue(call.pieces, program.tiles, outcome, threads);
-    on_all_threads(program.tiles.bytes, [&](int thread) { queue.work(thread); });
-    if (found_inf != nullptr && queue.found_nonfinite()) *found_inf = 1;
-  });
+  if (memory.caps == nullptr || memory.norms == nullptr || memory.coefs == nullptr) {
+    return raise(PyExc_ValueError, "caps, norms, coefs: null");
+  }
+  return clip(call, *rule, memory);
+}
+
+PyObject* py_clip_at_once(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 10,
+                      "cpu_clip_at_once(program, parameters, signature, last, rule, caps, inverse, found_inf, norms, "
+                      "coefs)");
+  const auto* const program = arguments.capsule<Program>();
+  GradientLook look(arguments);
+  const auto* const rule = arguments.capsule<ClipRule>();
+  const ClipTensors tensors(arguments);
+  if (arguments.failed()) return nullptr;
+  if (!tensors.described || !look.finds_planned() || look.count() != program->gradients) Py_RETURN_NONE;
+  if (!look.bump_versions()) return nullptr;
+  PyObject* const done = clip(Call(program, look.addresses()), *rule,
+                              {tensors.caps, tensors.caps_stride, tensors.inverse,
+                               static_cast<float*>(tensors.found_inf), tensors.norms, tensors.coefs});
+  if (done == nullptr) return nullptr;
+  Py_DECREF(done);
+  return look.kept();
 }
 
 }  // namespace
@@ -85,6 +122,7 @@ PyMethodDef methods[] = {
     method("cpu_power_sums", &py_power_sums),
     method("cpu_scale", &py_scale),
     method("cpu_clip", &py_clip),
+    method("cpu_clip_at_once", &py_clip_at_once),
     method("cpu_step_program", &py_step_program),
     method("cpu_clip_adamw", &py_clip_adamw),
     method("cpu_adamw", &py_adamw),

@@ -1,5 +1,6 @@
 // The GPU's functions of the Python module. Memory on the device comes as addresses.
 #include "../common/tensor_list.h"
+#include "current_stream.h"
 #include "launch.h"
 
 namespace cwclip::cuda {
@@ -37,6 +38,8 @@ PyObject* py_place(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+constexpr const char* kNotPlaced = "program: its tables are on no device yet; call cuda_place";
+
 // What every call begins with: program, addresses, stream, workspace.
 Request request_of(Arguments& arguments, Kind kind) {
   Request request = {};
@@ -46,9 +49,16 @@ Request request_of(Arguments& arguments, Kind kind) {
   request.stream = arguments.pointer<void>();
   request.workspace = arguments.pointer<char>();
   if (!arguments.failed() && request.program->tables == nullptr) {
-    arguments.fail(PyExc_ValueError, "program: its tables are on no device yet; call cuda_place");
+    arguments.fail(PyExc_ValueError, kNotPlaced);
   }
   return request;
+}
+
+// Torch's current stream; false with a Python error set if that can't be told.
+bool find_stream(int device, StreamState* stream) {
+  if (!find_current_stream(device, &stream->handle)) return false;
+  const char* const failure = find_state(device, stream);
+  return failure == nullptr || raise_failure("looking at a stream", failure) != nullptr;
 }
 
 PyObject* enqueued(const Arguments& arguments, const Request& request) {
@@ -102,6 +112,51 @@ PyObject* py_clip(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return enqueued(arguments, request);
 }
 
+// The workspace that Python keeps for a stream, under its number; null if there is none, with no Python error set.
+char* workspace_for(PyObject* workspaces, unsigned long long number) {
+  PyObject* const key = PyLong_FromUnsignedLongLong(number);
+  PyObject* const found = key == nullptr ? nullptr : PyDict_GetItemWithError(workspaces, key);
+  Py_XDECREF(key);
+  PyErr_Clear();
+  dlpack::Tensor workspace;
+  bool is_parameter;
+  const bool described = found != nullptr && describe(found, &workspace, &is_parameter);
+  return described ? static_cast<char*>(address_of(workspace)) : nullptr;
+}
+
+PyObject* py_clip_at_once(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 11,
+                      "cuda_clip_at_once(program, workspaces, parameters, signature, last, rule, caps, inverse, "
+                      "found_inf, norms, coefs)");
+  Request request = {};
+  request.kind = Kind::clip;
+  request.program = arguments.capsule<Program>();
+  PyObject* const workspaces = arguments.dict();
+  GradientLook look(arguments);
+  const auto* const rule = arguments.capsule<ClipRule>();
+  const ClipTensors tensors(arguments);
+  if (arguments.failed()) return nullptr;
+  const Program& program = *request.program;
+  StreamState stream = {};
+  if (program.tables == nullptr) return raise(PyExc_ValueError, kNotPlaced);
+  if (!find_stream(program.device, &stream)) return nullptr;
+  request.workspace = stream.capturing ? nullptr : workspace_for(workspaces, stream.number);
+  if (request.workspace == nullptr || !tensors.described || !look.finds_planned() ||
+      look.count() != static_cast<size_t>(program.gradients)) {
+    Py_RETURN_NONE;
+  }
+  if (!look.bump_versions()) return nullptr;
+  request.stream = stream.handle;
+  request.addresses = look.addresses();
+  request.order = rule->order;
+  request.rule = {tensors.caps, tensors.caps_stride, tensors.inverse, rule->eps, rule->nonfinite, program.wide};
+  request.results.found_inf = static_cast<uint32_t*>(tensors.found_inf);
+  request.results.norms = tensors.norms;
+  request.results.coefs = tensors.coefs;
+  if (const char* const failure = enqueue(request)) return raise_failure("launching a kernel", failure);
+  return look.kept();
+}
+
 PyObject* py_step_table(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 2, "cuda_step_table(program, stepped)");
   const auto* const program = arguments.capsule<Program>();
@@ -150,14 +205,10 @@ PyObject* py_clip_adamw(PyObject*, PyObject* const* values, Py_ssize_t count) {
 PyObject* py_stream(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 1, "cuda_stream(device)");
   const int device = static_cast<int>(arguments.number());
-  void* stream = nullptr;
-  if (arguments.failed() || !find_cuda_stream(device, &stream)) return nullptr;
-  bool capturing = false;
-  if (const char* const failure = find_capturing(device, stream, &capturing)) {
-    return raise_failure("looking at a stream", failure);
-  }
-  return Py_BuildValue("(KO)", static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(stream)),
-                       capturing ? Py_True : Py_False);
+  StreamState stream = {};
+  if (arguments.failed() || !find_stream(device, &stream)) return nullptr;
+  return Py_BuildValue("(KKO)", static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(stream.handle)),
+                       stream.number, stream.capturing ? Py_True : Py_False);
 }
 
 PyObject* py_obstacle(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -177,6 +228,7 @@ PyMethodDef methods[] = {
     method("cuda_power_sums", &py_power_sums),
     method("cuda_scale", &py_scale),
     method("cuda_clip", &py_clip),
+    method("cuda_clip_at_once", &py_clip_at_once),
     method("cuda_step_table", &py_step_table),
     method("cuda_adamw", &py_adamw),
     method("cuda_clip_adamw", &py_clip_adamw),

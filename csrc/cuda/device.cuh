@@ -236,6 +236,16 @@ inline Failure is_capturing(Stream stream, bool* capturing) {
   return failure;
 }
 
+// A number that no other stream of this process ever has, unlike a handle, which a later stream may get. Drivers before
+// CUDA 12 don't count streams: then the handle.
+inline Failure number_of(Stream stream, unsigned long long* number) {
+  const cudaError_t error = cudaStreamGetId(stream, number);
+  if (error != cudaErrorCallRequiresNewerDriver && error != cudaErrorNotSupported) return failure_of(error);
+  cudaGetLastError();
+  *number = reinterpret_cast<uintptr_t>(stream);
+  return nullptr;
+}
+
 // Whether this binary has a kernel for the current device, and its driver can launch it with 32 KB of parameters.
 template <auto kernel>
 Failure find_image() {

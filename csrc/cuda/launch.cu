@@ -191,9 +191,12 @@ const char* find_obstacle(int device) {
   return find_image<clip_kernel<Mode::sum, Order::two, kManyAddresses, false>>();
 }
 
-const char* find_capturing(int device, void* stream, bool* capturing) {
-  const Failure failure = set_device(device);
-  return failure != nullptr ? failure : is_capturing(static_cast<Stream>(stream), capturing);
+const char* find_state(int device, StreamState* stream) {
+  const auto handle = static_cast<Stream>(stream->handle);
+  if (const Failure failure = set_device(device)) return failure;
+  if (const Failure failure = is_capturing(handle, &stream->capturing)) return failure;
+  stream->number = 0;
+  return stream->capturing ? nullptr : number_of(handle, &stream->number);
 }
 
 }  // namespace cwclip::cuda

@@ -37,7 +37,14 @@ const char* enqueue(const Request& request);
 // Why this device can't run the kernels, or null.
 const char* find_obstacle(int device);
 
-// Whether a stream is being captured into a graph; the reason if that can't be told, or null.
-const char* find_capturing(int device, void* stream, bool* capturing);
+// A device's stream, as a call needs to know it.
+struct StreamState {
+  void* handle;
+  unsigned long long number;  // its own for the life of the process, but for old drivers; 0 while it is captured
+  bool capturing;             // into a graph
+};
+
+// Finds the rest from the handle; the reason if that can't be told, or null.
+const char* find_state(int device, StreamState* stream);
 
 }  // namespace cwclip::cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .. import _C
 
     Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 def refuses(device: torch.device, dtype: torch.dtype, norm_type: float) -> str | None:
@@ -51,11 +52,26 @@ def clip_(
     bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, [K] in ``bucket.norm_dtype``; each component is scaled while it is in cache."""
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-    coefs = torch.empty_like(norms)
+    norms, coefs = bucket.results()
     arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
     _call("clip_", native._C.cpu_clip, bucket, grads, addresses, *arguments)
     return norms, coefs
+
+
+def clip_at_once_(
+    bucket: Bucket, parameters: tuple[Tensor, ...], caps: Tensor, rule: ClipRule, loss_scale: LossScale
+) -> tuple[Tensor, Tensor] | None:
+    """The same from parameters, whose gradients native code reads; None, and nothing done, if they are others."""
+    state: _State | None = bucket.state
+    if state is None or bucket.addresses is None:
+        return None
+    planned, results = bucket.addresses, bucket.results()
+    arguments = native.arguments_at_once(planned, parameters, caps, rule, loss_scale, results)
+    found = _in_profile("clip_", native._C.cpu_clip_at_once, state.program, *arguments)
+    if found is None:
+        return None
+    planned.last[True] = found
+    return results
 
 
 def refuses_step(bucket: Bucket, grads: list[Tensor], step: AdamWStep) -> str | None:
@@ -90,8 +106,7 @@ def clip_adamw_(
     addresses: bytes | None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, [K] in ``bucket.norm_dtype``; a component is stepped while its gradient is in cache."""
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-    coefs = torch.empty_like(norms)
+    norms, coefs = bucket.results()
     arguments = (*_step_arguments(bucket, step), *native.clip_arguments(rule, caps, loss_scale, norms, coefs))
     _call("clip_adamw_", native._C.cpu_clip_adamw, bucket, grads, addresses, *arguments)
     return norms, coefs
@@ -140,15 +155,19 @@ def _call(
     addresses: bytes | None,
     *arguments: Unpack[Arguments],
 ) -> None:
-    """Calls a native function for a bucket. A profile shows it as a range, since it is no operator of torch."""
+    """Calls a native function for a bucket."""
     state: _State | None = bucket.state
     if state is None or addresses is None:
         state, addresses = look_up(bucket, grads, addresses, _make, name != "power_sums")
+    _in_profile(name, function, state.program, addresses, *arguments)
+
+
+def _in_profile(name: str, function: Callable[[Unpack[Arguments]], Result], *arguments: Unpack[Arguments]) -> Result:
+    """Calls a native function. A profile shows it as a range, since it is no operator of torch."""
     if not torch._C._autograd._profiler_enabled():
-        function(state.program, addresses, *arguments)
-        return
+        return function(*arguments)
     with torch.profiler.record_function(f"cwclip_kernels::{name}"):
-        function(state.program, addresses, *arguments)
+        return function(*arguments)
 
 
 def _make(bucket: Bucket, addresses: Addresses) -> _State:

@@ -83,11 +83,34 @@ def clip_(
     bucket: Bucket, grads: list[Tensor], caps: Tensor, rule: ClipRule, loss_scale: LossScale, addresses: bytes | None
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, after scaling ``grads`` in place."""
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-    coefs = torch.empty_like(norms)
+    norms, coefs = bucket.results()
     arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
     _launch(native._C.cuda_clip, bucket, grads, addresses, True, (caps, loss_scale), *arguments)
     return norms, coefs
+
+
+def clip_at_once_(
+    bucket: Bucket, parameters: tuple[Tensor, ...], caps: Tensor, rule: ClipRule, loss_scale: LossScale
+) -> tuple[Tensor, Tensor] | None:
+    """The same from parameters, whose gradients native code reads.
+
+    None, and nothing done, if these are others, on another device than the current one, in a call that is captured or
+    the first on its stream.
+    """
+    state: _State | None = bucket.state
+    if state is None or bucket.addresses is None or not _is_current(bucket.device):
+        return None
+    planned, results = bucket.addresses, bucket.results()
+    arguments = native.arguments_at_once(planned, parameters, caps, rule, loss_scale, results)
+    try:
+        found = native._C.cuda_clip_at_once(state.program, state.workspaces, *arguments)
+    except RuntimeError:
+        state.workspaces.clear()  # a part of the call may have been launched, and not left zeros
+        raise
+    if found is None:
+        return None
+    planned.last[True] = found
+    return results
 
 
 def clip_adamw_(
@@ -100,8 +123,7 @@ def clip_adamw_(
     addresses: bytes | None,
 ) -> tuple[Tensor, Tensor]:
     """Norms and coefficients, both [K] in ``bucket.norm_dtype``, and the step of ``core.adamw`` by them."""
-    norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
-    coefs = torch.empty_like(norms)
+    norms, coefs = bucket.results()
     arguments = native.clip_arguments(rule, caps, loss_scale, norms, coefs)
     _launch_step(native._C.cuda_clip_adamw, bucket, grads, step, addresses, (caps, loss_scale), *arguments)
     return norms, coefs
@@ -121,7 +143,9 @@ class _State(ProgramState):
     program: _C.CudaProgram
     tables: OnDevice  # uint8
     workspace_bytes: int
-    workspaces: dict[int, Tensor] = field(default_factory=dict)  # by stream, whose calls come one after another
+    # By the number of a stream, whose calls come one after another. Not by its handle: a later stream may get that of
+    # one that is gone, while what was launched there still runs.
+    workspaces: dict[int, Tensor] = field(default_factory=dict)
 
 
 def _launch(
@@ -135,19 +159,19 @@ def _launch(
 ) -> None:
     """Calls a native function on the current stream. ``read``: what a captured graph goes on reading."""
     with _on(bucket.device):
-        stream, capturing = native._C.cuda_stream(bucket.device.index or 0)
+        stream, number, capturing = native._C.cuda_stream(bucket.device.index or 0)
         state, places = look_up(bucket, grads, addresses, partial(_make_state, capturing), writes)
         if capturing:
             # Of the graph's own, since it may run beside calls outside of it, and zeroed at every replay.
             workspace = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=bucket.device)
             keep_for_graphs(state.tables.tensor, *read)
         else:
-            found = state.workspaces.get(stream)
-            workspace = _new_workspace(state, stream, bucket.device) if found is None else found
+            found = state.workspaces.get(number)
+            workspace = _new_workspace(state, number, bucket.device) if found is None else found
         try:
             function(state.program, places, stream, workspace.data_ptr(), *arguments)
         except RuntimeError:
-            state.workspaces.pop(stream, None)  # a part of the call may have been launched, and not left zeros
+            state.workspaces.pop(number, None)  # a part of the call may have been launched, and not left zeros
             raise
 
 
@@ -163,8 +187,8 @@ def _launch_step(
     """The same for a step."""
 
     def launch(program: _C.CudaProgram, places: bytes, stream: int, workspace: int, *own: Unpack[Arguments]) -> None:
-        _, capturing = native._C.cuda_stream(bucket.device.index or 0)
-        first, _alive = step_arguments(program, bucket, step, stream, capturing)
+        _, number, capturing = native._C.cuda_stream(bucket.device.index or 0)
+        first, _alive = step_arguments(program, bucket, step, number, capturing)
         function(program, places, stream, workspace, *first, *own)
 
     _launch(launch, bucket, grads, addresses, False, read, *arguments)
@@ -172,16 +196,18 @@ def _launch_step(
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Makes it the current device, which costs something, if it isn't."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext() if _is_current(device) else torch.cuda.device(device)
 
 
-def _new_workspace(state: _State, stream: int, device: torch.device) -> Tensor:
-    """Zeros, for the current stream, which from here on also sees the tables."""
-    state.tables.wait(stream)
-    state.workspaces[stream] = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=device)
-    return state.workspaces[stream]
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
+def _new_workspace(state: _State, number: int, device: torch.device) -> Tensor:
+    """Zeros, for the current stream, which has this number, and from here on also sees the tables."""
+    state.tables.wait(number)
+    state.workspaces[number] = torch.zeros(state.workspace_bytes, dtype=torch.uint8, device=device)
+    return state.workspaces[number]
 
 
 def _make_state(capturing: bool, bucket: Bucket, addresses: Addresses) -> _State:

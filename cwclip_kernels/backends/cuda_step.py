@@ -91,9 +91,9 @@ class StepState:
     _made_for: tuple[bytes | None, tuple[int, ...], _C.CudaProgram] | None = None
 
     def table(
-        self, program: _C.CudaProgram, step: AdamWStep, device: torch.device, stream: int, capturing: bool
+        self, program: _C.CudaProgram, step: AdamWStep, device: torch.device, number: int, capturing: bool
     ) -> Tensor:
-        """The table of addresses, which kernels on this stream can read; uploaded if it isn't that of before."""
+        """The table of addresses, for kernels on the current stream, which has this number; uploaded if it has changed."""
         made_for = step.addresses, step.rule_of, program
         if self._made_for != made_for:
             if capturing:
@@ -103,7 +103,7 @@ class StepState:
             self._made_for = made_for
         assert self._table is not None
         if not capturing:  # a graph is replayed later, and can't wait for what is outside of it
-            self._table.wait(stream)
+            self._table.wait(number)
         return self._table.tensor
 
 
@@ -114,10 +114,13 @@ _MOVED = (
 
 
 def step_arguments(
-    program: _C.CudaProgram, bucket: Bucket, step: AdamWStep, stream: int, capturing: bool
+    program: _C.CudaProgram, bucket: Bucket, step: AdamWStep, number: int, capturing: bool
 ) -> tuple[tuple[int, bytes, int], object]:
-    """``table``, ``rules`` and ``skip`` of ``cuda_adamw``; and what must live until that is called."""
-    table = bucket.step_state.table(program, step, bucket.device, stream, capturing)
+    """``table``, ``rules`` and ``skip`` of ``cuda_adamw``; and what must live until that is called.
+
+    ``number`` is the current stream's.
+    """
+    table = bucket.step_state.table(program, step, bucket.device, number, capturing)
     rates = [_rate(rule, bucket.device) for rule in step.rules]
     rules = b"".join(map(_packed, step.rules, rates))
     if capturing:

@@ -32,19 +32,19 @@ class OnDevice:
     def __init__(self, table: Tensor, device: torch.device) -> None:
         self.tensor = upload(table, device)
         self._arrived: torch.cuda.Event | None = None  # None on the CPU
-        self._seen: set[int] = set()  # streams that have waited
+        self._seen: set[int] = set()  # numbers of streams that have waited
         if self.tensor.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(device))
 
-    def wait(self, stream: int) -> None:
-        """Lets the current stream, which this number stands for, wait until the table is there."""
-        if self._arrived is None or stream in self._seen:
+    def wait(self, number: int) -> None:
+        """Lets the current stream wait until the table is there; ``number`` is one that no other stream ever has."""
+        if self._arrived is None or number in self._seen:
             return
         current = torch.cuda.current_stream(self.tensor.device)
         current.wait_event(self._arrived)
         self.tensor.record_stream(current)
-        self._seen.add(stream)
+        self._seen.add(number)
 
 
 def keep_for_graphs(*used: object) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, strided
 from torch.nn.parameter import is_lazy
@@ -73,6 +73,27 @@ def clip_arguments(
     )
 
 
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """What ``[p.grad for p in parameters]`` is, in a fifth of the time if the extension is there."""
+    if unavailable() is None:
+        return _C.gradients_of(tuple(parameters))
+    return [p.grad for p in parameters]
+
+
+def arguments_at_once(
+    planned: Addresses,
+    parameters: tuple[Tensor, ...],
+    caps: Tensor,
+    rule: ClipRule,
+    loss_scale: LossScale,
+    results: tuple[Tensor, Tensor],
+) -> tuple[Any, ...]:
+    """What ``cpu_clip_at_once`` and ``cuda_clip_at_once`` take from ``parameters`` on."""
+    own = _rule(rule.norm_type, rule.eps, rule.nonfinite)
+    signature, last = planned.signature, planned.last[True]
+    return parameters, signature, last, own, caps, loss_scale.inverse, loss_scale.found_inf, *results
+
+
 class Addresses:
     """Reads the addresses of gradients at every call, as long as dtypes, devices, shapes and strides stay the same.
 
@@ -86,16 +107,16 @@ class Addresses:
         if signature is None:
             raise TypeError("expected strided tensors, not another subclass of Tensor")
         self.signature = signature
-        self._last: dict[bool, bytes | None] = {True: None, False: None}
+        self.last: dict[bool, bytes | None] = {True: None, False: None}  # what ``of`` returned, by ``writes``
 
     def of(self, grads: Sequence[Tensor | None], *, writes: bool) -> bytes | None:
         """Their addresses, int64 each; the same object while they stay the same.
 
         None if these gradients differ from the first, or share memory although they are to be written to.
         """
-        found = _C.addresses_of(grads, self.signature, self._last[writes], writes)
+        found = _C.addresses_of(grads, self.signature, self.last[writes], writes)
         if found is not None:
-            self._last[writes] = found
+            self.last[writes] = found
         return found
 
 

@@ -49,7 +49,20 @@ class FusedBackend(Backend, Protocol):
         """Scales ``grads`` in place; norms before and coefficients, both [K] in ``bucket.norm_dtype``."""
 
 
-FUSED: dict[str, FusedBackend] = {"cuda": cuda, "cpu": cpu, "triton": triton}
+class AtOnceBackend(FusedBackend, Protocol):
+    """One whose native code reads the gradients itself, in the call that clips them."""
+
+    def clip_at_once_(
+        self, bucket: Bucket, parameters: tuple[Tensor, ...], caps: Tensor, rule: ClipRule, loss_scale: LossScale
+    ) -> tuple[Tensor, Tensor] | None:
+        """Norms and coefficients as from ``clip_``, with version counters bumped.
+
+        None, and nothing done, if the gradients aren't those of the bucket's plan, or the call isn't as the last.
+        """
+
+
+AT_ONCE: dict[str, AtOnceBackend] = {"cuda": cuda, "cpu": cpu}
+FUSED: dict[str, FusedBackend] = {**AT_ONCE, "triton": triton}
 BACKENDS: dict[str, Backend] = {**FUSED, "foreach": foreach, "reference": reference}
 
 # An optimizer's step: those that measure, clip and step in one go; all others step with torch's operators.

@@ -35,6 +35,14 @@ class Bucket:
     addresses: Addresses | None = None  # compares a call's gradients with these; None if ``ClipPlan`` does
     state: Any = None  # what the backend keeps with the bucket, such as tables
     step_state: Any = None  # the same for an optimizer's steps
+    _like_results: Tensor | None = None
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Uninitialized norms and coefficients, both [K] in ``norm_dtype`` on the device."""
+        like = self._like_results
+        if like is None:  # kept, since making one like another takes half as long as making one
+            like = self._like_results = torch.empty(self.count, dtype=self.norm_dtype, device=self.device)
+        return torch.empty_like(like), torch.empty_like(like)
 
     def pieces(self, grads: list[Tensor]) -> list[Tensor]:
         """The m pieces of the bucket's gradients, as views."""

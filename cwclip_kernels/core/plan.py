@@ -48,6 +48,12 @@ class ClipPlan:
     is_native: bool  # whether the buckets' ``addresses`` compare everything but autograd's attributes
     signature: object  # what else is compared; None if nothing is
 
+    @property
+    def at_once(self) -> Bucket | None:
+        """The bucket, if there is but one, and its backend can compare and clip its gradients in one native call."""
+        is_one = len(self.buckets) == 1 and self.is_native and self.signature is None
+        return self.buckets[0] if is_one and self.buckets[0].backend in registry.AT_ONCE else None
+
     def look(self, grads: list[Tensor | None], parameters: Sequence[Tensor], writes: bool) -> list[Found] | None:
         """What each bucket finds among these gradients; None if the plan is for others, or they share memory."""
         is_simple = self.signature is None and not torch._C._any_requires_grad(*grads)
@@ -135,6 +141,15 @@ class Plans:
             self._kept.clear()
         self._kept[key] = [plan, *kept[: _SETS - 1]]
         return plan, found
+
+    def clipped_before(self, norm_type: float, backend: str | None) -> Sequence[ClipPlan]:
+        """The plans of earlier calls that clipped, the last one first."""
+        return self._kept.get((norm_type, backend, True), ())
+
+    def prefer(self, plan: ClipPlan, norm_type: float, backend: str | None) -> None:
+        """Puts one of ``clipped_before`` first."""
+        kept = self._kept[norm_type, backend, True]
+        kept.insert(0, kept.pop(kept.index(plan)))
 
     def measured(
         self, grads: list[Tensor | None], parameters: Sequence[Tensor], norm_type: float, backend: str | None

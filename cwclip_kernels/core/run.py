@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import some_of
-from ..backends.registry import BACKENDS, FUSED
+from ..backends.registry import AT_ONCE, BACKENDS, FUSED
 from ..thresholds.base import StepCaps
 from . import formula
 from .bucket import Bucket, Found, narrowed
 from .checks import values_of
 from .formula import ClipRule, neutral, wide_dtype
 from .loss_scale import UNSCALED, LossScale
-from .plan import ClipPlan
+from .plan import ClipPlan, Plans
 
 
 class Update(Protocol):
@@ -73,7 +73,7 @@ def clip_(
     """
     order = rule.norm_type
     tells = loss_scale.found_inf is None or sums_tell_nonfinite(order)
-    in_steps = plan.sparse or raise_nonfinite or policy.needs_norms or order <= 0 or not tells
+    in_steps = plan.sparse or raise_nonfinite or _takes_steps(policy, rule, loss_scale)
     fused = FUSED.get(plan.buckets[0].backend) if len(plan.buckets) == 1 and not in_steps else None
     if fused is not None:
         bucket, (own, addresses) = plan.buckets[0], found[0]
@@ -98,6 +98,41 @@ def clip_(
     loss_scale.report(sums if tells else power_sums(plan, found, math.inf))
     apply_(plan, found, loss_scale.factors(coefs), rule, update)
     return norms, coefs, caps
+
+
+def clip_at_once_(
+    plans: Plans,
+    parameters: tuple[Tensor, ...],
+    policy: StepCaps,
+    rule: ClipRule,
+    backend: str | None,
+    loss_scale: LossScale = UNSCALED,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What ``clip_`` does in a steady training loop, in one native call: it looks at the gradients, and clips them.
+
+    None, and nothing is changed, if that isn't possible. A threshold's ``caps`` may have been called all the same.
+    """
+    if _takes_steps(policy, rule, loss_scale):
+        return None
+    for i, plan in enumerate(plans.clipped_before(rule.norm_type, backend)):
+        bucket = plan.at_once
+        if bucket is None:
+            continue
+        used = loss_scale.on(bucket.device)
+        caps = policy.caps(bucket.device, None)
+        outcome = AT_ONCE[bucket.backend].clip_at_once_(bucket, parameters, caps, rule, used)
+        if outcome is not None:
+            if i:
+                plans.prefer(plan, rule.norm_type, backend)
+            loss_scale.deliver(used)
+            return *outcome, caps
+    return None
+
+
+def _takes_steps(policy: StepCaps, rule: ClipRule, loss_scale: LossScale) -> bool:
+    """Whether norms must be known before the first gradient is written, whatever the gradients are."""
+    tells = loss_scale.found_inf is None or sums_tell_nonfinite(rule.norm_type)
+    return policy.needs_norms or rule.norm_type <= 0 or not tells
 
 
 def sums_tell_nonfinite(norm_type: float) -> bool:

@@ -56,7 +56,8 @@ def module() -> Any:
     native = [ROOT / "tests/_support/native" / name for name in ("cuda_on_host.cpp", "blocks_as_fibers.cpp")]
     csrc = [
         *CSRC,
-        *(ROOT / "csrc" / name for name in ("common/python.cpp", "common/tensor_list.cpp", "cuda/clip.cpp")),
+        *(ROOT / "csrc/common" / f"{name}.cpp" for name in ("python", "signature", "tensor_calls", "tensor_list")),
+        *(ROOT / "csrc" / name for name in ("common/torch_objects.cpp", "cuda/clip.cpp")),
     ]
     python = ["-DPy_LIMITED_API=0x030a0000", f"-I{sysconfig.get_path('include')}"]
     compile_("-O2", "-fPIC", "-shared", *python, *native, *csrc, "-o", target)
@@ -76,6 +77,7 @@ def in_place_of_a_gpu() -> Iterator[Any]:
     stand_in = module()
     stand_in.set_machine(2, 4, 0)
     stand_in.set_l2_bytes(0)
+    stand_in.set_stream(0, 0, False)
     for name in vars(native._C).keys() - vars(stand_in).keys():  # the other backends go on as they are
         setattr(stand_in, name, getattr(native._C, name))
 

@@ -146,7 +146,7 @@ def test_sets_of_gradients_have_their_own_tables(uploads):
 
 def test_while_a_graph_is_captured_nothing_is_uploaded(gpu, uploads):
     """The stand-in has no graphs: a call that is told it is captured runs like any other."""
-    capturing = mock.patch.object(gpu, "cuda_stream", return_value=(0, True))
+    capturing = mock.patch.object(gpu, "cuda_stream", return_value=(0, 0, True))
     ours, _ = twins(SHAPES)
     optimizer = ComponentClipAdamW(ours, LR, max_norm=CAP, backend="cuda")
     give_gradients(ours)

@@ -14,6 +14,11 @@ struct Machine {
   uint32_t resident = 4;  // blocks that run at a time; others begin when one of them has ended
   uint64_t seed = 0;     // of the order in which fibers take turns
   uint64_t launches = 0;  // counted here
+  bool runs = true;       // whether launches do anything: not where host time is measured
+  // The current stream: a handle, which may be that of an earlier one, and a number, which isn't.
+  void* stream = nullptr;
+  uint64_t stream_number = 0;
+  bool capturing = false;
 };
 extern Machine machine;
 

@@ -180,7 +180,12 @@ Failure find_traits(int, Traits* traits) {
 }
 
 inline Failure is_capturing(Stream, bool* capturing) {
-  *capturing = false;
+  *capturing = on_host::machine.capturing;
+  return nullptr;
+}
+
+inline Failure number_of(Stream, unsigned long long* number) {
+  *number = on_host::machine.stream_number;
   return nullptr;
 }
 
@@ -191,7 +196,7 @@ Failure find_image() {
 
 template <auto kernel, class... Parameters>
 Failure launch(uint32_t blocks, int threads, Stream, bool, const Parameters&... parameters) {
-  on_host::run(blocks, threads, [&] { kernel(parameters...); });
+  if (on_host::machine.runs) on_host::run(blocks, threads, [&] { kernel(parameters...); });
   return nullptr;
 }
 
