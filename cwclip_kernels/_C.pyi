@@ -1,10 +1,10 @@
 """The compiled extension, built from csrc/. Its index is csrc/python.cpp.
 
 Most functions take addresses instead of tensors: an int is the address of a tensor's first element, or of a CUDA
-stream, and 0 stands for None. Those that read gradients themselves, ``*_at_once``, take tensors. ``addresses`` are int64
-numbers as bytes, one for each gradient of the program. Errors come before the first gradient is written: TypeError and
-ValueError for arguments, RuntimeError for what doesn't fit together and for CUDA's errors. A build without CUDA kernels
-has no functions named cuda_*.
+stream, and 0 stands for None. Those that read gradients themselves, ``*_at_once``, take tensors. ``addresses`` are
+int64 numbers as bytes, one for each gradient of the program. Errors come before the first gradient is written:
+TypeError and ValueError for arguments, RuntimeError for what doesn't fit together and for CUDA's errors. A build
+without CUDA kernels has no functions named cuda_*.
 """
 
 from collections.abc import Sequence

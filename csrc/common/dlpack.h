@@ -2,7 +2,7 @@
 // standard's. Declared here because torch's copy can't be included next to its stable ABI.
 #pragma once
 
-#include <Python.h>
+#include "python.h"
 
 #include <cstdint>
 

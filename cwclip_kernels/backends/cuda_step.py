@@ -93,7 +93,7 @@ class StepState:
     def table(
         self, program: _C.CudaProgram, step: AdamWStep, device: torch.device, number: int, capturing: bool
     ) -> Tensor:
-        """The table of addresses, for kernels on the current stream, which has this number; uploaded if it has changed."""
+        """The table of addresses, for kernels on the current stream, which has this number; uploaded if it moved."""
         made_for = step.addresses, step.rule_of, program
         if self._made_for != made_for:
             if capturing:

@@ -47,12 +47,7 @@ class ClipPlan:
     sparse: bool  # whether any gradient is
     is_native: bool  # whether the buckets' ``addresses`` compare everything but autograd's attributes
     signature: object  # what else is compared; None if nothing is
-
-    @property
-    def at_once(self) -> Bucket | None:
-        """The bucket, if there is but one, and its backend can compare and clip its gradients in one native call."""
-        is_one = len(self.buckets) == 1 and self.is_native and self.signature is None
-        return self.buckets[0] if is_one and self.buckets[0].backend in registry.AT_ONCE else None
+    at_once: Bucket | None  # the only one, if its backend can compare and clip its gradients in one native call
 
     def look(self, grads: list[Tensor | None], parameters: Sequence[Tensor], writes: bool) -> list[Found] | None:
         """What each bucket finds among these gradients; None if the plan is for others, or they share memory."""
@@ -208,6 +203,7 @@ class Plans:
                 compared = {*bucket.positions, *(i for i in clipped if i not in present)}
                 bucket.addresses = native.Addresses([g if i in compared else ... for i, g in enumerate(grads)])
         is_simple = is_native and not torch._C._any_requires_grad(*grads)
+        can_at_once = len(buckets) == 1 and buckets[0].backend in registry.AT_ONCE
         return ClipPlan(
             components,
             tuple(buckets),
@@ -216,6 +212,7 @@ class Plans:
             sparse=any(g.is_sparse for g in values),
             is_native=is_native,
             signature=None if is_simple else _signature(grads, is_native),
+            at_once=buckets[0] if is_simple and can_at_once else None,
         )
 
 

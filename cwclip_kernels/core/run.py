@@ -118,13 +118,14 @@ def clip_at_once_(
         bucket = plan.at_once
         if bucket is None:
             continue
-        used = loss_scale.on(bucket.device)
+        used = loss_scale if loss_scale is UNSCALED else loss_scale.on(bucket.device)
         caps = policy.caps(bucket.device, None)
         outcome = AT_ONCE[bucket.backend].clip_at_once_(bucket, parameters, caps, rule, used)
         if outcome is not None:
             if i:
                 plans.prefer(plan, rule.norm_type, backend)
-            loss_scale.deliver(used)
+            if used is not loss_scale:
+                loss_scale.deliver(used)
             return *outcome, caps
     return None
 

@@ -98,39 +98,38 @@ class ClipSession:
         ``policy`` is from ``caps_for``; unless ``learns``, its ``update_`` is left to the caller. With an ``update``
         that is what is done instead of scaling, and gradients stay as they are.
         """
-        if update is None and self.reductions is None and not options.raise_nonfinite:
-            # Native code and fixed caps go without the change of autograd's mode, which takes 2 us.
-            is_fixed = policy.update_ is None and not torch.is_inference_mode_enabled()
-            at_once = self._clip_at_once if is_fixed else outside_autograd(self._clip_at_once)
-            outcome = at_once(tensors, policy, options, scale, learns)
+        rule = options.rule if policy.adds_eps else options.rule.without_eps
+        at_once = update is None and self.reductions is None and not options.raise_nonfinite
+        # Native code and fixed caps do without the change of autograd's mode, which takes 2 us.
+        if at_once and policy.update_ is None and not torch.is_inference_mode_enabled():
+            outcome = run.clip_at_once_(self.plans, tuple(tensors), policy, rule, options.backend, scale)
             if outcome is not None:
                 return outcome
-        return self._clip(tensors, policy, options, scale, learns, update)
-
-    def _clip_at_once(
-        self, tensors: Sequence[Tensor], policy: StepCaps, options: Options, scale: LossScale, learns: bool
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        rule = options.rule if policy.adds_eps else options.rule.without_eps
-        outcome = run.clip_at_once_(self.plans, tuple(tensors), policy, rule, options.backend, scale)
-        if outcome is not None and learns and policy.update_ is not None:
-            policy.update_(outcome[0], outcome[1])
-        return outcome
+            at_once = False
+        return self._clip(tensors, policy, rule, options, scale, learns, update, at_once)
 
     @outside_autograd
     def _clip(
         self,
         tensors: Sequence[Tensor],
         policy: StepCaps,
+        rule: ClipRule,
         options: Options,
         scale: LossScale,
         learns: bool,
         update: run.Update | None,
+        at_once: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rule = options.rule if policy.adds_eps else options.rule.without_eps
+        """The same in general; ``at_once`` if one native call is to be tried first."""
         raise_nonfinite, reductions = options.raise_nonfinite, self.reductions
         asks = raise_nonfinite or scale.found_inf is not None
+        outcome = None
         try:
-            if reductions is not None and (not reductions.is_local or (reductions.nonfinite_needs_ranks and asks)):
+            if at_once:
+                outcome = run.clip_at_once_(self.plans, tuple(tensors), policy, rule, options.backend, scale)
+            if outcome is not None:
+                pass
+            elif reductions is not None and (not reductions.is_local or (reductions.nonfinite_needs_ranks and asks)):
                 call = DistributedCall(reductions, self.plans, tensors, home_of(tensors), options.backend, update)
                 outcome = call.clip_(policy, rule, raise_nonfinite, scale)
             else:

@@ -338,4 +338,4 @@ def test_few_frames_between_a_clipper_and_the_kernel():
         clipper.clip_()
     finally:
         sys.setprofile(None)
-    assert len(calls) <= 12, calls
+    assert len(calls) <= 11, calls
