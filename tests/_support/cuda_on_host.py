@@ -46,13 +46,8 @@ def compile_(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@functools.cache
-def module() -> Any:
-    """The stand-in for cwclip_kernels._C, built once a session (10 s)."""
-    if shutil.which(CXX) is None:
-        pytest.skip("no C++ compiler for the CUDA kernels")
-    folder = Path(tempfile.mkdtemp(prefix="cwclip_cuda_on_host"))
-    target = folder / "cwclip_cuda_on_host.so"
+def build(target: Path) -> None:
+    """Compiles the stand-in for cwclip_kernels._C (10 s)."""
     native = [ROOT / "tests/_support/native" / name for name in ("cuda_on_host.cpp", "blocks_as_fibers.cpp")]
     csrc = [
         *CSRC,
@@ -61,20 +56,34 @@ def module() -> Any:
     ]
     python = ["-DPy_LIMITED_API=0x030a0000", f"-I{sysconfig.get_path('include')}"]
     compile_("-O2", "-fPIC", "-shared", *python, *native, *csrc, "-o", target)
+
+
+def load(target: Path) -> Any:
+    """The stand-in as it was built."""
     spec = importlib.util.spec_from_file_location("cwclip_cuda_on_host", target)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
-    shutil.rmtree(folder)
     return loaded
 
 
+@functools.cache
+def module() -> Any:
+    """The stand-in, built once a session."""
+    if shutil.which(CXX) is None:
+        pytest.skip("no C++ compiler for the CUDA kernels")
+    with tempfile.TemporaryDirectory(prefix="cwclip_cuda_on_host") as folder:
+        target = Path(folder) / "cwclip_cuda_on_host.so"
+        build(target)
+        return load(target)
+
+
 @contextmanager
-def in_place_of_a_gpu() -> Iterator[Any]:
+def in_place_of_a_gpu(stand_in: Any = None) -> Iterator[Any]:
     """Lets ``backend="cuda"`` serve CPU tensors, on two processors with two blocks each."""
     assert native.unavailable() is None
-    stand_in = module()
+    stand_in = stand_in or module()
     stand_in.set_machine(2, 4, 0)
     stand_in.set_l2_bytes(0)
     stand_in.set_stream(0, 0, False)
