@@ -1,5 +1,6 @@
 #include "tensor_list.h"
 
+#include <algorithm>
 #include <string>
 
 namespace cwclip {
@@ -118,7 +119,7 @@ PyObject* py_gradients_of(PyObject*, PyObject* const* values, Py_ssize_t count) 
 }
 
 bool GradientLook::finds_planned() {
-  bool found = read() && any_requires_grad(held_) == 0;
+  bool found = read() && any_requires_grad(written_) == 0;
   if (found) {
     stayed_ = holds(last_, addresses_);
     found = stayed_ || !may_share_memory(signature_, addresses_);
@@ -131,31 +132,42 @@ bool GradientLook::read() {
   SignatureReader reader(signature_);
   const Py_ssize_t length = PyTuple_Size(parameters_);
   held_.reserve(length);
+  written_.reserve(length);
   addresses_.reserve(length);
-  for (Py_ssize_t i = 0; i < length; ++i) {
-    constexpr Py_ssize_t kAhead = 8;
-    if (i + kAhead < length) fetch_tensor(PyTuple_GetItem(parameters_, i + kAhead));
-    if (reader.at_end()) return false;
-    const int32_t kind = reader.kind();
-    if (kind == kIgnored) {
-      reader.skip();
-      continue;
+  for (Py_ssize_t first = 0; first < length; first += kBlock) {
+    const Py_ssize_t end = std::min(first + kBlock, length);
+    if (!hold(first, end)) return false;
+    for (Py_ssize_t i = first; i < end; ++i) {
+      PyObject* const gradient = held_[i];
+      if (reader.at_end()) return false;
+      const int32_t kind = reader.kind();
+      if (kind == kIgnored || kind == kAbsent) {
+        if (kind == kAbsent && gradient != Py_None) return false;
+        reader.skip();
+        continue;
+      }
+      dlpack::Tensor tensor;
+      bool is_parameter;
+      if (!describe(gradient, &tensor, &is_parameter) || !reader.matches(tensor, is_parameter)) return false;
+      written_.push_back(gradient);
+      addresses_.push_back(address_of(tensor));
     }
-    PyObject* const gradient = gradient_of(PyTuple_GetItem(parameters_, i));
-    if (gradient == nullptr) return false;
-    if (kind == kAbsent) {
-      Py_DECREF(gradient);
-      if (gradient != Py_None) return false;
-      reader.skip();
-      continue;
-    }
-    held_.push_back(gradient);
-    dlpack::Tensor tensor;
-    bool is_parameter;
-    if (!describe(gradient, &tensor, &is_parameter) || !reader.matches(tensor, is_parameter)) return false;
-    addresses_.push_back(address_of(tensor));
   }
   return reader.at_end();
+}
+
+// A block's gradients, whose memory is on its way when they are looked at, while the next block's parameters are fetched.
+bool GradientLook::hold(Py_ssize_t first, Py_ssize_t end) {
+  const Py_ssize_t length = PyTuple_Size(parameters_);
+  for (Py_ssize_t i = first; i < end; ++i) {
+    if (i + 2 * kBlock < length) __builtin_prefetch(PyTuple_GetItem(parameters_, i + 2 * kBlock));
+    if (i + kBlock < length) fetch_tensor(PyTuple_GetItem(parameters_, i + kBlock));
+    PyObject* const gradient = gradient_of(PyTuple_GetItem(parameters_, i));
+    if (gradient == nullptr) return false;
+    held_.push_back(gradient);
+    fetch_tensor(gradient);
+  }
+  return true;
 }
 
 PyObject* GradientLook::kept() const {

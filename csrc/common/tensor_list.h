@@ -29,18 +29,22 @@ class GradientLook {
   size_t count() const { return addresses_.size(); }
 
   // Tells autograd about the write to come; false with a Python error set if it refuses.
-  bool bump_versions() const { return cwclip::bump_versions(held_); }
+  bool bump_versions() const { return cwclip::bump_versions(written_); }
 
   // The addresses as Python keeps them: `last` itself if nothing has moved.
   PyObject* kept() const;
 
  private:
+  static constexpr Py_ssize_t kBlock = 16;
+
   bool read();
+  bool hold(Py_ssize_t first, Py_ssize_t end);
 
   PyObject* parameters_;
   Bytes signature_;
   PyObject* last_;  // None, or bytes
-  std::vector<PyObject*> held_;
+  std::vector<PyObject*> held_;     // all gradients
+  std::vector<PyObject*> written_;  // those that the signature describes
   std::vector<void*> addresses_;
   bool stayed_ = false;  // all where `last` has them
 };

@@ -102,12 +102,14 @@ int any_requires_grad(const std::vector<PyObject*>& tensors) {
 
 bool bump_versions(const std::vector<PyObject*>& tensors) {
   if (calls_torch_directly()) {
-    try {
-      for (PyObject* const tensor : tensors) calls.bump_version(calls.tensor_of(tensor));
-      return true;
-    } catch (const std::exception& error) {
-      return raise(PyExc_RuntimeError, error.what()) != nullptr;
+    for (PyObject* const tensor : tensors) {
+      try {
+        calls.bump_version(calls.tensor_of(tensor));
+      } catch (const std::exception&) {
+        // A tensor made in inference mode, which has no version: torch's Python function passes over it as well.
+      }
     }
+    return true;
   }
   PyObject* const tuple = tuple_of(tensors);
   PyObject* const done = tuple == nullptr ? nullptr : PyObject_CallFunctionObjArgs(increment_version, tuple, nullptr);
