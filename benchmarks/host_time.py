@@ -5,7 +5,7 @@
     python benchmarks/host_time.py --cuda               # the CUDA backend too, without a GPU and without launches
 
 Each run is a process, with one thread by default; its figure is its fastest round. Shown are the medians of the runs
-and the fastest of them. ``--cuda`` takes the suite's stand-in for a GPU, which is compiled first, and skips its kernels.
+and the fastest of them. ``--cuda`` takes the suite's stand-in for a GPU, compiled first, and skips its kernels.
 What is left is what the host does for a call, but for CUDA's own functions: the launches, and four that ask about the
 current device and stream.
 """

@@ -104,7 +104,9 @@ def one_call(rng):
     places = wrong(rng, addresses)
     order = rng.choice([1.0, 2.0, float("inf"), 2.0, 3.0 if rng.random() < 0.1 else 2.0])
     doubles = torch.rand(max(count, 1), dtype=torch.float64)
-    which = rng.randrange(5)
+    which = rng.randrange(6)
+    if which == 5:
+        return at_once(rng, entries, program, signature, addresses, doubles, count)
     if which > 2:
         return one_step(rng, own, program, signature, places, doubles, count, which == 3)
     if which == 0:
@@ -121,6 +123,41 @@ def one_call(rng):
             norms.data_ptr(), coefs.data_ptr(),
         )  # fmt: skip
     return "worked"
+
+
+def at_once(rng, entries, program, signature, addresses, doubles, count):
+    """Parameters with these gradients, or others, clipped in one call."""
+    extension = native._C
+    params = []
+    for entry in entries:
+        grad = entry if isinstance(entry, torch.Tensor) else None
+        chance = rng.random()
+        if chance < 0.03:
+            params.append(rng.choice([None, 7, torch.zeros(3).to_sparse()]))
+            continue
+        if chance < 0.06:
+            grad = None
+        elif chance < 0.09:
+            grad = gradient(rng)
+        like = torch.zeros(3) if grad is None else grad.detach()
+        param = like.clone() if like.is_sparse or not like.is_floating_point() else torch.nn.Parameter(like.clone())
+        param.grad = grad
+        params.append(param)
+    if rng.random() < 0.05:
+        extension.gradients_of(wrong(rng, tuple(params)) if rng.random() < 0.5 else tuple(params))
+    rule, wide = extension.rule(2.0, 1e-6, number(rng, 0, 2)), max(count, 1)
+    caps = doubles if rng.random() < 0.5 else doubles[0]
+    inverse = torch.rand((), dtype=torch.float64) if rng.random() < 0.4 else None
+    found_inf = torch.zeros(()) if rng.random() < 0.4 else None
+    results = [torch.empty(wide), torch.empty(wide)]
+    if rng.random() < 0.05:
+        results[rng.randrange(2)] = rng.choice([None, 7, torch.empty(wide, device="meta"), "results"])
+    last = None if rng.random() < 0.5 else wrong(rng, addresses)
+    given = tuple(params) if rng.random() < 0.97 else rng.choice([params, None, tuple(params[1:])])
+    found = extension.cpu_clip_at_once(
+        program, given, wrong(rng, signature), last, rule, caps, inverse, found_inf, *results
+    )
+    return "others" if found is None else "worked at once"
 
 
 def one_step(rng, own, program, signature, places, doubles, count, clips):
@@ -162,10 +199,10 @@ def main(seconds, seed):
     while time.monotonic() < ends:
         try:
             outcomes[one_call(rng)] += 1
-        except (RuntimeError, TypeError, ValueError, OverflowError, BufferError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, OverflowError, BufferError) as error:
             outcomes[type(error).__name__] += 1
     print(dict(outcomes))
-    for outcome in ("worked", "stepped", "others", "RuntimeError", "TypeError", "ValueError"):
+    for outcome in ("worked", "worked at once", "stepped", "others", "RuntimeError", "TypeError", "ValueError"):
         assert outcomes[outcome] > 20, outcome
 
 

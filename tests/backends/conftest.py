@@ -3,12 +3,14 @@
 import os
 import random
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 
 import cuda_on_host
 from cwclip_kernels.backends import cuda, triton
+from cwclip_kernels.core import run
 from seed import SEED
 
 # Processors, two blocks on each, and how many run at a time: a block by itself; more blocks than run; all at once.
@@ -47,3 +49,26 @@ def machine(request, gpu):
     """The same on several machines."""
     gpu.set_machine(*request.param, random.Random(SEED).randrange(2**31))
     return gpu
+
+
+@pytest.fixture(params=("cpu", "cuda", "cuda-through-python"))
+def native_way(request, gpu):
+    """A native backend, and whether it calls torch's C++ functions or Python's."""
+    name, _, through_python = request.param.partition("-")
+    gpu.call_torch_through_python(bool(through_python))
+    yield name
+    gpu.call_torch_through_python(False)
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """Counts the calls that weren't served at once, but for those of the reference."""
+    counted, clip_ = mock.Mock(), run.clip_
+
+    def count(plan, *arguments):
+        if all(bucket.backend != "reference" for bucket in plan.buckets):
+            counted()
+        return clip_(plan, *arguments)
+
+    monkeypatch.setattr(run, "clip_", count)
+    return counted

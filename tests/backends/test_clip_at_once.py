@@ -1,4 +1,4 @@
-"""The one native call of a steady training loop, which reads gradients itself: what it must notice, and leave to Python.
+"""The one native call of a steady training loop, which reads gradients itself: what it notices, and leaves to Python.
 
 Calls of C++ and of Python that read torch's objects are both tried, on the CUDA backend's stand-in.
 """
@@ -6,65 +6,16 @@ Calls of C++ and of Python that read torch's objects are both tried, on the CUDA
 import gc
 import sys
 import weakref
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from at_once import CAP, clip_and_compare, steady
 from cwclip_kernels import ComponentClipper, fused_component_clip_, thresholds
-from cwclip_kernels.backends import native
-from cwclip_kernels.core import run
-from cwclip_kernels.core.formula import ClipRule
 from helpers import DEVICE, assert_grads, copy_of, grads_of, parameter, parameters, random_grad, same_bits
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="about what lies before a launch, tried on CPU tensors")
-CAP = 0.1
-
-
-@pytest.fixture(params=("cpu", "cuda", "cuda-through-python"))
-def backend(request, gpu):
-    """Which one, and whether it calls torch's C++ functions or Python's."""
-    name, _, through_python = request.param.partition("-")
-    gpu.call_torch_through_python(bool(through_python))
-    yield name
-    gpu.call_torch_through_python(False)
-
-
-@pytest.fixture
-def general(monkeypatch):
-    """Counts the calls that weren't served at once, but for those of the reference."""
-    counted, clip_ = mock.Mock(), run.clip_
-
-    def count(plan, *arguments):
-        if all(bucket.backend != "reference" for bucket in plan.buckets):
-            counted()
-        return clip_(plan, *arguments)
-
-    monkeypatch.setattr(run, "clip_", count)
-    return counted
-
-
-def clip_and_compare(clipper, params):
-    """Clips as the reference does, and bumps each version once."""
-    expected, versions = copy_of(params), [p.grad._version for p in params if p.grad is not None]
-    result = clipper.clip_()
-    norms = fused_component_clip_(expected, CAP, backend="reference")
-    assert torch.allclose(result.norms, norms.to(result.norms.dtype), rtol=1e-6)
-    assert_grads(params, expected)
-    assert [p.grad._version for p in params if p.grad is not None] == [v + 1 for v in versions]
-    return result
-
-
-def steady(backend, shapes=((30,), (4, 4), (5,)), **options):
-    """A clipper that has been called, and its parameters."""
-    params = parameters(shapes)
-    clipper = ComponentClipper(params, CAP, backend=backend, **options)
-    clipper.clip_()
-    for p in params:
-        p.grad = random_grad(p.shape)
-    return clipper, params
 
 
 def assert_refused(clipper, params, error, message):
@@ -77,8 +28,8 @@ def assert_refused(clipper, params, error, message):
     assert [p.grad._version for p in present] == before[1]
 
 
-def test_a_steady_loop_is_served_at_once(backend, general):
-    clipper, params = steady(backend)
+def test_a_steady_loop_is_served_at_once(native_way, general):
+    clipper, params = steady(native_way)
     assert general.call_count == 1
     kept = []
     for step in range(6):
@@ -92,11 +43,11 @@ def test_a_steady_loop_is_served_at_once(backend, general):
     assert all(tensor.is_contiguous() and tensor.nbytes == 12 for tensor in results)
 
 
-def test_with_caps_of_all_kinds_and_a_loss_scale(backend, general):
+def test_with_caps_of_all_kinds_and_a_loss_scale(native_way, general):
     params = parameters([(30,), (4, 4)])
     caps = (0.1, torch.tensor(0.1), torch.tensor([0.1, 0.2]), {"0": 0.1, "1": 0.2}, thresholds.ParamRelative(0.01))
     for cap in caps:
-        clipper, reference = (ComponentClipper(params, cap, backend=name) for name in (backend, "reference"))
+        clipper, reference = (ComponentClipper(params, cap, backend=name) for name in (native_way, "reference"))
         clipper.clip_()
         count = general.call_count
         for scale in (None, 0.5, torch.tensor(0.25)):
@@ -117,10 +68,10 @@ def test_with_caps_of_all_kinds_and_a_loss_scale(backend, general):
         assert general.call_count == count
 
 
-def test_cut_gradients_and_those_left_alone(backend, general):
+def test_cut_gradients_and_those_left_alone(native_way, general):
     params = parameters([(6, 2), (7,), (3,)])
     spec = {"components": lambda name, _: None if name == "1" else name}
-    clipper = ComponentClipper(params, CAP, backend=backend, **spec)
+    clipper = ComponentClipper(params, CAP, backend=native_way, **spec)
     clipper.clip_()
     for p in params:
         p.grad = random_grad(p.shape)
@@ -162,7 +113,7 @@ class Unreadable(nn.Parameter):
 def same_memory_another_dtype(params):
     memory = params[1].grad
     params[1].data = torch.zeros(4, 8, dtype=torch.bfloat16)
-    params[1].grad = memory.view(torch.bfloat16)
+    params[1].grad = memory.view(torch.bfloat16).copy_(random_grad((4, 8)))
 
 
 def same_memory_other_strides(params):
@@ -203,8 +154,8 @@ def of_a_graph(params):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using backward")
-def test_a_change_is_noticed(backend, general, change):
-    clipper, params = steady(backend)
+def test_a_change_is_noticed(native_way, general, change):
+    clipper, params = steady(native_way)
     change(params)
     if change is of_a_graph:
         before = params[0].grad.detach().clone()
@@ -217,10 +168,10 @@ def test_a_change_is_noticed(backend, general, change):
     assert general.call_count == 2
 
 
-def test_a_gradient_appears(backend, general):
+def test_a_gradient_appears(native_way, general):
     params = parameters([(30,), (4, 4)])
     params[1].grad = None
-    clipper = ComponentClipper(params, CAP, backend=backend)
+    clipper = ComponentClipper(params, CAP, backend=native_way)
     clipper.clip_()
     clip_and_compare(clipper, params)
     assert general.call_count == 1
@@ -233,8 +184,8 @@ def test_a_gradient_appears(backend, general):
     assert general.call_count == 2
 
 
-def test_gradients_that_must_not_be_written_to(backend):
-    clipper, params = steady(backend)
+def test_gradients_that_must_not_be_written_to(native_way):
+    clipper, params = steady(native_way)
     before = params[1].grad
     params[1].grad = nn.Parameter(random_grad((4, 4)))
     assert_refused(clipper, params, ValueError, "itself a parameter")
@@ -246,8 +197,8 @@ def test_gradients_that_must_not_be_written_to(backend):
     clip_and_compare(clipper, params)
 
 
-def test_gradients_that_come_to_share_memory(backend):
-    clipper, params = steady(backend, ((4, 4), (4, 4)))
+def test_gradients_that_come_to_share_memory(native_way):
+    clipper, params = steady(native_way, ((4, 4), (4, 4)))
     memory = random_grad((6, 4))
     params[0].grad, params[1].grad = memory[:4], memory[2:]
     assert_refused(clipper, params, ValueError, "share memory")
@@ -255,13 +206,13 @@ def test_gradients_that_come_to_share_memory(backend):
     clip_and_compare(clipper, params)
 
 
-def test_parameters_of_other_types(backend, general):
+def test_parameters_of_other_types(native_way, general):
     own = Own(torch.zeros(4))
     own.grad = random_grad((4,))
     frozen = Own(torch.zeros(3), requires_grad=False)
     unreadable = Unreadable(torch.zeros(2))
     params = [*parameters([(30,)]), own, frozen, unreadable]
-    clipper = ComponentClipper(params, CAP, backend=backend)
+    clipper = ComponentClipper(params, CAP, backend=native_way)
     clipper.clip_()
     for p in params[:2]:
         p.grad = random_grad(p.shape)
@@ -272,8 +223,8 @@ def test_parameters_of_other_types(backend, general):
         clipper.clip_()
 
 
-def test_sparse_gradients_go_on_as_they_were(backend, general):
-    clipper, params = steady(backend)
+def test_sparse_gradients_go_on_as_they_were(native_way, general):
+    clipper, params = steady(native_way)
     params[1].grad = random_grad((4, 4)).to_sparse()
     clipper.clip_()
     clipper.clip_()
@@ -285,8 +236,8 @@ def test_sparse_gradients_go_on_as_they_were(backend, general):
 # -------------------------------------------------------------------------------------------------------
 
 
-def test_no_reference_is_kept_or_lost(backend):
-    clipper, params = steady(backend)
+def test_no_reference_is_kept_or_lost(native_way):
+    clipper, params = steady(native_way)
     grads = [p.grad for p in params]
 
     def counts():
@@ -311,8 +262,8 @@ def test_no_reference_is_kept_or_lost(backend):
     assert gone() is None
 
 
-def test_gradients_are_read_as_python_reads_them(gpu, backend):
-    del backend
+def test_gradients_are_read_as_python_reads_them(gpu, native_way):
+    del native_way
     params = [*parameters([(3,), (2, 2)]), Own(torch.zeros(2)), parameter(None), torch.zeros(2)]
     found = gpu.gradients_of(tuple(params))
     assert all(one is p.grad for one, p in zip(found, params, strict=True))
@@ -329,168 +280,3 @@ def test_gradients_are_read_as_python_reads_them(gpu, backend):
     broken.is_broken = True
     with pytest.raises(KeyError):
         gpu.gradients_of((*params, broken))
-
-
-def test_torchs_functions_are_found_and_tried(gpu):
-    """Of the torch that is tested here; where this fails, Python's functions serve, and clipping takes longer."""
-    gpu.call_torch_through_python(True)
-    assert not gpu.calls_torch_directly()
-    gpu.call_torch_through_python(False)
-    for mode in (torch.inference_mode(), FakeTensorMode()):
-        with mode:
-            assert not gpu.calls_torch_directly()  # can't be told
-    with torch.device("meta"):
-        assert gpu.calls_torch_directly()
-
-
-# -------------------------------------------------------------------------------------------------------
-# Modes of torch
-# -------------------------------------------------------------------------------------------------------
-
-
-def test_in_inference_mode_and_beside_other_modes(backend):
-    clipper, params = steady(backend)
-    expected = copy_of(params)
-    with torch.inference_mode():
-        clipper.clip_()
-    fused_component_clip_(expected, CAP, backend="reference")
-    assert_grads(params, expected)
-    for p in params:
-        p.grad = random_grad(p.shape)
-    with torch.overrides.BaseTorchFunctionMode():
-        clip_and_compare(clipper, params)
-    for p in params:
-        p.grad = random_grad(p.shape)
-    with torch.enable_grad():
-        result = clip_and_compare(clipper, params)
-    assert not result.norms.requires_grad
-    with torch.inference_mode():  # has no version; refused where a plan is made, not at each call
-        params[0].grad = torch.ones(30)
-    versions = [p.grad._version for p in params[1:]]
-    clipper.clip_()
-    assert [p.grad._version for p in params[1:]] == [v + 1 for v in versions]
-
-
-def test_beside_fake_tensors(backend):
-    clipper, params = steady(backend)
-    session, before = clipper._session, grads_of(params)
-    policy, options = clipper._caps(), clipper._options
-    with FakeTensorMode(allow_non_fake_inputs=True):  # results would have no address
-        assert run.clip_at_once_(session.plans, tuple(params), policy, options.rule, backend) is None
-    assert all(map(same_bits, before, grads_of(params)))
-    clip_and_compare(clipper, params)
-
-
-# -------------------------------------------------------------------------------------------------------
-# Streams
-# -------------------------------------------------------------------------------------------------------
-
-
-def workspaces_of(clipper):
-    ((plan,),) = clipper._session.plans._kept.values()
-    return plan.buckets[0].state.workspaces
-
-
-def test_a_stream_that_has_the_handle_of_one_that_is_gone(gpu, general):
-    """Work of the first may still run on its workspace: a number, unlike a handle, is never used again."""
-    handle = 0x5EED
-    gpu.set_stream(handle, 7, False)
-    clipper, params = steady("cuda")
-    clip_and_compare(clipper, params)
-    first = workspaces_of(clipper)[7]
-    waited = mock.Mock()
-    ((plan,),) = clipper._session.plans._kept.values()
-    with mock.patch.object(type(plan.buckets[0].state.tables), "wait", lambda self, number: waited(number)):
-        gpu.set_stream(handle, 8, False)
-        clip_and_compare(clipper, params)
-    waited.assert_called_once_with(8)
-    assert set(workspaces_of(clipper)) == {7, 8}
-    assert workspaces_of(clipper)[8].data_ptr() != first.data_ptr()
-    assert general.call_count == 2
-    for number in (7, 8, 7):
-        gpu.set_stream(handle, number, False)
-        clip_and_compare(clipper, params)
-    assert general.call_count == 2
-    assert gpu.cuda_stream(0) == (handle, 7, False)
-
-
-def test_the_same_stream_with_its_number_waits_once(monkeypatch):
-    """``OnDevice`` for streams, of which there are none here."""
-    from cwclip_kernels.backends.memory import OnDevice
-
-    table = OnDevice(torch.zeros(3), torch.device("cpu"))
-    table._arrived, table.tensor = mock.Mock(), mock.Mock()
-    current = mock.Mock()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    for number in (7, 7, 8, 7, 8):
-        table.wait(number)
-    assert current.wait_event.call_count == 2
-
-
-def test_a_captured_call_and_a_failed_launch(gpu, general):
-    clipper, params = steady("cuda")
-    gpu.set_stream(1, 0, True)
-    clip_and_compare(clipper, params)
-    assert general.call_count == 2
-    assert set(workspaces_of(clipper)) == {0}
-    gpu.set_stream(0, 0, False)
-    clip_and_compare(clipper, params)
-    assert general.call_count == 2
-    with (
-        mock.patch.object(gpu, "cuda_clip_at_once", side_effect=RuntimeError("CUDA, launching")),
-        pytest.raises(RuntimeError, match="CUDA, launching"),
-    ):
-        clipper.clip_()
-    assert not workspaces_of(clipper)  # which may not have been left zeros
-    clip_and_compare(clipper, params)
-
-
-# -------------------------------------------------------------------------------------------------------
-# Arguments
-# -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["cpu_clip_at_once", "cuda_clip_at_once"])
-def test_arguments_are_checked(gpu, name):
-    clipper, params = steady(name.partition("_")[0])
-    ((plan,),) = clipper._session.plans._kept.values()
-    bucket = plan.buckets[0]
-    first = (bucket.state.program, bucket.state.workspaces) if name[1] == "u" else (bucket.state.program,)
-    rule, caps = native._rule(2.0, 1e-6, "propagate"), torch.tensor(CAP, dtype=torch.float64)
-    signature, last = bucket.addresses.signature, bucket.addresses.last[True]
-    rest = [tuple(params), signature, last, rule, caps, None, None, torch.empty(3), torch.empty(3)]
-    call = getattr(native._C, name)
-    assert isinstance(call(*first, *rest), bytes)
-    versions = [p.grad._version for p in params]
-    before = grads_of(params)
-    for place, wrong in (
-        (0, params),
-        (0, None),
-        (1, "signature"),
-        (2, 7),
-        (3, None),
-        (3, bucket.state.program),
-    ):
-        with pytest.raises((TypeError, ValueError)):
-            call(*first, *rest[:place], wrong, *rest[place + 1 :])
-    with pytest.raises((TypeError, ValueError)):
-        call(None, *first[1:], *rest)
-    with pytest.raises(TypeError, match=name):
-        call(*first)
-    for place, other in (
-        (0, (*params, params[0])),
-        (0, tuple(params[:2])),
-        (0, ()),
-        (0, (*params[:2], 7)),
-        (1, signature[:-8]),
-        (1, b""),
-        (4, torch.zeros((), device="meta")),
-        (4, None),
-        (7, None),
-        (8, "coefs"),
-    ):
-        assert call(*first, *rest[:place], other, *rest[place + 1 :]) is None
-    assert all(map(same_bits, before, grads_of(params)))
-    assert versions == [p.grad._version for p in params]
-    assert ClipRule().norm_type == 2.0
-    del gpu
