@@ -58,17 +58,17 @@ class SignatureReader {
   // Whether the next gradient is like this one; moves past it if so.
   bool matches(const dlpack::Tensor& tensor, bool is_parameter) {
     const Head head = head_of(tensor, is_parameter);
-    const size_t bytes = tensor.dims * sizeof(int64_t);
-    if (static_cast<size_t>(end_ - at_) < sizeof head + 2 * bytes || std::memcmp(at_, &head, sizeof head) != 0) {
-      return false;
+    const size_t bytes = sizeof head + 2 * tensor.dims * sizeof(int64_t);
+    if (static_cast<size_t>(end_ - at_) < bytes || std::memcmp(at_, &head, sizeof head) != 0) return false;
+    const char* planned = at_ + sizeof head;
+    bool same = true;
+    for (const int64_t* const numbers : {tensor.sizes, tensor.strides}) {
+      for (int32_t d = 0; d < tensor.dims; ++d, planned += sizeof(int64_t)) {  // too few for a call of memcmp
+        same &= std::memcmp(planned, numbers + d, sizeof(int64_t)) == 0;
+      }
     }
-    const char* const sizes = at_ + sizeof head;
-    if (bytes != 0 && (std::memcmp(sizes, tensor.sizes, bytes) != 0 ||
-                       std::memcmp(sizes + bytes, tensor.strides, bytes) != 0)) {
-      return false;
-    }
-    at_ = sizes + 2 * bytes;
-    return true;
+    if (same) at_ = planned;
+    return same;
   }
 
  private:

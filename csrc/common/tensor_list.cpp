@@ -131,12 +131,14 @@ bool GradientLook::finds_planned() {
 bool GradientLook::read() {
   SignatureReader reader(signature_);
   const Py_ssize_t length = PyTuple_Size(parameters_);
+  std::vector<PyObject*> parameters(length);
+  for (Py_ssize_t i = 0; i < length; ++i) parameters[i] = PyTuple_GetItem(parameters_, i);
   held_.reserve(length);
   written_.reserve(length);
   addresses_.reserve(length);
   for (Py_ssize_t first = 0; first < length; first += kBlock) {
     const Py_ssize_t end = std::min(first + kBlock, length);
-    if (!hold(first, end)) return false;
+    if (!hold(parameters, first, end)) return false;
     for (Py_ssize_t i = first; i < end; ++i) {
       PyObject* const gradient = held_[i];
       if (reader.at_end()) return false;
@@ -157,12 +159,12 @@ bool GradientLook::read() {
 }
 
 // A block's gradients, whose memory is on its way when they are looked at, while the next block's parameters are fetched.
-bool GradientLook::hold(Py_ssize_t first, Py_ssize_t end) {
-  const Py_ssize_t length = PyTuple_Size(parameters_);
+bool GradientLook::hold(const std::vector<PyObject*>& parameters, Py_ssize_t first, Py_ssize_t end) {
+  const Py_ssize_t length = static_cast<Py_ssize_t>(parameters.size());
   for (Py_ssize_t i = first; i < end; ++i) {
-    if (i + 2 * kBlock < length) __builtin_prefetch(PyTuple_GetItem(parameters_, i + 2 * kBlock));
-    if (i + kBlock < length) fetch_tensor(PyTuple_GetItem(parameters_, i + kBlock));
-    PyObject* const gradient = gradient_of(PyTuple_GetItem(parameters_, i));
+    if (i + 2 * kBlock < length) __builtin_prefetch(parameters[i + 2 * kBlock]);
+    if (i + kBlock < length) fetch_tensor(parameters[i + kBlock]);
+    PyObject* const gradient = gradient_of(parameters[i]);
     if (gradient == nullptr) return false;
     held_.push_back(gradient);
     fetch_tensor(gradient);

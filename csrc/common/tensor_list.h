@@ -38,7 +38,7 @@ class GradientLook {
   static constexpr Py_ssize_t kBlock = 16;
 
   bool read();
-  bool hold(Py_ssize_t first, Py_ssize_t end);
+  bool hold(const std::vector<PyObject*>& parameters, Py_ssize_t first, Py_ssize_t end);
 
   PyObject* parameters_;
   Bytes signature_;

@@ -69,7 +69,10 @@ bool describe(PyObject* entry, dlpack::Tensor* tensor, bool* is_parameter) {
 }
 
 bool calls_torch_directly() {
-  if (found == Finding::unknown) found = calls.find(torch);
+  if (found == Finding::unknown) {
+    found = calls.find(torch);
+    if (found == Finding::right) word_of_tensor = calls.word;
+  }
   return found == Finding::right;
 }
 

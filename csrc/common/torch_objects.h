@@ -28,15 +28,16 @@ bool describe(PyObject* entry, dlpack::Tensor* tensor, bool* is_parameter);
 
 inline void* address_of(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
+// The word of a tensor's object that has the tensor's address: the first after the object's head, unless TensorCalls has
+// found another. It serves hints alone here.
+inline int word_of_tensor = sizeof(PyObject) / sizeof(void*);
+
 // Asks for the memory of a tensor that is read soon: a list's tensors lie anywhere, and after a backward pass none is in
-// cache. A hint alone: where a tensor's object keeps the address of the tensor is torch's own affair, and if it isn't one of
-// the two words after the object's head, nothing is gained and nothing goes wrong.
+// cache. Where the word is another one, nothing is gained and nothing goes wrong.
 inline void fetch_tensor(PyObject* object) {
   if (!is_plain(object)) return;
-  const char* const* const words = reinterpret_cast<const char* const*>(object) + sizeof(PyObject) / sizeof(void*);
-  for (int word = 0; word < 2; ++word) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(words[word] + 64 * line);
-  }
+  const char* const tensor = reinterpret_cast<const char* const*>(object)[word_of_tensor];
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
 }
 
 // A tensor's .grad, a new reference; null with a Python error set if it can't be read.
