@@ -236,6 +236,7 @@ def test_sparse_gradients_go_on_as_they_were(native_way, general):
 # -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_no_reference_is_kept_or_lost(native_way):
     clipper, params = steady(native_way)
     grads = [p.grad for p in params]
