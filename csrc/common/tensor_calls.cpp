@@ -4,6 +4,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+
 namespace cwclip {
 namespace {
 
@@ -45,6 +49,19 @@ PyObject* zero(PyObject* torch) {
   return PyObject_Call(function, arguments, options);
 }
 
+// The versions of torch that the suite has run on with these functions. A name may outlive what it returns.
+constexpr const char* kTried[] = {"2.11.", "2.13."};
+
+bool is_tried(PyObject* torch) {
+  const Owned version(PyObject_GetAttrString(torch, "__version__")), encoded(
+      version == nullptr ? nullptr : PyUnicode_AsUTF8String(version));
+  const char* const text = encoded == nullptr ? nullptr : PyBytes_AsString(encoded);
+  if (text == nullptr) PyErr_Clear();
+  return text != nullptr && std::any_of(std::begin(kTried), std::end(kTried), [&](const char* tried) {
+           return std::strncmp(text, tried, std::strlen(tried)) == 0;
+         });
+}
+
 TensorCalls::Impl impl_of(PyObject* tensor) {
   return reinterpret_cast<TensorCalls::Impl>(static_cast<uintptr_t>(number_of(tensor, "_cdata", 0)));
 }
@@ -79,7 +96,8 @@ bool are_right(TensorCalls& calls, PyObject* parameter, PyObject* gradient) {
 }  // namespace
 
 Finding TensorCalls::find(PyObject* torch) {
-  if (!look_up("libc10.so", "_ZNK3c1010TensorImpl4gradEv", &grad) ||
+  if (!is_tried(torch) ||
+      !look_up("libc10.so", "_ZNK3c1010TensorImpl4gradEv", &grad) ||
       !look_up("libc10.so", "_ZNK3c1010TensorImpl13requires_gradEv", &requires_grad) ||
       !look_up("libtorch_python.so", "_Z16THPVariable_WrapRKN2at10TensorBaseE", &wrap) ||
       !look_up("libtorch_cpu.so", "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &bump_version)) {

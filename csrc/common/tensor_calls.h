@@ -2,8 +2,9 @@
 //
 // p.grad takes 50 to 60 ns through Python's descriptor, nearly all of it for guards that an exact Tensor doesn't need
 // (__torch_function__, warnings); torch's functions behind it take 10. But neither their names nor where a tensor's
-// object keeps the tensor is promised. So nothing is believed: TensorCalls::find() returns them only if all are there,
-// and give the right answers for a parameter and its gradient. Where it doesn't, torch's Python functions serve, slower.
+// object keeps the tensor is promised. So nothing is believed: TensorCalls::find() returns them only under a version of torch
+// that has been tried, if all are there, and give the right answers for a parameter and its gradient. Where it doesn't,
+// torch's Python functions serve, slower.
 #pragma once
 
 #include "python.h"
