@@ -215,9 +215,9 @@ PyObject* py_obstacle(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count, 1, "cuda_obstacle(device)");
   const int device = static_cast<int>(arguments.number());
   if (arguments.failed()) return nullptr;
-  const char* const failure = find_obstacle(device);
-  if (failure == nullptr) Py_RETURN_NONE;
-  return PyUnicode_FromString(failure);
+  const std::string obstacle = find_obstacle(device);
+  if (obstacle.empty()) Py_RETURN_NONE;
+  return PyUnicode_FromString(obstacle.c_str());
 }
 
 }  // namespace

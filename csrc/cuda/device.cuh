@@ -246,15 +246,15 @@ inline Failure number_of(Stream stream, unsigned long long* number) {
   return nullptr;
 }
 
-// Whether this binary has a kernel for the current device, and its driver can launch it with 32 KB of parameters.
+// Whether this binary has a kernel for the current device.
 template <auto kernel>
 Failure find_image() {
-  int driver = 0;
-  if (const Failure failure = failure_of(cudaDriverGetVersion(&driver))) return failure;
-  if (driver < 12010) return "its driver is older than CUDA 12.1";
   cudaFuncAttributes attributes;
   return failure_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
 }
+
+// The newest CUDA that the driver knows: 12010 for 12.1.
+inline Failure find_driver(int* version) { return failure_of(cudaDriverGetVersion(version)); }
 
 // Puts kernel(parameters...) on the current device's stream; `overlaps`: it may begin while the one before ends.
 template <auto kernel, class... Parameters>

@@ -186,9 +186,19 @@ const char* enqueue(const Request& request) {
   return Launcher(request, processors).all();
 }
 
-const char* find_obstacle(int device) {
-  if (const Failure failure = set_device(device)) return failure;
-  return find_image<clip_kernel<Mode::sum, Order::two, kManyAddresses, false>>();
+std::string find_obstacle(int device) {
+  int driver = 0;
+  Failure failure = set_device(device);
+  if (failure == nullptr) failure = find_driver(&driver);
+  // Before CUDA 12.1 kernels with more than 4 KB of parameters load, and fail when they are launched.
+  if (failure == nullptr && driver < 12010) {
+    return "its driver knows CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+           ", and 12.1 is needed; update the driver";
+  }
+  if (failure == nullptr) failure = find_image<clip_kernel<Mode::sum, Order::two, kManyAddresses, false>>();
+  if (failure == nullptr) return {};
+  return failure + std::string("; reinstall with TORCH_CUDA_ARCH_LIST set to its compute capability, by a CUDA toolkit "
+                               "that its driver knows");
 }
 
 const char* find_state(int device, StreamState* stream) {

@@ -34,8 +34,8 @@ const char* place(Program& program, char* tables, int device);
 // Puts the call's kernels on its stream, without waiting; the reason if that fails, or null.
 const char* enqueue(const Request& request);
 
-// Why this device can't run the kernels, or null.
-const char* find_obstacle(int device);
+// Why this device can't run the kernels and what to do about it; empty if it can.
+std::string find_obstacle(int device);
 
 // A device's stream, as a call needs to know it.
 struct StreamState {

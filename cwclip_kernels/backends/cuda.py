@@ -1,4 +1,4 @@
-"""The CUDA kernels, csrc/cuda/: at most two launches a call, addresses in the kernel's own parameters, no sync.
+"""The CUDA kernels, csrc/cuda/: one launch or two for each 4,048 gradients, addresses in their parameters, no sync.
 
 An optimizer's step takes three: norms, what follows from each t, and the update.
 
@@ -57,12 +57,7 @@ def unavailable(device: torch.device) -> str | None:
         )
     with torch.cuda.device(device):
         reason = native._C.cuda_obstacle(device.index or 0)
-    if reason:
-        return (
-            f"can't run on {torch.cuda.get_device_name(device)} ({reason}); reinstall with TORCH_CUDA_ARCH_LIST set "
-            "to its compute capability, by a CUDA toolkit that its driver knows"
-        )
-    return None
+    return f"can't run on {torch.cuda.get_device_name(device)}: {reason}" if reason else None
 
 
 def power_sums(bucket: Bucket, grads: list[Tensor], norm_type: float, addresses: bytes | None) -> Tensor:

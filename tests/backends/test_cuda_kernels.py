@@ -250,6 +250,7 @@ def test_gradients_other_than_planned_are_never_touched(gpu):
 
 def test_refusals_say_what_to_do(monkeypatch):
     unavailable = cuda.unavailable.__wrapped__
+    assert native.unavailable() is None  # is loaded now, and not behind the stand-ins' backs
     gpu = torch.device("cuda", 0)
     assert "serves NVIDIA GPUs, not cpu" in cuda.refuses(torch.device("cpu"), torch.float32, 2.0)
     monkeypatch.setattr(torch.version, "hip", "6.3")
@@ -258,12 +259,21 @@ def test_refusals_say_what_to_do(monkeypatch):
     assert "norm_type 1, 2 and inf, not 3" in cuda.refuses(gpu, torch.float32, 3.0)
     monkeypatch.setattr(native, "_C", object(), raising=False)
     assert "CWCLIP_BUILD=cuda pip install" in unavailable(gpu)
-    monkeypatch.setattr(native, "_C", Mock(cuda_obstacle=lambda device: "no kernel image"))
+    monkeypatch.setattr(native, "_C", Mock(cuda_obstacle=lambda device: "no kernel image; reinstall"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of the future")
-    assert "can't run on a GPU of the future (no kernel image); reinstall with TORCH_CUDA" in unavailable(gpu)
+    assert unavailable(gpu) == "can't run on a GPU of the future: no kernel image; reinstall"
     monkeypatch.setattr(native, "unavailable", lambda: "is missing")
     assert unavailable(gpu) == "is missing"
+
+
+def test_a_driver_that_cannot_launch_the_kernels_is_refused(gpu):
+    """Kernels with 32 KB of parameters would load there, and fail when they are launched."""
+    assert gpu.cuda_obstacle(0) is None
+    gpu.set_driver(12000)
+    assert gpu.cuda_obstacle(0) == "its driver knows CUDA 12.0, and 12.1 is needed; update the driver"
+    gpu.set_driver(12010)
+    assert gpu.cuda_obstacle(0) is None
 
 
 class Subclass(torch.Tensor):

@@ -10,7 +10,7 @@ namespace cwclip::on_host {
 // Set by a test before it runs kernels.
 struct Machine {
   int processors = 2;    // what the launches are planned for
-  int l2_bytes = 0;
+  int l2_bytes = 0, driver = 13000;
   uint32_t resident = 4;  // blocks that run at a time; others begin when one of them has ended
   uint64_t seed = 0;     // of the order in which fibers take turns
   uint64_t launches = 0;  // counted here

@@ -24,6 +24,12 @@ PyObject* set_l2_bytes(PyObject*, PyObject* bytes) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_driver(PyObject*, PyObject* version) {
+  machine.driver = static_cast<int>(PyLong_AsLong(version));
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
 PyObject* launches(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(machine.launches); }
 
 // set_stream(handle, number, capturing): the current one from now on
@@ -65,6 +71,7 @@ PyMethodDef methods[] = {
     {"set_runs", &set_runs, METH_O, nullptr},
     {"call_torch_through_python", &through_python, METH_O, nullptr},
     {"calls_torch_directly", &calls_directly, METH_NOARGS, nullptr},
+    {"set_driver", &set_driver, METH_O, nullptr},
     {"launches", &launches, METH_NOARGS, nullptr},
     {"partials_at", &partials_at, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

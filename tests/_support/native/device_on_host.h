@@ -194,6 +194,11 @@ Failure find_image() {
   return nullptr;
 }
 
+inline Failure find_driver(int* version) {
+  *version = on_host::machine.driver;
+  return nullptr;
+}
+
 template <auto kernel, class... Parameters>
 Failure launch(uint32_t blocks, int threads, Stream, bool, const Parameters&... parameters) {
   if (on_host::machine.runs) on_host::run(blocks, threads, [&] { kernel(parameters...); });
