@@ -109,17 +109,21 @@ class Launcher {
       call_.range = program_.ranges[mode == Mode::scale ? launches - 1 - i : i];
       call_.range.last = last && i == launches - 1;
       fill(addresses);
-      const Range& range = call_.range;
-      const uint32_t small = (range.tile_end - range.small_begin + kWorkerWarps - 1) / kWorkerWarps;
-      const uint32_t blocks = blocks_for(range.small_begin - range.tile_begin + small);
       constexpr auto kernel = clip_kernel<mode, order, kCapacity, kGaps>;
-      // Mode::scale may begin while the launch before ends: it waits for that itself. Not while another of its kind ends,
-      // which that wouldn't have waited for.
-      const bool overlaps = mode == Mode::scale && i == 0 && program_.traits.overlaps && setting("CWCLIP_CUDA_PDL", 1) != 0;
+      const bool overlaps = mode == Mode::scale && program_.traits.overlaps && setting("CWCLIP_CUDA_PDL", 1) != 0;
+      const uint32_t blocks = blocks_for(turns(mode));
       const Failure failure = launch<kernel>(blocks, kThreads, stream(), overlaps, call_, addresses);
       if (failure != nullptr) return failure;
     }
     return nullptr;
+  }
+
+  // How many tiles, or bundles of small ones, a launch may find in its range. The list has no small ones, and what measures
+  // has scaled them.
+  uint32_t turns(Mode mode) const {
+    const Range& range = call_.range;
+    const uint32_t large = range.small_begin - range.tile_begin, small = range.tile_end - range.small_begin;
+    return large + (mode == Mode::scale && call_.scales ? 0 : (small + kWorkerWarps - 1) / kWorkerWarps);
   }
 
   // The addresses of the gradients in this launch's range.

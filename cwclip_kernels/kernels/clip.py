@@ -36,7 +36,7 @@ def sum_or_clip_kernel(
     ``scale_kernel``'s after it. Bytes: each element once; one that is clipped is loaded again, from L1 or L2, since
     such a tile has at most 64 KB, and written. Both kinds are in one launch, so that sets of small components, LoRA's
     factors, take no other, and biases beside large matrices none of their own. On sm_90 float32 and bfloat16 need 64
-    and 69 registers, ``power_sums_kernel`` 60 and 64. Deterministic: the same bits as those three kernels.
+    and 69 registers, ``power_sums_kernel`` 60 and 64. Deterministic: fixed order.
 
     Args, beside those of these three:
         several: tiles from this one on are the only ones of their components.

@@ -96,10 +96,11 @@ def test_entries_of_the_table_go_to_shared_memory_past_the_registers(kernels):
 
 
 def test_launches_overlap_where_the_device_can(kernels):
-    """The list's writer lets the next kernel begin, and that waits: without it, it would read a list half written."""
+    """What comes before lets Mode::scale begin, and that waits: without it, it would read a list half written."""
     for kernel, mode, _, _ in clip_kernels(kernels):
         waits, lets = kernel.count("ACQBULK"), kernel.count("PREEXIT")
         assert (waits, lets) == ((0, 0) if kernel.target < 90 else (1, 0) if mode == SCALE else (0, 1)), kernel.name
+    assert all(k.count("PREEXIT") == (k.target >= 90) for k in kernels if "list_kernel" in k.name)
 
 
 def test_cache_policies_are_what_createpolicy_makes(tmp_path):

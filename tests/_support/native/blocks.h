@@ -36,6 +36,9 @@ void worker_barrier(int threads);  // for the block's first `threads`
 void warp_barrier(int lanes);
 // The value that thread `source` of this warp passes. All of a warp's lanes take part.
 uint64_t exchange(uint64_t value, int source, int lanes);
+// 16 bytes from `from` to `to`, at once or only with this thread's finish_copies(), as the seed has it.
+void copy_async(void* to, const void* from);
+void finish_copies();
 void maybe_switch();  // another thread's turn, now and then
 void pause();         // another thread's turn
 

@@ -7,8 +7,10 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace cwclip::on_host {
@@ -39,6 +41,8 @@ struct Fiber {
   const uint64_t* phase = nullptr;  // waits until its lowest bit isn't parity
   uint64_t parity = 0;
   uint64_t passed = 0;  // to the other lanes of its warp
+  uint32_t rests = 0;   // for so many rounds, while others go on
+  std::vector<std::pair<void*, const void*>> copies;  // that haven't arrived
 };
 
 struct Block {
@@ -109,6 +113,8 @@ void begin(Block& block, uint32_t index) {
     fiber->begun = fiber->ended = false;
     fiber->waits_at = nullptr;
     fiber->phase = nullptr;
+    fiber->rests = 0;
+    fiber->copies.clear();
   }
 }
 
@@ -128,7 +134,8 @@ void take_turn(Fiber& fiber) {
   setcontext(&start);
 }
 
-// Every fiber of the block that can go on, goes on once. Whether there was any.
+// Every fiber of the block that can go on, goes on once, but for some that rest, so that others get a job or two ahead of
+// them. Whether there was any.
 bool step(Block& block) {
   bool any = false;
   const size_t count = block.fibers.size(), start = random_below(static_cast<uint32_t>(count));
@@ -136,6 +143,10 @@ bool step(Block& block) {
     Fiber& fiber = *block.fibers[(start + i) % count];
     if (fiber.ended || waits(fiber)) continue;
     any = true;
+    if (fiber.rests > 0 || random_below(256) == 0) {
+      fiber.rests = fiber.rests > 0 ? fiber.rests - 1 : random_below(64);
+      continue;
+    }
     take_turn(fiber);
     if (fiber.ended) --block.running;
   }
@@ -198,6 +209,20 @@ uint64_t exchange(uint64_t value, int source, int lanes) {
   const uint64_t result = current->block->fibers[static_cast<size_t>(source)]->passed;
   warp_barrier(lanes);
   return result;
+}
+
+void copy_async(void* to, const void* from) {
+  if (random_below(2) == 0) {
+    std::memcpy(to, from, 16);
+  } else {
+    std::memset(to, 0x5a, 16);
+    current->copies.emplace_back(to, from);
+  }
+}
+
+void finish_copies() {
+  for (const auto& [to, from] : current->copies) std::memcpy(to, from, 16);
+  current->copies.clear();
 }
 
 void maybe_switch() {
