@@ -213,6 +213,7 @@ class BuildWithNvcc(build_ext):
         """Compiles and links one extension."""
         kernels = [source for source in ext.sources if source.endswith(".cu")]
         ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
+        ext.depends += kernels  # so that a change of one alone is linked
         for source in kernels:
             target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)

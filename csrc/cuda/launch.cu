@@ -95,8 +95,10 @@ class Launcher {
     if constexpr (mode != Mode::both) {
       if (program_.gaps) return every_range<mode, order, kManyAddresses, true>(last);
     }
-    return program_.few ? every_range<mode, order, kFewAddresses, false>(last)
-                        : every_range<mode, order, kManyAddresses, false>(last);
+    if constexpr (order == Order::two) {  // others are rare, and each kernel takes time to compile
+      if (program_.few) return every_range<mode, order, kFewAddresses, false>(last);
+    }
+    return every_range<mode, order, kManyAddresses, false>(last);
   }
 
   // One launch for each table of addresses; `last` if nothing comes after them.

@@ -103,14 +103,15 @@ def _merge_levels(bucket: Bucket) -> list[Tensor]:
 def scale_(bucket: Bucket, grads: list[Tensor], coefs: Tensor, zero_fill: bool, addresses: bytes | None) -> None:
     """g <- coef * g in place; of a complex gradient both parts, since a complex product makes NaN of inf + 0j."""
     grads = [torch.view_as_real(g) if g.is_complex() else g for g in bucket.pieces(grads)]
-    factors = _factors(grads, coefs[_state(bucket)[1]])
+    each = coefs[_state(bucket)[1]]
+    factors = _factors(grads, each)
     if bucket.device.type == "cpu":
         torch._foreach_mul_(grads, factors)
     else:
         _multiply(grads, factors)
-    if zero_fill:
-        for grad, factor in zip(grads, factors, strict=True):
-            grad.masked_fill_(factor == 0, 0.0)
+    if zero_fill:  # not where a factor has only been rounded to 0
+        for grad, is_zero in zip(grads, (each == 0).unbind(), strict=True):
+            grad.masked_fill_(is_zero, 0.0)
 
 
 def _factors(grads: list[Tensor], factors: Tensor) -> list[Tensor]:
@@ -145,16 +146,17 @@ def adamw_(
     tensors = (grads, step.params, step.exp_avgs, step.exp_avg_sqs, maxima)
     pieces = list(zip(*(bucket.pieces(each) for each in tensors), strict=True))
     of_pieces, each_factor = bucket.gradient_of_pieces(), factors[owners]
+    are_zero = (each_factor == 0).unbind() if zero_fill else [None] * len(pieces)
     for dtype in dict.fromkeys(map(_arithmetic, pieces)):
         own_factors = each_factor.to(dtype).unbind()
         for number, rule in enumerate(step.rules):
             own = [
-                (i, f, [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in piece])
-                for i, piece, f in zip(of_pieces, pieces, own_factors, strict=True)
+                (i, f, z, [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in piece])
+                for i, piece, f, z in zip(of_pieces, pieces, own_factors, are_zero, strict=True)
                 if step.rule_of[i] == number and _arithmetic(piece) == dtype
             ]
             if own:
-                _step_alike(own, rule, times, step.skip, zero_fill, dtype)
+                _step_alike(own, rule, times, step.skip, dtype)
     for t, time in zip(step.steps, times, strict=True):
         t.copy_(time if step.skip is None else torch.where(step.skip == 0, time, time - 1))
 
@@ -166,19 +168,17 @@ def _arithmetic(piece: tuple[Tensor, ...]) -> torch.dtype:
 
 
 def _step_alike(
-    own: list[tuple[int, Tensor, list[Tensor]]],
+    own: list[tuple[int, Tensor, Tensor | None, list[Tensor]]],
     rule: AdamWRule,
     times: list[Tensor],
     skip: Tensor | None,
-    zero_fill: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Steps pieces of one param group and dtype, given as (gradient, factor, [g, p, m, v, w])."""
-    factors, kept = [f for _, f, _ in own], list(zip(*(piece for *_, piece in own), strict=True))
+    """Steps pieces of one param group and dtype, given as (gradient, factor, whether it erases, [g, p, m, v, w])."""
+    factors, kept = [f for _, f, *_ in own], list(zip(*(piece for *_, piece in own), strict=True))
     g, p, m, v, w = ([t.to(dtype) for t in each] for each in kept)
     g = [a * f for a, f in zip(g, factors, strict=True)]
-    if zero_fill:
-        g = [a.masked_fill_(f == 0, 0.0) for a, f in zip(g, factors, strict=True)]
+    g = [a if is_zero is None else a.masked_fill_(is_zero, 0.0) for a, (_, _, is_zero, _) in zip(g, own, strict=True)]
     if rule.maximize:
         torch._foreach_neg_(g)
     lr = rule.lr.to(g[0].device, times[0].dtype).reshape(()) if isinstance(rule.lr, Tensor) else rule.lr

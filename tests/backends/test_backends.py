@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels.optim import ComponentClipAdamW
 from helpers import (
     BACKENDS,
     DEVICE,
@@ -260,14 +261,26 @@ def test_rounding_of_half_precisions_bit_by_bit(backend):
 
 
 # torch promotes the product of two 0-d tensors: a tiny float64 coefficient would come to it unrounded, where the
-# definition rounds it to the gradient's arithmetic first, to 0, and inf * 0 is NaN.
+# definition rounds it to the gradient's arithmetic first, to 0, and inf * 0 is NaN. What "zero" erases is decided
+# before that: a norm of order 0 is finite, so its coefficient isn't 0.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
-def test_scalars_beside_float64_are_rounded_as_all_others(dtype, shape):
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+def test_scalars_beside_float64_are_rounded_as_all_others(nonfinite, dtype, shape):
     params = [parameter(torch.full((), 2.0).double()), parameter(torch.full(shape, math.inf).to(dtype))]
     expected = copy_of(params)
-    fused_component_clip_(params, 1e-100, 0.0)
-    fused_component_clip_(expected, 1e-100, 0.0, backend="reference")
+    fused_component_clip_(params, 1e-100, 0.0, nonfinite=nonfinite)
+    fused_component_clip_(expected, 1e-100, 0.0, nonfinite=nonfinite, backend="reference")
     assert params[1].grad.isnan().all()
     assert expected[1].grad.isnan().all()
     assert params[0].grad == expected[0].grad
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_a_step_erases_only_what_the_policy_does(backend, nonfinite):
+    """Not what a coefficient erases that is below float32's range."""
+    params = [parameter(torch.full((3,), 2.0).double()), parameter(torch.full((3,), math.inf))]
+    ComponentClipAdamW(params, max_norm=1e-100, norm_type=0.0, nonfinite=nonfinite, backend=backend).step()
+    assert params[1].isnan().all()
+    assert params[0].isfinite().all()
