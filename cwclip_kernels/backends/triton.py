@@ -121,9 +121,8 @@ class Results(NamedTuple):
     @classmethod
     def of(cls, bucket: Bucket, caps: Tensor, loss_scale: LossScale) -> Results:
         """With norms and coefficients to be written."""
-        norms = torch.empty(bucket.count, dtype=bucket.norm_dtype, device=bucket.device)
         stride = caps.stride(0) if caps.ndim else 0
-        return cls(caps, stride, loss_scale.inverse, norms, torch.empty_like(norms), loss_scale.found_inf)
+        return cls(caps, stride, loss_scale.inverse, *bucket.results(), loss_scale.found_inf)
 
 
 def constants_of(rule: ClipRule) -> dict[str, Any]:
