@@ -202,13 +202,6 @@ class ComponentClipper(ParameterClipper):
             return traced.norms_of(self._all(), self._session.components, norm_type, backend)
         return self._session.norms(self._all(), norm_type, backend)
 
-    def total_norm(self, norms: Tensor) -> Tensor:
-        """The norm of all components together, [], from the norms [K] of each: what ``clip_grad_norm_`` returns.
-
-        With ``pp_mesh`` it is that of all its ranks, which make this call together. No host sync.
-        """
-        return self._session.total(norms, self._options.rule.norm_type)
-
     def explain(self) -> str:
         """Which backend serves which gradients, and why, for people to read."""
         return self._session.explain(self._all(), self._options.rule.norm_type, self._options.backend)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..components.membership import Member
 from ..result import ClipResult
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps, learnt, load_learnt
@@ -107,6 +108,11 @@ class ParameterClipper:
         return tuple(tensor for i, tensor in enumerate(self._all()) if i in clipped)
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """Which parameters, by position, or slices of them belong to which component."""
+        return self._session.components.members
+
+    @property
     def is_spread(self) -> bool:
         """Whether other ranks have parts of components, or of the model, so that all clip together."""
         return self._session.reductions is not None
@@ -115,6 +121,13 @@ class ParameterClipper:
     def raises_nonfinite(self) -> bool:
         """Whether a non-finite norm is an error."""
         return self._options.raise_nonfinite
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """The norm of all components together, [], from the norms [K] of each: what ``clip_grad_norm_`` returns.
+
+        With ``pp_mesh`` it is that of all its ranks, which make this call together. No host sync.
+        """
+        return self._session.total(norms, self._options.rule.norm_type)
 
     def state_dict(self) -> dict[str, Any]:
         """What ``max_norm`` has learnt: {"max_norm": ``Threshold.state_dict()``}, or {} if it doesn't learn."""

@@ -14,6 +14,7 @@ from ..components.parameters import NamedTensors
 from ..components.resolve import resolve
 from ..components.spec import ComponentSpec, Grouping
 from ..distributed.local import local_value
+from ..distributed.partitions import Partitions
 from ..distributed.run import DistributedCall
 from ..distributed.set_up import plan_reductions
 from ..distributed.shards import is_flat
@@ -35,7 +36,8 @@ class ClipSession:
     """Components of one set of parameters, with their plans and caps.
 
     It keeps no reference to the parameters, so that a cache of sessions keeps no model alive. All ranks that share
-    a parameter make it together; ``settings`` describes other arguments, which they must have alike.
+    a parameter make it together; ``settings`` describes other arguments, which they must have alike. With
+    ``partitions`` gradients are those that an optimizer keeps, not the tensors' own.
     """
 
     def __init__(
@@ -45,10 +47,13 @@ class ClipSession:
         process_group: object = None,
         pp_mesh: object = None,
         settings: str = "",
+        partitions: Partitions | None = None,
     ) -> None:
         self.ranks = process_group, pp_mesh
         # ``reductions``: how components are sharded over ranks; None if they aren't.
-        self.components, self.reductions = plan_reductions(components, tensors, process_group, pp_mesh, settings)
+        self.components, self.reductions = plan_reductions(
+            components, tensors, process_group, pp_mesh, settings, partitions
+        )
         self.plans = Plans(self.components if self.reductions is None else self.reductions.local)
         self.bound: BoundThreshold | None = None  # the last threshold
         self._parameter_plans = Plans(self.components, "the parameter")

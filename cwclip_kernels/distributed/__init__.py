@@ -6,6 +6,7 @@ Read in this order:
     groups          sets of ranks and their collectives
     reduction       power sums added up over ranks, exactly and with NaN
     local           what this rank holds of gradients
+    partitions      gradients that an optimizer keeps in flat partitions
     reduction_plan  which sums are added up over which ranks
     set_up          ranks check that they agree, and make the plan
     run             one call: sums measured here and added up over ranks, gradients scaled here

@@ -15,7 +15,9 @@ from ..components.membership import Components, Member
 from ..core import formula
 from .groups import RankGroup, group_over, in_order
 from .local import LocalGradients, Shards, gradients_of, is_wide, local_value, member_numels
+from .partitions import Partitions
 from .reduction import Indices, Reduction, decode, encode
+from .shards import LocalShard
 
 
 class Stages(NamedTuple):
@@ -88,15 +90,17 @@ class ReductionPlan:
         group: RankGroup | None,
         neighbours: Sequence[RankGroup],
         stages: Stages | None,
+        partitions: Partitions | None = None,
     ) -> None:
         self._names, self._shards, self._stages = components.names, shards, stages
+        self._partitions = partitions
         self.has_stages = stages is not None
         self.all_names = components.names if stages is None else stages.names
         self.all_parameters = components.tensor_names if stages is None else stages.parameters
 
         # One row for each component and set of ranks that holds parts of it; rows of one set are sent together.
         over = cache(group_over)
-        groups = [group if s is None or s.mesh is None else over(s.mesh, s.mesh_dims) for s in shards]
+        groups = [_holders(s, group) if s is None or s.mesh is None else over(s.mesh, s.mesh_dims) for s in shards]
         by_ranks = {each.ranks: each for each in (*groups, group) if each is not None}
         rows: dict[tuple[int, tuple[int, ...] | None], int] = {}
         members: list[Member] = []
@@ -138,11 +142,15 @@ class ReductionPlan:
             self._asked = []  # all ranks have all norms
 
     def gradients(self, tensors: Sequence[Tensor]) -> LocalGradients:
-        """See ``gradients_of``."""
+        """What this rank holds of the tensors' gradients; see ``gradients_of``."""
+        if self._partitions is not None:
+            return LocalGradients(self._partitions.gradients(), ())
         return gradients_of(tensors, self._shards)
 
     def values(self, tensors: Sequence[Tensor]) -> LocalGradients:
         """What this rank holds of the tensors themselves, in place of gradients; None of those that are frozen."""
+        if self._partitions is not None:
+            return LocalGradients(self._partitions.values(), ())
         return LocalGradients([local_value(t).detach() if t.requires_grad else None for t in tensors], ())
 
     def norm_dtype(self, tensors: Sequence[Tensor]) -> torch.dtype:
@@ -199,3 +207,7 @@ class ReductionPlan:
             shown = f"{len(group.ranks)} ranks ({some_of(group.ranks, 8)})"
             lines.append(f"  one all-reduce of {len(rows.host)} sums over {shown}")
         return "\n".join(lines) or "  no communication between ranks"
+
+
+def _holders(shard: LocalShard | None, group: RankGroup | None) -> RankGroup | None:
+    return group if shard is None or shard.group is None else shard.group

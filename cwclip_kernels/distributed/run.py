@@ -34,6 +34,7 @@ class DistributedCall:
     home: torch.device  # of the sums and the results
     backend: str | None  # the user's choice
     update: run.Update | None = None  # what is done instead of scaling gradients
+    writes: bool = True  # whether gradients are to be scaled; False where only coefficients are asked for
     _measured: tuple[ClipPlan, Sequence[Found], LocalGradients] | None = None
     _loss_scale: LossScale = UNSCALED
     _failure: Exception | None = None  # of this rank
@@ -45,6 +46,23 @@ class DistributedCall:
 
         Syncs with the host for ``raise_nonfinite`` only.
         """
+        norms, coefs, caps = self.measure(policy, rule, raise_nonfinite, scaled)
+        assert self._measured is not None  # since nothing failed
+        plan, found, grads = self._measured
+        run.apply_(plan, found, self.factors(coefs), rule, self.update)
+        if self.update is None:
+            grads.touched()
+        scaled.deliver(self._loss_scale)
+        return norms, coefs, caps
+
+    def factors(self, coefs: Tensor) -> Tensor:
+        """After ``measure``: the factor of the gradients in each component of ``reductions.local``."""
+        return self.reductions.rows.to_local(self._loss_scale.factors(coefs))
+
+    def measure(
+        self, policy: StepCaps, rule: ClipRule, raise_nonfinite: bool, scaled: LossScale
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms, coefficients and caps, and nothing written yet, on any rank; raises what failed on this rank."""
         reductions, order = self.reductions, rule.norm_type
         needs_maximum = scaled.found_inf is not None and not run.sums_tell_nonfinite(order)
         orders = [order, math.inf] if needs_maximum else [order]
@@ -60,12 +78,6 @@ class DistributedCall:
             raise self._failure
         if bad:
             raise RuntimeError(run.nonfinite_message(bad, count, order))
-        assert self._measured is not None  # since nothing failed
-        plan, found, grads = self._measured
-        run.apply_(plan, found, reductions.rows.to_local(self._loss_scale.factors(coefs)), rule, self.update)
-        if self.update is None:
-            grads.touched()
-        scaled.deliver(self._loss_scale)
         return norms, coefs, caps
 
     def norms(self, norm_type: float, *, of_parameters: bool = False) -> Tensor:
@@ -85,11 +97,12 @@ class DistributedCall:
         has_elements: Tensor | None = None
         try:
             grads = (self.reductions.values if of_parameters else self.reductions.gradients)(self.tensors)
+            is_written = scaled is not None and self.update is None and self.writes
+            if is_written:
+                grads.check_not_leaves()
             if scaled is not None:
-                if self.update is None:
-                    grads.check_not_leaves()
                 self._loss_scale = scaled.on(self.home)
-            get = self.plans.measured if scaled is None or self.update is not None else self.plans.get
+            get = self.plans.get if is_written else self.plans.measured
             plan, found = get(grads.local, self.tensors, orders[0], self.backend)
             if self.update is not None:
                 self.update.prepare(plan.buckets, found)

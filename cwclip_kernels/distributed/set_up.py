@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
@@ -15,16 +15,23 @@ from ..arguments import some_of
 from ..components.membership import Components
 from .groups import RankGroup, as_group, groups_along, in_order
 from .local import Shards, is_wide
+from .partitions import Partitions
 from .reduction_plan import ReductionPlan, compare_stages
 from .shards import LocalShard, is_dtensor, is_flattened, shard_of
 
 
 def plan_reductions(
-    components: Components, tensors: Sequence[Tensor], process_group: object, pp_mesh: object, settings: str
+    components: Components,
+    tensors: Sequence[Tensor],
+    process_group: object,
+    pp_mesh: object,
+    settings: str,
+    partitions: Partitions | None = None,
 ) -> tuple[Components, ReductionPlan | None]:
     """Which sums are added up over which ranks; None if this rank has all of these tensors for itself.
 
-    Otherwise all ranks that share some of them call this together, and compare their components.
+    Otherwise all ranks that share some of them call this together, and compare their components. ``partitions`` are
+    given if an optimizer keeps the gradients of these tensors, which are then looked up there.
 
     Returns:
         The components, with the problems of frozen parameters that can't be clipped; and the plan.
@@ -33,7 +40,10 @@ def plan_reductions(
         TypeError, ValueError: a wrong argument; on all ranks, if parameters can't be clipped or ranks differ.
     """
     group, stage_group = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
-    shards = [shard_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
+    if partitions is None:
+        shards = [shard_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
+    else:
+        components, shards = partitions.laid_flat(components), partitions.shards(components.tensor_names)
     cut, has_flattened = components.cut, any(map(is_flattened, tensors))
     problem, frozen = None, []
     for i, (name, tensor, shard) in enumerate(zip(components.tensor_names, tensors, shards, strict=True)):
@@ -50,7 +60,7 @@ def plan_reductions(
     # one takes all of its ranks.
     along = cache(groups_along)
     of_plain = {} if group is None else {group.ranks: group}
-    nearby = [of_plain if shard is None or shard.mesh is None else along(shard.mesh) for shard in shards]
+    nearby = [_groups_of(shard, along, of_plain) for shard in shards]
     neighbours = in_order({one for near in (of_plain, *nearby) for one in near.values()})
     stages = None
     if stage_group is None:
@@ -68,7 +78,17 @@ def plan_reductions(
         problem = _compare([*neighbours, stage_group], {}, settings, problem or stages.problem)
     if problem is not None:
         raise ValueError(problem)
-    return components, ReductionPlan(components, tensors, shards, group, neighbours, stages)
+    return components, ReductionPlan(components, tensors, shards, group, neighbours, stages, partitions)
+
+
+Groups: TypeAlias = Mapping[tuple[int, ...], RankGroup]  # by their ranks
+
+
+def _groups_of(shard: LocalShard | None, along: Callable[[Any], Groups], of_plain: Groups) -> Groups:
+    """The groups of ranks that have the same parameter, or other parts of it."""
+    if shard is None or (shard.mesh is None and shard.group is None):
+        return of_plain
+    return along(shard.mesh) if shard.group is None else {shard.group.ranks: shard.group}
 
 
 def _problem(

@@ -2,13 +2,14 @@
 
 A DTensor's ``Shard`` placement cuts a dimension as ``torch.chunk`` does. ``_StridedShard``, which FSDP2 uses over
 tensor parallelism, cuts it into ``split_factor`` pieces first and takes a chunk of each. A ``FlatParameter`` of
-``FullyShardedDataParallel`` (FSDP1) is a range of its original parameters laid end to end.
+``FullyShardedDataParallel`` (FSDP1) is a range of its original parameters laid end to end. What an optimizer with
+partitions holds (``partitions``) is a range of one parameter laid flat.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from math import prod
@@ -25,16 +26,17 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and length of consecutive
 
 @dataclass(eq=False)
 class LocalShard:
-    """What this rank holds of a DTensor or a ``FlatParameter``."""
+    """What this rank holds of a DTensor, of a ``FlatParameter``, or of a parameter laid flat in a partition."""
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
     runs: dict[int, Runs]  # the indices held here, for each dimension that is sharded
-    mesh: Any = None  # the DTensor's device mesh; None for a FlatParameter
+    mesh: Any = None  # the DTensor's device mesh; None for the others
     placements: tuple[Any, ...] = ()
     mesh_dims: tuple[int, ...] = ()  # dimensions of the mesh, of more than one rank, over which it is sharded
     problem: str | None = None  # why its gradient can't be clipped
     grad_spec: Any = None  # of the last gradient that was found to have the parameter's placements
+    group: Any = None  # the ``RankGroup`` that shares a parameter laid flat in partitions
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -137,13 +139,16 @@ class Original:
 
     def flat(self, part: Slice) -> Slice:
         """A slice of the original as a slice of the flat parameter; ValueError if it isn't contiguous."""
-        if any(dim != 0 for dim, _, _ in part):
-            raise ValueError(
-                f"components: {self.name!r} lies flat in FullyShardedDataParallel and can be cut along dim 0 only"
-            )
-        row = prod(self.tensor.shape[1:])
-        start, size = (part[0][1] * row, part[0][2] * row) if part else (0, self.tensor.numel())
+        start, size = flat_range(part, self.tensor.shape, self.name, "FullyShardedDataParallel")
         return ((0, self.start + start, size),)
+
+
+def flat_range(part: Slice, shape: Sequence[int], name: str, holder: str) -> tuple[int, int]:
+    """Start and length of a slice in its tensor laid flat; ValueError, which names both, if it isn't contiguous."""
+    if any(dim != 0 for dim, _, _ in part):
+        raise ValueError(f"components: {name!r} lies flat in {holder} and can be cut along dim 0 only")
+    row = prod(shape[1:])
+    return (part[0][1] * row, part[0][2] * row) if part else (0, prod(shape))
 
 
 def is_flat(tensor: Tensor) -> bool:

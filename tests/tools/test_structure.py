@@ -16,7 +16,7 @@ from package_imports import faults_of, files_of, name_of
 from readme_blocks import README
 
 PACKAGE = Path(cwclip_kernels.__file__).parent
-TRAINERS = ("accelerate", "lightning", "timm", "torchtitan", "transformers")
+TRAINERS = ("accelerate", "deepspeed", "lightning", "timm", "torchtitan", "transformers")
 
 # The package, read from the bottom: a file may import those above it in this list, and no other.
 ORDER = [
@@ -34,9 +34,9 @@ ORDER = [
     reference backends/foreach backends/programs backends/cpu backends/cuda_step backends/cuda
     backends/triton_tables backends/triton backends/triton_step backends/registry
     core/options core/plan core/run
-    distributed/groups distributed/reduction distributed/local distributed/reduction_plan
+    distributed/groups distributed/reduction distributed/local distributed/partitions distributed/reduction_plan
     distributed/set_up distributed/run
-    core/caps core/session core/cache core/traced core/parameter_clipper core/optimizers
+    core/caps core/session core/cache core/traced core/parameter_clipper core/partitioned_clipper core/optimizers
     handle attachment clipper
     optim/clipping optim/checkpoints optim/update optim/traced optim/adamw optim/__init__
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
@@ -44,6 +44,10 @@ ORDER = [
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan
+    integrations/deepspeed/internals/base integrations/deepspeed/internals/zero
+    integrations/deepspeed/internals/whole integrations/deepspeed/internals/engine
+    integrations/deepspeed/internals/checkpoints integrations/deepspeed/internals/experts
+    integrations/deepspeed/internals/__init__ integrations/deepspeed/clipping integrations/deepspeed/__init__
     integrations/transformers/step_log integrations/transformers/clipping integrations/transformers/callback
     integrations/transformers/mixin integrations/transformers/log integrations/transformers/__init__
     integrations/lightning/clipping integrations/lightning/callback

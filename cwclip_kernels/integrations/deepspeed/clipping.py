@@ -1,0 +1,190 @@
+"""``attach``: clipping by component in the steps of a DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ...clipper import ComponentClipper
+from ...components.parameters import named_tensors
+from ...core.loss_scale import LossScale
+from ...core.options import ClipOptions
+from ...core.parameter_clipper import ParameterClipper
+from ...core.partitioned_clipper import PartitionedClipper
+from ...handle import Handle
+from ...result import ClipResult
+from ...thresholds.constant import MaxNorm
+from .._common import checked, learner
+from .internals.base import EngineOptimizer
+from .internals.checkpoints import Checkpoints
+from .internals.engine import check_engine, optimizer_of
+from .internals.experts import check_experts
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def attach(
+    engine: DeepSpeedEngine,
+    max_norm: MaxNorm,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    *,
+    on_clip: Callable[[ClipResult], object] | None = None,
+    **options: Unpack[ClipOptions],
+) -> EngineClipping:
+    """Clips each component's gradient to its own norm at every ``engine.step()`` that updates parameters.
+
+    Norms are those of whole parameters and of averaged gradients without the loss scale, wherever ZeRO's partitions
+    cut them. They take one all-reduce of K numbers; nothing is gathered, and no gradient is copied beside what
+    DeepSpeed copies. Gradients are multiplied once, by coefficient over loss scale. All ranks call this together,
+    after ``deepspeed.initialize`` and before the first step.
+
+    ``engine.get_global_grad_norm()`` goes on to return the norm of all gradients before clipping. Steps that
+    DeepSpeed skips because of inf or NaN are skipped as before, and caps learn nothing from them; of ZeRO that is the
+    norm's inf or NaN, too, whatever ``nonfinite`` says, except in stages 1 and 2 with bf16. Gradient accumulation,
+    several param groups, an optimizer offloaded to the CPU and experts in ZeRO stages 1 and 2 need no argument.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned, with ``"gradient_clipping": 0`` in its configuration, since
+            some versions clip to 1.0 otherwise.
+        max_norm: as for ``ComponentClipper``. Checkpoints of the engine carry what a threshold learns.
+        norm_type: as for ``ComponentClipper``.
+        error_if_nonfinite: as for ``ComponentClipper``; not for fp16, where inf is no error.
+        on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
+        options: ``components``, ``eps``, ``nonfinite`` and ``backend`` of ``ComponentClipper``. Names are those of
+            ``engine.module``. A ``ComponentSpec`` can cut parameters along dim 0.
+
+    Returns:
+        A handle: ``remove()`` ends clipping, ``last`` is the last ``ClipResult``.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+        RuntimeError: the engine's gradients can't be clipped by component, and why; or DeepSpeed isn't as in the
+            versions that this was tried with. Nothing is changed.
+
+    Example:
+        >>> import torch, deepspeed                                               # doctest: +SKIP
+        >>> from cwclip_kernels.integrations.deepspeed import attach
+        >>> config = {"train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": True}, "gradient_clipping": 0,
+        ...           "zero_optimization": {"stage": 2}}
+        >>> optimizer = torch.optim.AdamW(model.parameters())                     # doctest: +SKIP
+        >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)  # doctest: +SKIP
+        >>> clipping = attach(engine, max_norm=0.05)                              # doctest: +SKIP
+        >>> for batch in loader:                                                  # doctest: +SKIP
+        ...     engine.backward(engine(**batch).loss)
+        ...     engine.step()
+    """
+    return EngineClipping(engine, max_norm, norm_type, error_if_nonfinite, on_clip, options)
+
+
+class EngineClipping(Handle):
+    """Clipping at work in a DeepSpeed engine; made by ``attach``. As a context manager it ends itself.
+
+    Attributes:
+        names: the K component names.
+        last: what the last step's clipping found and did; None before the first.
+    """
+
+    _not_copied = "an EngineClipping of one engine can't be copied or pickled: attach to the other engine"
+
+    def __init__(
+        self,
+        engine: Any,
+        max_norm: MaxNorm,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        on_clip: Callable[[ClipResult], object] | None,
+        options: ClipOptions,
+    ) -> None:
+        scalars = checked(norm_type, error_if_nonfinite, options)
+        if options.get("process_group") is not None:
+            raise ValueError("process_group: DeepSpeed knows which ranks share a parameter; leave it out")
+        check_engine(engine)
+        if isinstance(getattr(engine, _ATTRIBUTE, None), EngineClipping):
+            raise RuntimeError("engine: clipping is attached to it already; call remove() on that first")
+        if scalars.raise_nonfinite and engine.fp16_enabled():
+            raise ValueError(
+                "nonfinite: 'error' (error_if_nonfinite=True) can't be used with a scaled loss, whose norms are inf "
+                "now and then, when the step is skipped; use 'propagate', 'zero' or 'skip'"
+            )
+        self._engine, self._max_norm, self._on_clip = engine, max_norm, on_clip
+        self._measured: ClipResult | None = None  # and not yet scaled
+        named = named_tensors(engine.module)
+        self._optimizer: EngineOptimizer | None = optimizer_of(engine, named)
+        self._attachment: Handle | None = None
+        grouping = options.get("components")
+        self._clipper: ParameterClipper
+        if self._optimizer is None:
+            clipper = ComponentClipper(engine.module, max_norm, norm_type, error_if_nonfinite, **options)
+            self._clipper = clipper
+        else:
+            self._clipper = self._optimizer.clipper(max_norm, scalars, grouping)
+        self.names = self._clipper.names
+        self._has_experts = check_experts(engine, named, self._clipper, learner(max_norm) is not None)
+        self.knows_total = (
+            scalars.rule.norm_type == 2.0
+            and not self._has_experts
+            and (not isinstance(self._clipper, PartitionedClipper) or self._clipper.covers_all)
+        )
+        self._checkpoints = Checkpoints(engine, self.state_dict, self.load_state_dict)
+        if self._optimizer is None:
+            self._attachment = clipper.attach(engine.optimizer, on_clip=self._has_clipped)
+        else:
+            self._optimizer.install(self)
+        setattr(engine, _ATTRIBUTE, self)
+
+    def remove(self) -> None:
+        """Ends clipping, and leaves the engine as it was."""
+        self._checkpoints.remove()
+        if self._attachment is not None:
+            self._attachment.remove()
+        if self._optimizer is not None:
+            self._optimizer.remove()
+        vars(self._engine).pop(_ATTRIBUTE, None)
+
+    # What the step of DeepSpeed's optimizer calls: see ``internals.base.Steps``.
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether norms have been measured and gradients not yet scaled."""
+        return self._measured is not None
+
+    @torch.no_grad()
+    def measure(self, loss_scale: float) -> Tensor:
+        """Measures the gradients of this step; the norm of all together, []."""
+        assert isinstance(self._clipper, PartitionedClipper)
+        self._measured = None
+        self._measured = self._clipper.measure(1.0 / loss_scale)
+        return self._clipper.total_norm(self._measured.norms)
+
+    def scale_(self, partition: int, gradient: Tensor) -> None:
+        """Unscales and clips a partition's gradient; the first of a step tells that it isn't skipped."""
+        assert isinstance(self._clipper, PartitionedClipper)
+        if self._measured is not None:
+            result, self._measured = self._measured, None
+            self._clipper.learn(result)
+            self._has_clipped(result)
+        self._clipper.scale_(partition, gradient)
+
+    def clip_(self, loss_scale: float) -> None:
+        """Measures, unscales and clips in one pass."""
+        self._has_clipped(self._clipper.clip(LossScale.of(1.0 / loss_scale, None)))
+
+    def _has_clipped(self, result: ClipResult) -> None:
+        self.last = result
+        if self.knows_total:
+            total = self._clipper.total_norm(result.norms)
+            if self._optimizer is None:
+                self._engine._global_grad_norm = total
+            else:
+                self._optimizer.report(total)
+        if self._on_clip is not None:
+            self._on_clip(result)
+
+
+_ATTRIBUTE = "_cwclip_clipping"  # of the engine: what is attached to it

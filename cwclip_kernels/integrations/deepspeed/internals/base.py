@@ -1,0 +1,202 @@
+"""What DeepSpeed's optimizers have in common, and the check that they are as they were in the versions tried."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ....arguments import type_name
+from ....components.parameters import NamedTensors
+from ....components.spec import Grouping
+from ....core.options import Options
+from ....core.parameter_clipper import ParameterClipper
+from ....core.partitioned_clipper import PartitionedClipper
+from ....distributed.groups import RankGroup
+from ....distributed.partitions import Fragment, Partitions
+from ....thresholds.constant import MaxNorm
+
+TRIED = "0.19.8"
+
+
+class Steps(Protocol):
+    """What is called in a step of DeepSpeed's optimizer."""
+
+    def measure(self, loss_scale: float) -> Tensor:
+        """Norm of all unscaled gradients together, []; ``covers_all`` says if it is that."""
+
+    def scale_(self, partition: int, gradient: Tensor) -> None:
+        """Unscales and clips a partition's gradient in place."""
+
+    def clip_(self, loss_scale: float) -> None:
+        """Both, where each parameter has its own gradient."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether ``measure`` has been called in this step."""
+
+    @property
+    def knows_total(self) -> bool:
+        """Whether what ``measure`` returns is what DeepSpeed calls the global norm."""
+
+
+class EngineOptimizer(ABC):
+    """One of DeepSpeed's optimizers.
+
+    Attributes:
+        needs: attributes of it that are read.
+        calls: methods that its ``step`` calls, each with its parameters, and that are replaced.
+    """
+
+    needs: tuple[str, ...] = ()
+    calls: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def __init__(self, optimizer: Any, named: NamedTensors) -> None:
+        self.optimizer, self.named = optimizer, named
+        self._replaced: list[str] = []
+        self._hooks: list[Any] = []
+        for name in self.needs:
+            if not hasattr(optimizer, name):
+                raise RuntimeError(unknown(optimizer, f"it has no {name!r}"))
+        called = names_in(type(optimizer).step)
+        for name, arguments in self.calls:
+            method = getattr(type(optimizer), name, None)
+            found = tuple(inspect.signature(undecorated(method)).parameters) if callable(method) else ()
+            if name not in called or found[1:] != arguments:
+                raise RuntimeError(unknown(optimizer, f"its step() doesn't call {name}({', '.join(arguments)})"))
+            if name in vars(optimizer):
+                raise RuntimeError(
+                    f"engine: {name} of its {type_name(optimizer)} is replaced already, by something else"
+                )
+
+    @abstractmethod
+    def clipper(self, max_norm: MaxNorm, options: Options, components: Grouping) -> ParameterClipper:
+        """What clips the gradients of this optimizer; all ranks call this together."""
+
+    @abstractmethod
+    def install(self, steps: Steps) -> None:
+        """Replaces methods of the optimizer by ones that call ``steps``."""
+
+    def _replace(self, name: str, ours: Callable[..., object]) -> None:
+        setattr(self.optimizer, name, ours)
+        self._replaced.append(name)
+
+    def remove(self) -> None:
+        """Puts everything back."""
+        for name in self._replaced:
+            vars(self.optimizer).pop(name, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._replaced, self._hooks = [], []
+
+    def report(self, total: Tensor) -> None:
+        """Makes this the global norm that the engine reports."""
+        self.optimizer._global_grad_norm = total
+
+
+def undecorated(function: Any) -> Any:
+    """The function inside decorators, some of which (``instrument_w_nvtx``) don't say what they wrap."""
+    while True:
+        inner = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        functions = [one for one in inner if inspect.isfunction(one)]
+        if hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif len(functions) == 1 and "args" in inspect.signature(function).parameters:
+            function = functions[0]
+        else:
+            return function
+
+
+def names_in(function: Any) -> tuple[str, ...]:
+    """The attributes and global names that a function uses."""
+    return undecorated(function).__code__.co_names  # type: ignore[no-any-return]
+
+
+def unknown(optimizer: object, what: str) -> str:
+    """The message about a version of DeepSpeed whose optimizer isn't as in those that were tried."""
+    import deepspeed
+
+    return (
+        f"deepspeed {deepspeed.__version__}: {type_name(optimizer)} isn't as in the versions that this was made for "
+        f"({TRIED}): {what}. Install one of those, or report it"
+    )
+
+
+class Flat(EngineOptimizer, Partitions):
+    """An optimizer that keeps gradients in flat partitions."""
+
+    def __init__(self, optimizer: Any, named: NamedTensors) -> None:
+        super().__init__(optimizer, named)
+        self.holder = f"DeepSpeed's {type_name(optimizer)}"
+        self.shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in named.tensors]
+        position = {id(p): i for i, p in enumerate(named.tensors)}
+        fragments: list[Fragment | None] = [None] * len(position)
+        for parameter, fragment in self._fragments():
+            if id(parameter) not in position:
+                raise ValueError(
+                    "engine: its optimizer has a parameter that its module doesn't have, and that would go "
+                    "unclipped; make it part of the module"
+                )
+            fragments[position[id(parameter)]] = fragment
+        self.fragments = fragments
+
+    @abstractmethod
+    def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:
+        """Each of the optimizer's parameters, and what this rank holds of it."""
+
+    @abstractmethod
+    def _flat_gradient(self, partition: int) -> Tensor | None:
+        """What is scaled, in the optimizer's own dtype."""
+
+    @abstractmethod
+    def _flat_values(self, partition: int) -> Tensor:
+        """The optimizer's own parameters."""
+
+    def gradients(self) -> list[Tensor | None]:
+        """See ``Partitions``."""
+        return self._narrowed(self._flat_gradient)
+
+    def values(self) -> list[Tensor | None]:
+        """See ``Partitions``."""
+        return self._narrowed(lambda partition: self._flat_values(partition).detach())
+
+    def _narrowed(self, flat_of: Callable[[int], Tensor | None]) -> list[Tensor | None]:
+        flats: dict[int, Tensor | None] = {}
+        found: list[Tensor | None] = []
+        for fragment in self.fragments:
+            flat = None
+            if fragment is not None:
+                if fragment.partition not in flats:
+                    flats[fragment.partition] = flat_of(fragment.partition)
+                flat = flats[fragment.partition]
+            found.append(
+                None if fragment is None or flat is None else flat.narrow(0, fragment.offset, fragment.numel)
+            )
+        return found
+
+    def clipper(self, max_norm: MaxNorm, options: Options, components: Grouping) -> PartitionedClipper:
+        """See ``EngineOptimizer``."""
+        return PartitionedClipper(self.named, self, max_norm, options, components)
+
+    def _mapped(
+        self, groups: Iterable[Iterable[Any]], process_groups: Sequence[Any]
+    ) -> Iterator[tuple[Tensor, Fragment]]:
+        """By the mapping that DeepSpeed's own ``safe_get_full_grad`` and its like use."""
+        for i, (group, process_group) in enumerate(zip(groups, process_groups, strict=True)):
+            ranks = ranks_of(process_group)
+            for parameter in group:
+                held = parameter._hp_mapping  # None if this rank has nothing of it
+                if held is None:
+                    yield parameter, Fragment(0, 0, i, 0, ranks)
+                else:
+                    here, there = held.lp_fragment_address, held.hp_fragment_address
+                    yield parameter, Fragment(here.start, here.numel, i, there.start, ranks)
+
+
+def ranks_of(process_group: Any) -> RankGroup | None:
+    """A group of several ranks; None if it is only one."""
+    group = RankGroup.of(process_group)
+    return group if len(group.ranks) > 1 else None
