@@ -47,7 +47,7 @@ def plan_reductions(
     cut, has_flattened = components.cut, any(map(is_flattened, tensors))
     problem, frozen = None, []
     for i, (name, tensor, shard) in enumerate(zip(components.tensor_names, tensors, shards, strict=True)):
-        found = _problem(name, tensor, shard, i in cut, group, has_flattened)
+        found = None if partitions is not None else _problem(name, tensor, shard, i in cut, group, has_flattened)
         if found is not None and tensor.requires_grad:
             problem = problem or found
         elif found is not None:
@@ -97,6 +97,11 @@ def _problem(
     """Why a tensor can't be clipped, perhaps on this rank alone."""
     if shard is not None and shard.problem is not None:
         return shard.problem
+    if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
+        return (
+            f"parameters: {name!r} belongs to DeepSpeed, which keeps its gradient in partitions elsewhere; it would "
+            "go unclipped; call cwclip_kernels.integrations.deepspeed.attach(engine, ...)"
+        )
     no_shard = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
     if is_flattened(tensor) and dist.get_world_size() > 1:
         if group is None:

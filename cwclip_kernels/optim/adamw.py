@@ -150,7 +150,7 @@ class ComponentClipAdamW(AdamW):
         self._step_supports_amp_scaling = True
         self.defaults.update(self._own_defaults)
         self._is_made = True
-        self._caps(self._units(), options)  # checks max_norm
+        self._caps(self._units(are_given=True), options)  # checks max_norm
 
     @property
     def last(self) -> ClipResult | None:
@@ -164,7 +164,7 @@ class ComponentClipAdamW(AdamW):
         super().add_param_group(param_group)
         if "_is_made" in self.__dict__:
             try:
-                self._caps(self._units(), self._clipping.options)
+                self._caps(self._units(are_given=True), self._clipping.options)
             except (TypeError, ValueError):
                 self.param_groups.pop()
                 raise
@@ -266,8 +266,8 @@ class ComponentClipAdamW(AdamW):
     # A step's parts
     # -------------------------------------------------------------------------------------------------------
 
-    def _units(self) -> tuple[Unit, ...]:
-        return self._clipping.units_of(self.param_groups)
+    def _units(self, *, are_given: bool = False) -> tuple[Unit, ...]:
+        return self._clipping.units_of(self.param_groups, are_given=are_given)
 
     def _caps(self, units: Sequence[Unit], options: Options) -> list[StepCaps | None]:
         """What each unit's ``max_norm`` stands for, checked; None for parameters that no component has."""

@@ -61,15 +61,20 @@ class Clipping:
     names: dict[int, str] = field(default_factory=dict)  # by id of the parameter
     last: ClipResult | None = None
     _units: tuple[Unit, ...] = ()
+    _given: set[tuple[int, ...]] = field(default_factory=set)  # shapes of the parameters that users gave
     _made_for: object = None
     _whole: tuple[tuple[Tensor, ...], Components, bool] = ((), Components((), (), ()), True)
 
-    def units_of(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Unit, ...]:
+    def units_of(self, groups: Sequence[Mapping[str, Any]], *, are_given: bool = False) -> tuple[Unit, ...]:
         """The groups' parameters by ``max_norm``, those that no component has last.
+
+        ``are_given`` where users have just given the groups; others may replace parameters later.
 
         Raises:
             TypeError, ValueError: names, components and groups that don't fit together.
         """
+        if are_given:
+            self._given.update(tuple(p.shape) for group in groups for p in group["params"])
         caps = [group["max_norm"] for group in groups]
         sharing = [next(j for j in range(i + 1) if are_equal(caps[j], caps[i])) for i in range(len(caps))]
         made_for = sharing, [group["params"] for group in groups]
@@ -99,6 +104,12 @@ class Clipping:
         owner = [i for i, group in enumerate(groups) for _ in group["params"]]
         if len(set(map(id, tensors))) < len(tensors):
             raise ValueError("params: a parameter is given more than once, and would be stepped as often")
+        if any(not isinstance(p, nn.Parameter) and tuple(p.shape) not in self._given for p in tensors):
+            raise ValueError(
+                "optimizer: its parameters have been replaced by tensors of other shapes, as DeepSpeed's ZeRO and "
+                "other wrappers do that lay them flat, and a component isn't a part of these; use torch.optim.AdamW "
+                "there, with cwclip_kernels.integrations.deepspeed.attach(engine, ...)"
+            )
         named = self._named(groups, tensors)
         everything = resolve(named, self.components, is_all=self.pp_mesh is None or any(map(is_flat, tensors)))
         first: dict[int, int] = {}

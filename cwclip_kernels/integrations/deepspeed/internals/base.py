@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ....arguments import type_name
@@ -181,19 +182,18 @@ class Flat(EngineOptimizer, Partitions):
         """See ``EngineOptimizer``."""
         return PartitionedClipper(self.named, self, max_norm, options, components)
 
-    def _mapped(
-        self, groups: Iterable[Iterable[Any]], process_groups: Sequence[Any]
-    ) -> Iterator[tuple[Tensor, Fragment]]:
-        """By the mapping that DeepSpeed's own ``safe_get_full_grad`` and its like use."""
-        for i, (group, process_group) in enumerate(zip(groups, process_groups, strict=True)):
-            ranks = ranks_of(process_group)
-            for parameter in group:
-                held = parameter._hp_mapping  # None if this rank has nothing of it
-                if held is None:
-                    yield parameter, Fragment(0, 0, i, 0, ranks)
-                else:
-                    here, there = held.lp_fragment_address, held.hp_fragment_address
-                    yield parameter, Fragment(here.start, here.numel, i, there.start, ranks)
+
+def fragments_of(
+    parameters: Sequence[Tensor], paddings: Sequence[int], partition: int, size: int, process_group: Any
+) -> Iterator[tuple[Tensor, Fragment]]:
+    """Parameters that lie end to end, each before its padding, and of which each rank has so many elements."""
+    ranks, first = ranks_of(process_group), torch.distributed.get_rank(process_group) * size
+    offset = 0
+    for parameter, padding in zip(parameters, paddings, strict=True):
+        start = min(max(first - offset, 0), parameter.numel())
+        stop = min(max(first + size - offset, 0), parameter.numel())
+        yield parameter, Fragment(start, stop - start, partition, min(max(offset - first, 0), size), ranks)
+        offset += parameter.numel() + padding
 
 
 def ranks_of(process_group: Any) -> RankGroup | None:

@@ -15,8 +15,8 @@ def check_experts(engine: Any, named: NamedTensors, clipper: ParameterClipper, l
     """Whether there are experts that not all ranks have; raises if they can't be clipped.
 
     Raises:
-        ValueError: a component has parameters of an expert beside others, so that its norm would have to be summed
-            over ranks with other experts; or caps learn, and would learn something else on each rank.
+        ValueError: a component isn't within one expert, so that its norm would have to be summed over ranks with
+            other experts; or caps learn, and would learn something else on each rank.
     """
     experts = {i for i, p in enumerate(named.tensors) if getattr(p, "allreduce", True) is False}
     if not experts:
@@ -26,17 +26,13 @@ def check_experts(engine: Any, named: NamedTensors, clipper: ParameterClipper, l
             "max_norm: caps that learn aren't served with experts, of which each rank has others: checkpoints would "
             "keep what one rank has learnt; use caps that don't learn"
         )
-    owners: dict[int, set[str]] = {}
     for position, component, _ in clipper.members:
-        name = named.names[position]
+        name, key = named.names[position], clipper.names[component]
         found = _EXPERT.match(name)
-        owner = (found.group(1) if found else name) if position in experts else ""
-        owners.setdefault(component, set()).add(owner)
-    for component, several in owners.items():
-        if len(several) > 1 and several != {""}:
+        # A component within one expert is named after it; so one expert a rank is judged as several are.
+        if position in experts and not key.startswith(found.group(1) if found else name):
             raise ValueError(
-                f"components: {clipper.names[component]!r} has parameters of an expert beside others, and each rank "
-                "has other experts, so that its norm would not be whole; choose components within one expert, such "
-                'as "parameter" or "module"'
+                f"components: {key!r} has {name!r} of an expert, of which each rank has others, so that its norm "
+                'would not be whole; choose components within one expert, such as "parameter" or "module"'
             )
     return True

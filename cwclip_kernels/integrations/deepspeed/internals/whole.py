@@ -17,7 +17,7 @@ from ....core.parameter_clipper import ParameterClipper
 from ....core.session import ClipSession
 from ....distributed.partitions import Fragment
 from ....thresholds.constant import MaxNorm
-from .base import EngineOptimizer, Flat, Steps
+from .base import EngineOptimizer, Flat, Steps, fragments_of
 
 
 class Bf16(Flat):
@@ -35,7 +35,11 @@ class Bf16(Flat):
     calls = (("get_grads_for_norm", ("for_clipping",)),)
 
     def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:
-        return self._mapped(self.optimizer.bf16_groups, self.optimizer.real_dp_process_group)
+        groups, flats = self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition
+        for i, (group, flat, ranks) in enumerate(
+            zip(groups, flats, self.optimizer.real_dp_process_group, strict=True)
+        ):
+            yield from fragments_of(group, [0] * len(group), i, flat.numel(), ranks)
 
     def _flat_gradient(self, partition: int) -> Tensor:
         return self.optimizer.fp32_groups_gradient_flat_partition[partition]  # type: ignore[no-any-return]

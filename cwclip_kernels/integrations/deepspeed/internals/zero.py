@@ -8,20 +8,29 @@ import torch
 from torch import Tensor
 
 from ....distributed.partitions import Fragment
-from .base import Flat, Steps, ranks_of, unknown
+from .base import Flat, Steps, fragments_of, ranks_of, unknown
 
 
 class Zero12(Flat):
     """ZeRO stages 1 and 2: each rank has a contiguous part of each param group."""
 
     needs = (
-        *("bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups", "averaged_gradients"),
+        *("round_robin_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups"),
+        "averaged_gradients",
         *("params_in_partition", "cpu_offload", "loss_scale", "_global_grad_norm"),
     )
     calls = (("scaled_global_norm", ("norm_type",)), ("unscale_and_clip_grads", ("grad_groups_flat", "total_norm")))
 
     def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:
-        return self._mapped(self.optimizer.bit16_groups, self.optimizer.real_dp_process_group)
+        """Not by DeepSpeed's own mapping, which is wrong where ``round_robin_gradients`` has another order."""
+        groups, flats = self.optimizer.round_robin_bit16_groups, self.optimizer.single_partition_of_fp32_groups
+        paddings = getattr(self.optimizer, "round_robin_bit16_padding", None) or [
+            [0] * len(group) for group in groups
+        ]
+        for i, (group, flat, ranks) in enumerate(
+            zip(groups, flats, self.optimizer.real_dp_process_group, strict=True)
+        ):
+            yield from fragments_of(group, paddings[i], i, flat.numel(), ranks)
 
     def _flat_gradient(self, partition: int) -> Tensor | None:
         return self.optimizer.single_partition_of_fp32_groups[partition].grad  # type: ignore[no-any-return]
