@@ -30,10 +30,12 @@ def started():
     with quiet():
         import deepspeed
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime import bf16_optimizer
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which it would compile
         type(get_accelerator()).is_fp16_supported = lambda self: True
+        bf16_optimizer.see_memory_usage = lambda *_, **__: None  # takes a second
         deepspeed.init_distributed("gloo")
     return deepspeed
 

@@ -45,16 +45,17 @@ def attach(
     after ``deepspeed.initialize`` and before the first step.
 
     ``engine.get_global_grad_norm()`` goes on to return the norm of all gradients before clipping. Steps that
-    DeepSpeed skips because of inf or NaN are skipped as before, and caps learn nothing from them; of ZeRO that is the
-    norm's inf or NaN, too, whatever ``nonfinite`` says, except in stages 1 and 2 with bf16. Gradient accumulation,
-    several param groups, an optimizer offloaded to the CPU and experts in ZeRO stages 1 and 2 need no argument.
+    DeepSpeed skips because of inf or NaN are skipped as before, whatever ``nonfinite`` says, and caps learn nothing
+    from them. It steps all the same, so that ``nonfinite`` decides, in stage 0 with fp32, and in stages 1 and 2 with
+    ``"bf16": {"check_grad_overflow": false}``. Gradient accumulation, several param groups, an optimizer offloaded
+    to the CPU and experts in ZeRO stages 1 and 2 need no argument.
 
     Args:
         engine: what ``deepspeed.initialize`` returned, with ``"gradient_clipping": 0`` in its configuration, since
             some versions clip to 1.0 otherwise.
         max_norm: as for ``ComponentClipper``. Checkpoints of the engine carry what a threshold learns.
         norm_type: as for ``ComponentClipper``.
-        error_if_nonfinite: as for ``ComponentClipper``; not for fp16, where inf is no error.
+        error_if_nonfinite: as for ``ComponentClipper``, where DeepSpeed doesn't skip the step before.
         on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``.
         options: ``components``, ``eps``, ``nonfinite`` and ``backend`` of ``ComponentClipper``. Names are those of
             ``engine.module``. A ``ComponentSpec`` can cut parameters along dim 0.
@@ -107,15 +108,16 @@ class EngineClipping(Handle):
         check_engine(engine)
         if isinstance(getattr(engine, _ATTRIBUTE, None), EngineClipping):
             raise RuntimeError("engine: clipping is attached to it already; call remove() on that first")
-        if scalars.raise_nonfinite and engine.fp16_enabled():
-            raise ValueError(
-                "nonfinite: 'error' (error_if_nonfinite=True) can't be used with a scaled loss, whose norms are inf "
-                "now and then, when the step is skipped; use 'propagate', 'zero' or 'skip'"
-            )
         self._engine, self._max_norm, self._on_clip = engine, max_norm, on_clip
         self._measured: ClipResult | None = None  # and not yet scaled
         named = named_tensors(engine.module)
         self._optimizer: EngineOptimizer | None = optimizer_of(engine, named)
+        if scalars.raise_nonfinite and self._optimizer is not None and self._optimizer.looks_first:
+            raise ValueError(
+                "nonfinite: 'error' (error_if_nonfinite=True) would never be one here: DeepSpeed looks for inf and "
+                "NaN before, and skips the step; use 'propagate', 'zero' or 'skip' (under ZeRO 1 and 2 with bf16 also: "
+                '"bf16": {"check_grad_overflow": false})'
+            )
         self._attachment: Handle | None = None
         grouping = options.get("components")
         self._clipper: ParameterClipper

@@ -50,7 +50,10 @@ class EngineOptimizer(ABC):
     Attributes:
         needs: attributes of it that are read.
         calls: methods that its ``step`` calls, each with its parameters, and that are replaced.
+        looks_first: whether it looks for inf and NaN before anything is measured, and skips the step.
     """
+
+    looks_first = False
 
     needs: tuple[str, ...] = ()
     calls: tuple[tuple[str, tuple[str, ...]], ...] = ()

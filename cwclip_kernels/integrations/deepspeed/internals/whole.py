@@ -74,6 +74,7 @@ class Bf16(Flat):
 class Fused16(Flat):
     """Whole gradients on each rank, laid flat by param group (``FP16_Optimizer``, stage 0)."""
 
+    looks_first = True
     needs = ("fp16_groups", "fp32_groups_flat", "loss_scale_config", "_global_grad_norm")
     calls = (
         ("_update_scale", ("skip",)),
@@ -110,6 +111,7 @@ class Fused16(Flat):
 class Unfused16(EngineOptimizer):
     """Whole gradients on each rank, one for each parameter (``FP16_UnfusedOptimizer``, stage 0)."""
 
+    looks_first = True
     needs = ("fp16_groups", "fp32_groups", "loss_scale_config", "_global_grad_norm")
     calls = (("_update_scale", ("skip",)), ("unscale_and_clip_grads", ("total_norm", "apply_scale")))
 

@@ -19,6 +19,7 @@ class Zero12(Flat):
         "averaged_gradients",
         *("params_in_partition", "cpu_offload", "loss_scale", "_global_grad_norm"),
     )
+    looks_first = property(lambda self: getattr(self.optimizer, "check_grad_overflow", True))
     calls = (("scaled_global_norm", ("norm_type",)), ("unscale_and_clip_grads", ("grad_groups_flat", "total_norm")))
 
     def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:
@@ -85,9 +86,10 @@ class Zero3(Flat):
     """ZeRO stage 3: each rank has a part of each parameter; parts lie end to end in sub-groups."""
 
     needs = (
-        *("fp16_groups", "fp32_partitioned_groups_flat", "dp_process_group", "offload_optimizer"),
+        *("fp16_groups", "fp32_partitioned_groups_flat", "dp_process_group", "offload_optimizer", "dtype"),
         *("loss_scale", "_global_grad_norm"),
     )
+    looks_first = property(lambda self: self.optimizer.dtype == torch.float16)
     calls = (("_get_norm_groups", ()), ("unscale_and_clip_grads", ("sub_group_id", "total_norm")))
 
     def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:

@@ -1,0 +1,426 @@
+"""What goes wrong in a DeepSpeed engine, what it refuses, and what its checkpoints carry."""
+
+import math
+import tempfile
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_flatten
+
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_, thresholds
+from cwclip_kernels.optim import ComponentClipAdamW
+from ranks import on_ranks
+
+pytest.importorskip("deepspeed")
+
+from collectives import everywhere
+from cwclip_kernels.integrations.deepspeed import EngineClipping, attach
+from cwclip_kernels.integrations.deepspeed.internals import base
+from deepspeed_engines import (
+    Model,
+    backward,
+    engine_of,
+    full_gradients,
+    full_parameters,
+    groups_of,
+    quiet,
+    step_of,
+    train,
+)
+
+
+def made(stage, precision="fp32", zero=None, optimizer=torch.optim.SGD, **config):
+    torch.manual_seed(0)
+    model = Model()
+    return engine_of(model, optimizer(groups_of(model), lr=0.1), stage, precision, zero, **config)
+
+
+def same_state(first, second):
+    """Two states of a threshold."""
+    (one, form), (other, other_form) = tree_flatten(first), tree_flatten(second)
+    assert form == other_form
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def poisoned(engine, step, value=math.inf):
+    """A backward pass of which one rank's loss is inf."""
+    backward(engine, step, scale=value if dist.get_rank() == 1 else 1.0)
+
+
+# Stage, precision: those that skip the step. DeepSpeed checks for inf or NaN itself, or takes the norm's.
+SKIPS = [
+    (1, "fp16"),
+    (2, "fp16"),
+    (3, "fp16"),
+    (1, "fp32"),
+    (2, "fp32"),
+    (3, "fp32"),
+    (3, "bf16"),
+    (1, "bf16-fp32"),
+    (0, "bf16"),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision"), SKIPS)
+@on_ranks(2)
+def test_a_step_with_inf_on_one_rank_is_skipped_as_before(stage, precision):
+    states = []
+    for max_norm in (None, thresholds.EMA(1.1, warmup_steps=1)):
+        engine = made(stage, precision)
+        clipping = None if max_norm is None else attach(engine, max_norm, nonfinite="zero")
+        train(engine, 0)
+        before = full_parameters(engine)
+        learnt = None if clipping is None else (clipping.last, clipping.state_dict())
+        poisoned(engine, 1)
+        step_of(engine)
+        assert engine.skipped_steps == 1
+        for name, parameter in full_parameters(engine).items():
+            torch.testing.assert_close(parameter, before[name], rtol=0.0, atol=0.0)
+        if clipping is not None:
+            assert clipping.last is learnt[0]
+            assert same_state(clipping.state_dict(), learnt[1])
+        scale = getattr(engine.optimizer, "loss_scale", None)
+        train(engine, 2)
+        assert engine.skipped_steps == 1
+        if clipping is not None:
+            assert clipping.last is not learnt[0]
+        states.append((scale, float(engine.get_global_grad_norm() or 0.0) > 0))
+    assert states[0][0] == states[1][0]
+    assert states[1][1]
+
+
+@pytest.mark.parametrize("policy", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize("stage", [1, 2])
+@on_ranks(2)
+def test_with_bf16_the_policy_decides(stage, policy):
+    """Stages 1 and 2 with bf16 step whatever the norm is: then only the component that is bad is lost, if any."""
+    engine = made(stage, "bf16", bf16={"enabled": True, "check_grad_overflow": False})
+    clipping = attach(engine, 0.1, nonfinite=policy)
+    train(engine, 0)
+    backward(engine, 1)
+    bad = "first.weight"
+    index = [id(p) for p in engine.optimizer.params_in_partition[0]]
+    target = id(dict(engine.module.named_parameters())[bad])
+    if target in index:
+        engine.optimizer.averaged_gradients[0][index.index(target)].view(-1)[0] = math.inf
+    before = full_parameters(engine)
+    step_of(engine)
+    after, found = full_parameters(engine), clipping.last.as_dict()
+    assert engine.skipped_steps == 0
+    assert [name for name, (norm, _) in found.items() if not math.isfinite(norm)] == [bad]
+    for name, parameter in after.items():
+        if name != bad:
+            assert parameter.isfinite().all(), name
+            assert not torch.equal(parameter, before[name]) or name == "unused.bias"
+    if policy == "zero":  # but for weight decay
+        torch.testing.assert_close(after[bad], before[bad] * (1 - 0.1 * 0.01))
+    else:
+        assert not after[bad].isfinite().all()
+
+
+@on_ranks(2)
+def test_error_if_nonfinite_is_raised_on_all_ranks_before_anything_is_changed():
+    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "bf16"), (1, "bf16-fp32")):
+        engine = made(stage, precision)
+        attach(engine, 0.1, error_if_nonfinite=True)
+        train(engine, 0)
+        before = full_parameters(engine)
+        poisoned(engine, 1)
+        with pytest.raises(RuntimeError, match="non-finite for"):
+            step_of(engine)
+        for name, parameter in full_parameters(engine).items():
+            torch.testing.assert_close(parameter, before[name], rtol=0.0, atol=0.0)
+    # Where DeepSpeed would skip the step before.
+    for stage, precision in ((0, "bf16"), (2, "bf16"), (1, "fp16"), (3, "fp16")):
+        with pytest.raises(ValueError, match="would never be one here"):
+            attach(made(stage, precision), 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@on_ranks(2)
+def test_a_loss_scale_that_grows_in_this_step_is_not_the_gradients(stage):
+    """DeepSpeed updates it before it unscales; without clipping that step is half as long."""
+    fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1}
+    engine = made(stage, "fp16", fp16=fp16)
+    clipping = attach(engine, 0.1)
+    for step in range(5):
+        backward(engine, step)
+        scale = engine.optimizer.loss_scale
+        gradients = full_gradients(engine)
+        step_of(engine)
+        for name, (norm, _) in clipping.last.as_dict().items():
+            expected = 0.0 if gradients.get(name) is None else gradients[name].double().norm().item() / scale
+            assert norm == pytest.approx(expected, rel=1e-5)
+        total = math.sqrt(
+            sum((g.double() / scale).square().sum().item() for g in gradients.values() if g is not None)
+        )
+        assert float(engine.get_global_grad_norm()) == pytest.approx(total, rel=1e-5)
+    assert engine.optimizer.loss_scale > 2**4
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@on_ranks(2)
+def test_remove_leaves_the_engine_as_it_was(stage):
+    engine = made(stage)
+    own = set(vars(engine)), set(vars(engine.optimizer))
+    with attach(engine, 1e-3) as clipping:
+        train(engine, 0)
+        with pytest.raises(RuntimeError, match="attached to it already"):
+            attach(engine, 1.0)
+    assert (set(vars(engine)) - {"_global_grad_norm"}, set(vars(engine.optimizer))) == (
+        own[0] - {"_global_grad_norm"},
+        own[1],
+    )
+    last = clipping.last
+    backward(engine, 1)
+    gradients, before = full_gradients(engine), full_parameters(engine)
+    step_of(engine)
+    after = full_parameters(engine)
+    assert clipping.last is last
+    moved = before["first.bias"] - after["first.bias"]
+    torch.testing.assert_close(moved, 0.1 * gradients["first.bias"].reshape(moved.shape), rtol=1e-4, atol=1e-6)
+    attach(engine, 1.0).remove()
+
+
+def resumed(stage, precision, max_norm, folder, **options):
+    engine = made(stage, precision)
+    clipping = attach(engine, max_norm)
+    with quiet():
+        path, state = engine.load_checkpoint(folder, **options)
+    assert path is not None
+    return engine, clipping, state
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "bf16"), (1, "bf16-fp32"), (0, "bf16")]
+)
+@on_ranks(2)
+def test_checkpoints_carry_what_caps_have_learnt(stage, precision):
+    (folder,) = set(everywhere(tempfile.mkdtemp() if dist.get_rank() == 0 else None)) - {None}
+    engine = made(stage, precision)
+    clipping = attach(engine, thresholds.EMA(1.1, warmup_steps=1))
+    for step in range(3):
+        train(engine, step)
+    with quiet():
+        engine.save_checkpoint(folder, client_state={"epoch": 3})
+    again, twin, state = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder)
+    assert state["epoch"] == 3
+    assert "cwclip_kernels" not in state
+    assert same_state(twin.state_dict(), clipping.state_dict())
+    kept = clipping.state_dict()
+    for one in (engine, again):
+        train(one, 3)
+    torch.testing.assert_close(twin.last.caps, clipping.last.caps)
+    # Of the weights alone caps know nothing.
+    _, other, _ = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder, load_module_only=True)
+    assert not same_state(other.state_dict(), kept)
+    # Caps that learn nothing save nothing.
+    assert attach(made(stage, precision), 1.0).state_dict() == {}
+
+
+@on_ranks(2)
+def test_a_checkpoint_that_was_clipped_by_one_norm():
+    """DeepSpeed goes on with the clip_grad that it finds there."""
+    (folder,) = set(everywhere(tempfile.mkdtemp() if dist.get_rank() == 0 else None)) - {None}
+    for stage, precision in ((2, "fp32"), (1, "bf16-fp32")):
+        engine = made(stage, precision, gradient_clipping=0.5)
+        train(engine, 0)
+        with quiet():
+            engine.save_checkpoint(folder)
+        again = made(stage, precision)
+        clipping = attach(again, thresholds.EMA(1.1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again.load_checkpoint(folder)
+        told = [str(one.message) for one in caught]
+        assert any("clipped with gradient_clipping=0.5 by DeepSpeed" in text for text in told)
+        assert any("nothing that caps had learnt was saved there" in text for text in told)
+        assert again.optimizer.clip_grad == 0.0
+        train(again, 1)
+        assert clipping.last is not None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is refused
+# ------------------------------------------------------------------------------------------------------------
+
+
+@on_ranks(2)
+def test_what_an_engine_can_not_be_clipped_with():
+    compute_norm = {"compute_grad_norm": False}
+    for engine, message in [
+        (made(2, gradient_clipping=1.0), r'engine: its configuration has "gradient_clipping": 1.0, .* set .* 0'),
+        (made(0, gradient_clipping=0.5), r'"gradient_clipping": 0.5'),
+        (made(2, zero=compute_norm), '"compute_grad_norm": false'),
+        (made(0, "fp16"), "fp16 without ZeRO"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            attach(engine, 1.0)
+        assert not any("cwclip" in name for name in vars(engine))
+    # DeepSpeed's default, in versions where it isn't 0.
+    default = engine_of_default()
+    if default.gradient_clipping():
+        with pytest.raises(RuntimeError, match=r'set "gradient_clipping": 0'):
+            attach(default, 1.0)
+
+
+def engine_of_default():
+    model = Model()
+    from deepspeed_engines import started
+
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+    with quiet():
+        optimizer = torch.optim.SGD(groups_of(model), lr=0.1)
+        return started().initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+class Mpu:
+    """Two ranks of model parallelism."""
+
+    def get_model_parallel_world_size(self):
+        return 2
+
+
+def as_parallel(engine):
+    engine.mpu = Mpu()
+
+
+def as_muon(engine):
+    engine.basic_optimizer.param_groups[0]["use_muon"] = True
+
+
+def as_other_kind(engine):
+    engine.optimizer.__class__ = type("ZenFlowZeroOptimizer", (type(engine.optimizer),), {})
+
+
+def as_onebit(engine):
+    engine.basic_optimizer = type("OnebitAdam", (), {"__module__": "deepspeed.runtime.fp16.onebit.adam"})()
+
+
+def as_swapping(engine):
+    engine.optimizer.swap_optimizer = True
+
+
+def as_partly_offloaded(engine):
+    engine.optimizer.partial_offload = 0.5
+
+
+def as_autocast(engine):
+    engine.optimizer.torch_autocast_gradscaler = object()
+
+
+def as_compiled(engine):
+    engine._config.compile_config.deepcompile = True
+
+
+def without_optimizer(engine):
+    engine.optimizer = None
+
+
+def with_moved_step(engine):
+    """A version of DeepSpeed that does it otherwise."""
+    kind = type(engine.optimizer)
+    engine.optimizer.__class__ = type(kind.__name__, (kind,), {"step": lambda self: None})
+    type(engine.optimizer).__module__, type(engine.optimizer).__qualname__ = kind.__module__, kind.__qualname__
+
+
+def without_attribute(engine):
+    del engine.optimizer.real_dp_process_group
+
+
+def with_another_patch(engine):
+    engine.optimizer.scaled_global_norm = lambda norm_type=2: 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_parallel, "model parallelism isn't served"),
+        (as_muon, "Muon isn't served"),
+        (as_other_kind, "its ZenFlowZeroOptimizer isn't served, only DeepSpeedZeroOptimizer,"),
+        (as_onebit, "OnebitAdam averages gradients in its own step"),
+        (as_swapping, "NVMe"),
+        (as_partly_offloaded, '"ratio" below 1'),
+        (as_autocast, "torch_autocast"),
+        (as_compiled, "DeepCompile"),
+        (without_optimizer, "it has no optimizer"),
+        (
+            with_moved_step,
+            r"deepspeed .*: DeepSpeedZeroOptimizer isn't as in .* its step\(\) doesn't call scaled_global_norm",
+        ),
+        (without_attribute, "it has no 'real_dp_process_group'"),
+        (with_another_patch, "scaled_global_norm of its DeepSpeedZeroOptimizer is replaced already"),
+    ],
+)
+@on_ranks(1)
+def test_what_is_refused_by_name(change, message):
+    engine = made(2)
+    change(engine)
+    before = set(vars(engine)), set(vars(engine.optimizer) if engine.optimizer is not None else ())
+    with pytest.raises(RuntimeError, match=message):
+        attach(engine, 1.0)
+    assert before == (set(vars(engine)), set(vars(engine.optimizer) if engine.optimizer is not None else ()))
+
+
+@on_ranks(1)
+def test_wrong_arguments():
+    engine = made(2)
+    for arguments, options, error, message in [
+        ((-1.0,), {}, ValueError, "max_norm"),
+        ((1.0,), {"components": "nothing"}, ValueError, "components"),
+        ((1.0,), {"process_group": dist.group.WORLD}, ValueError, "process_group: DeepSpeed knows"),
+        ((1.0,), {"backend": "none"}, ValueError, "backend"),
+        ((1.0,), {"wrong": 1}, TypeError, "unexpected keyword argument 'wrong'"),
+        (({"nothing": 1.0},), {}, ValueError, "nothing"),
+    ]:
+        with pytest.raises(error, match=message):
+            attach(engine, *arguments, **options)
+    with pytest.raises(TypeError, match=r"expected what deepspeed.initialize\(\) returns, not Model"):
+        attach(Model(), 1.0)
+    from cwclip_kernels import ComponentSpec
+
+    columns = ComponentSpec("parameter").unitwise("first.weight", dim=1)
+    with pytest.raises(ValueError, match=r"'first.weight' lies flat in DeepSpeed's .* dim 0 only"):
+        attach(engine, 1.0, components=columns)
+    assert isinstance(attach(engine, 1.0), EngineClipping)
+
+
+@on_ranks(2)
+def test_nothing_else_clips_what_deepspeed_has_taken_over():
+    """There its gradients never are, so that the call would do nothing."""
+    for stage, precision in ((1, "fp32"), (2, "bf16"), (3, "fp32"), (1, "bf16-fp32")):
+        engine = made(stage, precision)
+        backward(engine, 0)
+        for call in (
+            lambda e: fused_component_clip_(e.module, 1.0),
+            lambda e: fused_component_clip_(e.module.parameters(), 1.0),
+            lambda e: component_norms(e.module),
+            lambda e: ComponentClipper(e.module, 1.0),
+        ):
+            with pytest.raises(ValueError, match=r"belongs to DeepSpeed.*attach\(engine"):
+                call(engine)
+        step_of(engine)
+
+
+@on_ranks(2)
+def test_the_optimizer_that_clips_by_itself():
+    """Under ZeRO it would clip flat partitions. Without it clips, and attach() would do it twice."""
+
+    def optimizer(groups, lr):
+        return ComponentClipAdamW(groups, lr=lr, max_norm=0.1)
+
+    engine = made(0, optimizer=optimizer)
+    train(engine, 0)
+    assert "ComponentClipAdamW" in type(engine.optimizer).__name__
+    with pytest.raises(RuntimeError, match="ComponentClipAdamW clips in its own step"):
+        attach(engine, 1.0)
+    for stage in (1, 2, 3):
+        with pytest.raises(ValueError, match="replaced by tensors of other shapes, as DeepSpeed's ZeRO"):
+            train(made(stage, optimizer=optimizer), 0)
+
+
+def test_the_versions_that_were_tried_are_said():
+    assert base.TRIED in base.unknown(object(), "x")
