@@ -97,6 +97,13 @@ def engine_of(model, optimizer, stage, precision="fp32", zero=None, **config):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
+def made(stage, precision="fp32", zero=None, optimizer=torch.optim.SGD, **config):
+    """An engine over the same model at each call."""
+    torch.manual_seed(0)
+    model = Model()
+    return engine_of(model, optimizer(groups_of(model), lr=0.1), stage, precision, zero, **config)
+
+
 def batch_of(step):
     """The batch of all ranks, the same everywhere."""
     generator = torch.Generator().manual_seed(step)

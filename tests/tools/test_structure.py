@@ -163,7 +163,7 @@ def test_report_of_the_machine():
 # Modules with an example in some docstring.
 EXAMPLES = [module_of(path) for path in files_of(PACKAGE) if ">>> " in path.read_text()]
 # What may not be installed, and whose examples then can't run.
-OPTIONAL = ("accelerate", "lightning", "matplotlib", "tensorboard", "transformers")
+OPTIONAL = ("accelerate", "deepspeed", "lightning", "matplotlib", "tensorboard", "transformers")
 
 
 def imported(name):
@@ -192,7 +192,7 @@ PUBLIC = [
 # Whose docstring needs neither an example nor fields.
 PLAIN = {"Threshold", "plot_run", "read_run"}
 # Examples use what is returned, or derived from, without naming it.
-UNNAMED = {"BackwardClipping", "ClipResult", "Run", "Setting"}
+UNNAMED = {"BackwardClipping", "ClipResult", "EngineClipping", "Run", "Setting"}
 
 
 def public_names(module):

@@ -115,8 +115,8 @@ class EngineClipping(Handle):
         if scalars.raise_nonfinite and self._optimizer is not None and self._optimizer.looks_first:
             raise ValueError(
                 "nonfinite: 'error' (error_if_nonfinite=True) would never be one here: DeepSpeed looks for inf and "
-                "NaN before, and skips the step; use 'propagate', 'zero' or 'skip' (under ZeRO 1 and 2 with bf16 also: "
-                '"bf16": {"check_grad_overflow": false})'
+                "NaN before, and skips the step; use 'propagate', 'zero' or 'skip' (under ZeRO 1 and 2 with "
+                'bf16 also: "bf16": {"check_grad_overflow": false})'
             )
         self._attachment: Handle | None = None
         grouping = options.get("components")
