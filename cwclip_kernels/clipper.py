@@ -202,10 +202,6 @@ class ComponentClipper(ParameterClipper):
             return traced.norms_of(self._all(), self._session.components, norm_type, backend)
         return self._session.norms(self._all(), norm_type, backend)
 
-    def explain(self) -> str:
-        """Which backend serves which gradients, and why, for people to read."""
-        return self._session.explain(self._all(), self._options.rule.norm_type, self._options.backend)
-
     # -------------------------------------------------------------------------------------------------------
     # Copies
     # -------------------------------------------------------------------------------------------------------

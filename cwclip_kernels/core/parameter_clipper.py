@@ -129,6 +129,10 @@ class ParameterClipper:
         """
         return self._session.total(norms, self._options.rule.norm_type)
 
+    def explain(self) -> str:
+        """Which backend serves which gradients, and why, for people to read."""
+        return self._session.explain(self._all(), self._options.rule.norm_type, self._options.backend)
+
     def state_dict(self) -> dict[str, Any]:
         """What ``max_norm`` has learnt: {"max_norm": ``Threshold.state_dict()``}, or {} if it doesn't learn."""
         return learnt(self.max_norm)

@@ -213,8 +213,11 @@ class ClipSession:
     @outside_autograd
     def explain(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> str:
         """Which backend serves what, and why; tensors stand in for gradients that don't exist yet."""
-        pairs = zip(tensors, self._gradients(tensors), strict=True)
-        shown = [_stand_in(t) if grad is None else grad for t, grad in pairs]
+        if self.reductions is not None and self.reductions.is_partitioned:
+            shown = self.reductions.values(tensors).local
+        else:
+            pairs = zip(tensors, self._gradients(tensors), strict=True)
+            shown = [_stand_in(t) if grad is None else grad for t, grad in pairs]
         text = Plans(self.plans.components).get(shown, tensors, norm_type, backend)[0].explain(shown)
         return text if self.reductions is None else f"{text}\n{self.reductions.explain()}"
 

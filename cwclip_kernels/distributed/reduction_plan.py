@@ -141,6 +141,11 @@ class ReductionPlan:
         elif self.rows.single is not None and [self.rows.single.ranks] == [each.ranks for each in self._asked]:
             self._asked = []  # all ranks have all norms
 
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether an optimizer keeps gradients in flat partitions."""
+        return self._partitions is not None
+
     def gradients(self, tensors: Sequence[Tensor]) -> LocalGradients:
         """What this rank holds of the tensors' gradients; see ``gradients_of``."""
         if self._partitions is not None:

@@ -188,6 +188,7 @@ def test_one_all_reduce_of_k_numbers(kind):
         sent.append(dict(counts))
         if clipping is not None:
             clipping.remove()
+    assert "one all-reduce of 14 sums over" in clipping.explain()
     own = sent[0].pop("allreduce_", 0)
     for with_clipping in sent[1:]:
         reduced = with_clipping.pop("allreduce_")

@@ -149,6 +149,10 @@ class EngineClipping(Handle):
             self._optimizer.remove()
         vars(self._engine).pop(_ATTRIBUTE, None)
 
+    def explain(self) -> str:
+        """Which backend measures what this rank holds, and which all-reduces a step takes, for people to read."""
+        return self._clipper.explain()
+
     # What the step of DeepSpeed's optimizer calls: see ``internals.base.Steps``.
 
     @property
