@@ -8,7 +8,8 @@ from torch import nn
 
 from cwclip_kernels import component_norms
 from cwclip_kernels.optim import ComponentClipAdamW
-from readme_blocks import PYTHON
+from ranks import on_ranks
+from readme_blocks import DOCS, PYTHON, blocks_of
 
 
 def block(word):
@@ -118,3 +119,35 @@ def test_accelerate_with_an_optimizer_that_clips():
     state._reset_state(reset_partial_state=True)
     assert names["optimizer"].optimizer.last.names == ("weight", "bias")
     assert names["optimizer"].optimizer.last.clipped.all()
+
+
+@on_ranks(1)
+def test_deepspeed():
+    pytest.importorskip("deepspeed")
+    import types
+
+    from deepspeed_engines import Model, loss_of, quiet, started
+
+    class WithLoss(Model):
+        def forward(self, tokens):
+            return types.SimpleNamespace(loss=loss_of(super().forward, tokens))
+
+    (page,) = blocks_of(DOCS / "deepspeed.md")
+    (readme,) = [text for text in PYTHON if "deepspeed" in text]
+    assert "engine.step()" in page
+    assert "engine.step()" not in readme
+    for block in (page, readme):
+        model = WithLoss()
+        names = {
+            "deepspeed": started(),
+            "model": model,
+            "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+            "loader": [torch.randint(11, (8, 4)) for _ in range(2)],
+        }
+        with quiet():
+            exec(compile(block, "deepspeed", "exec"), names)
+            if block is readme:
+                names["engine"].backward(names["engine"](names["loader"][0]).loss)
+                names["engine"].step()
+        found = names["engine"]._cwclip_clipping.last
+        assert found.clipped.any()
