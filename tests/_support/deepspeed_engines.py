@@ -81,7 +81,7 @@ def groups_of(model):
     ]
 
 
-def engine_of(model, optimizer, stage, precision="fp32", zero=None, **config):
+def engine_of(model, optimizer, stage, precision="fp32", zero=None, mesh_param=None, **config):
     """An engine for micro-batches of 2; ``zero`` and ``config`` are more of its configuration."""
     deepspeed = started()
     config = {
@@ -94,7 +94,7 @@ def engine_of(model, optimizer, stage, precision="fp32", zero=None, **config):
         **config,
     }
     with quiet(), contextlib.redirect_stdout(None):
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mesh_param=mesh_param)[0]
 
 
 def made(stage, precision="fp32", zero=None, optimizer=torch.optim.SGD, **config):

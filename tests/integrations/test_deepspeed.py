@@ -59,18 +59,35 @@ ENGINES = {
 }
 
 
-def made(kind, lr=1.0, model=None):
-    stage, precision, zero = ENGINES[kind]
+def made(kind, lr=1.0, zero=None, **config):
+    stage, precision, own = ENGINES[kind]
     torch.manual_seed(0)
-    model = Model() if model is None else model
-    return engine_of(model, torch.optim.SGD(groups_of(model), lr=lr), stage, precision, zero)
+    model = Model()
+    return engine_of(model, torch.optim.SGD(groups_of(model), lr=lr), stage, precision, own | (zero or {}), **config)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
 @on_ranks(1, 2, 4)
 def test_a_step_is_that_of_the_definition(kind):
     """Whatever the dtype: the optimizer sees coef * averaged gradient / loss scale, in float32."""
-    engine = made(kind)
+    check_steps(made(kind))
+
+
+# Ranks among which sequences are cut; and those that keep a second copy of ZeRO-3's parameters.
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("1", {"mesh_param": (2, 2)}),
+        ("3", {"mesh_param": (2, 2)}),
+        ("3", {"zero": {"zero_hpz_partition_size": 2}}),
+    ],
+)
+@on_ranks(4)
+def test_groups_within_all_ranks(kind, config):
+    check_steps(made(kind, **config))
+
+
+def check_steps(engine):
     for group in engine.basic_optimizer.param_groups:
         group["weight_decay"] = 0.0
     clipping = attach(engine, CAP)
@@ -199,11 +216,7 @@ def test_one_all_reduce_of_k_numbers(kind):
 @pytest.mark.parametrize("kind", ["1", "2", "3", "1-bf16-fp32", "0"])
 @on_ranks(2)
 def test_accumulated_gradients_are_clipped_once(kind):
-    stage, precision, zero = ENGINES[kind]
-    torch.manual_seed(0)
-    model = Model()
-    optimizer = torch.optim.SGD(groups_of(model), lr=1.0)
-    engine = engine_of(model, optimizer, stage, precision, zero, gradient_accumulation_steps=2)
+    engine = made(kind, gradient_accumulation_steps=2)
     results = []
     clipping = attach(engine, CAP, on_clip=results.append)
     for step in range(4):
