@@ -27,7 +27,7 @@ class Steps(Protocol):
     """What is called in a step of DeepSpeed's optimizer."""
 
     def measure(self, loss_scale: float) -> Tensor:
-        """Norm of all unscaled gradients together, []; ``covers_all`` says if it is that."""
+        """Norm of all unscaled gradients together, [], if ``knows_total``."""
 
     def scale_(self, partition: int, gradient: Tensor) -> None:
         """Unscales and clips a partition's gradient in place."""
@@ -41,7 +41,7 @@ class Steps(Protocol):
 
     @property
     def knows_total(self) -> bool:
-        """Whether what ``measure`` returns is what DeepSpeed calls the global norm."""
+        """Whether what ``measure`` returns is DeepSpeed's global norm: of order 2, and of all parameters."""
 
 
 class EngineOptimizer(ABC):
@@ -54,7 +54,6 @@ class EngineOptimizer(ABC):
     """
 
     looks_first = False
-
     needs: tuple[str, ...] = ()
     calls: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -189,7 +188,7 @@ class Flat(EngineOptimizer, Partitions):
 def fragments_of(
     parameters: Sequence[Tensor], paddings: Sequence[int], partition: int, size: int, process_group: Any
 ) -> Iterator[tuple[Tensor, Fragment]]:
-    """Parameters that lie end to end, each before its padding, and of which each rank has so many elements."""
+    """The parameters of a group, which lie end to end, each before its padding; each rank has ``size`` elements."""
     ranks, first = ranks_of(process_group), torch.distributed.get_rank(process_group) * size
     offset = 0
     for parameter, padding in zip(parameters, paddings, strict=True):

@@ -15,9 +15,8 @@ class Zero12(Flat):
     """ZeRO stages 1 and 2: each rank has a contiguous part of each param group."""
 
     needs = (
-        *("round_robin_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups"),
-        "averaged_gradients",
-        *("params_in_partition", "cpu_offload", "loss_scale", "_global_grad_norm"),
+        *("round_robin_bit16_groups", "real_dp_process_group", "params_in_partition", "averaged_gradients"),
+        *("single_partition_of_fp32_groups", "cpu_offload", "loss_scale", "_global_grad_norm"),
     )
     looks_first = property(lambda self: getattr(self.optimizer, "check_grad_overflow", True))
     calls = (("scaled_global_norm", ("norm_type",)), ("unscale_and_clip_grads", ("grad_groups_flat", "total_norm")))
@@ -45,9 +44,10 @@ class Zero12(Flat):
             return super().gradients()
         reduced: dict[int, Tensor] = {}
         for i, parameters in enumerate(self.optimizer.params_in_partition):
-            # One gradient for each parameter with elements here, and padding.
-            parts = (g for g in self.optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False))
-            for parameter, part in zip((p for p in parameters if p.numel()), parts, strict=False):
+            # One gradient for each parameter with elements here, and padding, which isn't marked if it is the last.
+            parts = [g for g in self.optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
+            own = [p for p in parameters if p.numel()]
+            for parameter, part in zip(own, (g for g in parts if g.numel()), strict=False):
                 reduced[id(parameter)] = part.reshape(-1)
         found: list[Tensor | None] = []
         for parameter, fragment in zip(self.named.tensors, self.fragments, strict=True):
