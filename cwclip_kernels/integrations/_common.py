@@ -79,13 +79,36 @@ class ClipCall:
         return self.session.total(norms, self._options.rule.norm_type)
 
 
+class Given:
+    """Arguments that clipping was set up with, to tell whether others are the same."""
+
+    def __init__(self, max_norm: MaxNorm, arguments: Mapping[str, Any]) -> None:
+        self.max_norm, self._arguments = _as_given(max_norm), {**_DEFAULTS, **arguments}
+
+    def other_than(self, max_norm: MaxNorm, arguments: Mapping[str, Any]) -> str | None:
+        """The name of the first argument that is another one; None if all are the same."""
+        known = self.max_norm
+        if isinstance(known, Tensor | Threshold):
+            is_same = max_norm is known
+        else:
+            max_norm = _as_given(max_norm)
+            is_same = type(max_norm) is type(known) and max_norm == known
+        if not is_same:
+            return "max_norm"
+        ours, others = self._arguments, {**_DEFAULTS, **arguments}
+        return next((name for name in {**ours, **others} if others.get(name) != ours.get(name)), None)
+
+
+_DEFAULTS: dict[str, Any] = {"error_if_nonfinite": False, "eps": 1e-6, "nonfinite": "propagate"}
+
+
 class ModelClipping:
     """A clipper of a trainer's model, for as long as the arguments stay the same."""
 
     def __init__(
         self, model: nn.Module, max_norm: MaxNorm, arguments: dict[str, Any], wrapped: nn.Module, is_scaled: bool
     ) -> None:
-        self._made_for = _as_given(max_norm), arguments
+        self._given = Given(max_norm, arguments)
         source, self._left_out = without_whole_frozen(model)
         group = arguments.get("process_group")
         group = group_of(named_tensors(source), [wrapped]) if group is None else group
@@ -100,17 +123,15 @@ class ModelClipping:
 
     def is_for(self, max_norm: MaxNorm, arguments: dict[str, Any]) -> bool:
         """Whether it serves these arguments; not if a frozen parameter that it leaves out is trained by now."""
-        known, known_arguments = self._made_for
-        if known_arguments != arguments or any(p.requires_grad for p in self._left_out):
-            return False
-        if max_norm is known or isinstance(known, Tensor | Threshold):
-            return max_norm is known
-        max_norm = _as_given(max_norm)
-        return type(max_norm) is type(known) and max_norm == known
+        return self._given.other_than(max_norm, arguments) is None and not any(
+            p.requires_grad for p in self._left_out
+        )
 
 
 def _as_given(max_norm: MaxNorm) -> MaxNorm:
-    return dict(max_norm) if isinstance(max_norm, Mapping) else max_norm  # which may change
+    if isinstance(max_norm, Mapping):
+        return dict(max_norm)  # which may change
+    return float(max_norm) if type(max_norm) is int else max_norm
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
@@ -118,6 +139,11 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     while any(kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer") for kind in type(optimizer).__mro__):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    """Whether an ``Accelerator``, or its ``state``, is DeepSpeed's, whose engine steps within ``backward``."""
+    return bool(accelerator.distributed_type.value == "DEEPSPEED")
 
 
 def learner(max_norm: MaxNorm | None) -> Threshold | None:

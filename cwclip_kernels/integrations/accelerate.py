@@ -13,7 +13,16 @@ from ..components.parameters import Parameters, as_items, named_tensors
 from ..core.optimizers import parameters_of
 from ..core.options import ClipOptions
 from ..thresholds.constant import MaxNorm
-from ._common import ClipCall, group_of, learning_unless_skipped, refuse_double_clipping, without_whole_frozen
+from ._common import (
+    ClipCall,
+    clipper_arguments,
+    group_of,
+    is_deepspeed,
+    learning_unless_skipped,
+    refuse_double_clipping,
+    without_whole_frozen,
+)
+from .deepspeed.clipping import attached_to
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,6 +43,10 @@ def clip_grad_norm_(
     under ``if accelerator.sync_gradients:``, before the optimizer's step. Gradients of a scaled loss are unscaled
     first, as there. It supports one process, ``DistributedDataParallel``, FSDP 1 and 2 and tensor parallelism.
 
+    Under DeepSpeed ``accelerator.backward`` also steps. Call ``integrations.deepspeed.attach(model, max_norm, ...)``
+    once, after ``prepare``, and the engine clips in its steps. This call isn't needed then; it returns the norm of
+    all gradients before clipping, as Accelerate's own does there. Its arguments have to be those of ``attach``.
+
     Args:
         accelerator: what prepared model and optimizer.
         parameters: as for ``fused_component_clip_``. Where ``components`` needs names pass the prepared model itself,
@@ -51,10 +64,10 @@ def clip_grad_norm_(
 
     Raises:
         TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
-            several, or some that are sharded beside some that aren't.
-        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; DeepSpeed, Megatron-LM
-            or XLA clip them; or a clipper is attached to the optimizer, or it clips in its own step
-            (``ComponentClipAdamW``). No gradient is changed.
+            several, or some that are sharded beside some that aren't; or, under DeepSpeed, others than were attached.
+        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; Megatron-LM or XLA clip
+            them; nothing is attached to DeepSpeed's engine; or a clipper is attached to the optimizer, or it clips in
+            its own step (``ComponentClipAdamW``). No gradient is changed.
 
     Example:
         >>> import torch
@@ -78,6 +91,9 @@ def clip_grad_norm_(
             "accelerator: these gradients are still being accumulated, and clipped parts don't add up to a clipped "
             "whole; call it under `if accelerator.sync_gradients:`"
         )
+    if is_deepspeed(accelerator):
+        arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
+        return _norm_of_step(accelerator, parameters, max_norm, arguments)
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
     if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and options.get("process_group") is None:
         parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
@@ -97,20 +113,43 @@ def _owners(tensors: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> Itera
     yield from (o for o in optimizers if not ids.isdisjoint(map(id, parameters_of(o))))
 
 
+def _norm_of_step(
+    accelerator: Accelerator, parameters: Parameters, max_norm: MaxNorm, arguments: dict[str, Any]
+) -> Tensor:
+    """The norm before clipping of the step that a DeepSpeed engine took in ``accelerator.backward``."""
+    engine = getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+    clipping = None if engine is None else attached_to(engine)
+    if engine is None or clipping is None:
+        raise RuntimeError(
+            "accelerator: DeepSpeed steps within accelerator.backward(), so that no gradients are left to clip. Set "
+            'accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0 before prepare(), and call '
+            "cwclip_kernels.integrations.deepspeed.attach(model, max_norm) once, with the model that it returns"
+        )
+    other = clipping.other_argument(max_norm, arguments)
+    if other is not None:
+        raise ValueError(
+            f"{other}: not what was attached to DeepSpeed's engine, which has clipped with that; pass the same here, "
+            "or call remove() on what attach() returned, and attach anew"
+        )
+    known = {id(p) for p in engine.module.parameters() if p.requires_grad}
+    if known != {id(p) for p in named_tensors(parameters).tensors if p.requires_grad}:
+        raise ValueError(
+            "parameters: not those of DeepSpeed's engine, all of which it has clipped; pass the prepared model"
+        )
+    norm = clipping.global_norm()
+    if norm is None:
+        raise RuntimeError("accelerator: DeepSpeed's engine hasn't taken a step yet; call it after backward()")
+    return norm
+
+
 def check_gradients_are_here(accelerator: Any) -> None:
     """Raises RuntimeError if an ``Accelerator``, or its ``state``, is of a kind that clips by itself alone."""
     kind = accelerator.distributed_type.value
-    if kind not in _ELSEWHERE:
-        return
-    config = getattr(getattr(accelerator, "deepspeed_plugin", None), "deepspeed_config", {})
-    now = f"; it is {config['gradient_clipping']!r} now" if "gradient_clipping" in config else ""
-    raise RuntimeError(f"accelerator: {_ELSEWHERE[kind]}{now}")
+    if kind in _ELSEWHERE:
+        raise RuntimeError(f"accelerator: {_ELSEWHERE[kind]}")
 
 
 _ELSEWHERE = {
-    "DEEPSPEED": "DeepSpeed clips its gradients in its own step, all by one norm, and gives nobody else access. Clip "
-    "by component under FSDP 2, or leave it to DeepSpeed's gradient_clipping "
-    "(DeepSpeedPlugin(gradient_clipping=...), or max_grad_norm of transformers' TrainingArguments)",
     "MEGATRON_LM": "Megatron-LM clips in its own step, all by one norm: set its gradient_clipping "
     "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
     "XLA": "XLA's gradients are summed over devices only in Accelerate's own clip_grad_norm_; use that",

@@ -43,14 +43,16 @@ ORDER = [
     in_backward/__init__
     functional grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
-    integrations/_common integrations/_patch integrations/accelerate integrations/timm integrations/torchtitan
+    integrations/_common integrations/_patch integrations/timm integrations/torchtitan
     integrations/deepspeed/internals/base integrations/deepspeed/internals/zero
     integrations/deepspeed/internals/whole integrations/deepspeed/internals/engine
     integrations/deepspeed/internals/checkpoints integrations/deepspeed/internals/experts
-    integrations/deepspeed/internals/__init__ integrations/deepspeed/clipping integrations/deepspeed/__init__
-    integrations/transformers/step_log integrations/transformers/clipping integrations/transformers/callback
-    integrations/transformers/mixin integrations/transformers/log integrations/transformers/__init__
-    integrations/lightning/clipping integrations/lightning/callback
+    integrations/deepspeed/internals/own_clipping integrations/deepspeed/internals/__init__
+    integrations/deepspeed/clipping integrations/deepspeed/__init__ integrations/accelerate
+    integrations/transformers/step_log integrations/transformers/engine integrations/transformers/clipping
+    integrations/transformers/callback integrations/transformers/mixin integrations/transformers/log
+    integrations/transformers/__init__
+    integrations/lightning/clipping integrations/lightning/engine integrations/lightning/callback
     integrations/lightning/__init__
     __init__ __main__
 """.splitlines()

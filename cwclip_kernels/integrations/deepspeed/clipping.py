@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from ...core.partitioned_clipper import PartitionedClipper
 from ...handle import Handle
 from ...result import ClipResult
 from ...thresholds.constant import MaxNorm
-from .._common import checked, learner
+from .._common import Given, checked, clipper_arguments, learner
 from .internals.base import EngineOptimizer
 from .internals.checkpoints import Checkpoints
 from .internals.engine import check_engine, optimizer_of
 from .internals.experts import check_experts
+from .internals.own_clipping import OwnClipping
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -80,11 +81,14 @@ def attach(
         ...     engine.backward(engine(**batch).loss)
         ...     engine.step()
     """
-    return EngineClipping(engine, max_norm, norm_type, error_if_nonfinite, on_clip, options)
+    return EngineClipping(engine, max_norm, clipper_arguments(norm_type, error_if_nonfinite, options), on_clip)
 
 
 class EngineClipping(Handle):
     """Clipping at work in a DeepSpeed engine; made by ``attach``. As a context manager it ends itself.
+
+    For trainers, ``replaces_clipping`` says that the ``gradient_clipping`` of the engine's configuration is nothing
+    that its user wrote, and ends here; and ``in_checkpoints=False`` that the trainer saves what caps learn.
 
     Attributes:
         names: the K component names.
@@ -97,18 +101,21 @@ class EngineClipping(Handle):
         self,
         engine: Any,
         max_norm: MaxNorm,
-        norm_type: float,
-        error_if_nonfinite: bool,
+        arguments: dict[str, Any],  # as ``clipper_arguments`` returns them
         on_clip: Callable[[ClipResult], object] | None,
-        options: ClipOptions,
+        *,
+        replaces_clipping: bool = False,
+        in_checkpoints: bool = True,
     ) -> None:
-        scalars = checked(norm_type, error_if_nonfinite, options)
+        options = dict(arguments)
+        scalars = checked(options.pop("norm_type"), options.pop("error_if_nonfinite"), cast(ClipOptions, options))
         if options.get("process_group") is not None:
             raise ValueError("process_group: DeepSpeed knows which ranks share a parameter; leave it out")
-        check_engine(engine)
-        if isinstance(getattr(engine, _ATTRIBUTE, None), EngineClipping):
+        check_engine(engine, replaces_clipping)
+        if attached_to(engine) is not None:
             raise RuntimeError("engine: clipping is attached to it already; call remove() on that first")
         self._engine, self._max_norm, self._on_clip = engine, max_norm, on_clip
+        self._given = Given(max_norm, arguments)
         self._measured: ClipResult | None = None  # and not yet scaled
         named = named_tensors(engine.module)
         self._optimizer: EngineOptimizer | None = optimizer_of(engine, named)
@@ -122,7 +129,7 @@ class EngineClipping(Handle):
         grouping = options.get("components")
         self._clipper: ParameterClipper
         if self._optimizer is None:
-            clipper = ComponentClipper(engine.module, max_norm, norm_type, error_if_nonfinite, **options)
+            clipper = ComponentClipper(engine.module, max_norm, **arguments)
             self._clipper = clipper
         else:
             self._clipper = self._optimizer.clipper(max_norm, scalars, grouping)
@@ -133,7 +140,9 @@ class EngineClipping(Handle):
             and not self._has_experts
             and (not isinstance(self._clipper, PartitionedClipper) or self._clipper.covers_all)
         )
-        self._checkpoints = Checkpoints(engine, self.state_dict, self.load_state_dict)
+        self._own_clipping = OwnClipping(engine)
+        saving = (self.state_dict, self.load_state_dict) if in_checkpoints else ()
+        self._checkpoints = Checkpoints(engine, *saving)
         if self._optimizer is None:
             self._attachment = clipper.attach(engine.optimizer, on_clip=self._has_clipped)
         else:
@@ -143,6 +152,7 @@ class EngineClipping(Handle):
     def remove(self) -> None:
         """Ends clipping, and leaves the engine as it was."""
         self._checkpoints.remove()
+        self._own_clipping.restore()
         if self._attachment is not None:
             self._attachment.remove()
         if self._optimizer is not None:
@@ -152,6 +162,21 @@ class EngineClipping(Handle):
     def explain(self) -> str:
         """Which backend measures what this rank holds, and which all-reduces a step takes, for people to read."""
         return self._clipper.explain()
+
+    def other_argument(self, max_norm: MaxNorm, arguments: dict[str, Any]) -> str | None:
+        """The first argument that isn't the one that was attached, of those that ``clipper_arguments`` returns."""
+        return self._given.other_than(max_norm, arguments)
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """The norm of all components together: []."""
+        return self._clipper.total_norm(norms)
+
+    def global_norm(self) -> Tensor | None:
+        """[] the norm of all gradients at the last step, as the engine reports it; None before the first."""
+        norm = self._engine.get_global_grad_norm()
+        if norm is not None:
+            return torch.as_tensor(norm)
+        return None if self.last is None else self.total_norm(self.last.norms)
 
     # What the step of DeepSpeed's optimizer calls: see ``internals.base.Steps``.
 
@@ -191,6 +216,12 @@ class EngineClipping(Handle):
                 self._optimizer.report(total)
         if self._on_clip is not None:
             self._on_clip(result)
+
+
+def attached_to(engine: object) -> EngineClipping | None:
+    """What clips in an engine; None if nothing is attached."""
+    found = vars(engine).get(_ATTRIBUTE)
+    return found if isinstance(found, EngineClipping) else None
 
 
 _ATTRIBUTE = "_cwclip_clipping"  # of the engine: what is attached to it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from ...result import ClipResult, ClipStatistics
 from ...thresholds.constant import MaxNorm
 from .._common import clipper_arguments, learner
 from .clipping import FitClipping, warn_of_gradient_clip_val
+from .engine import EngineFit, has_engine
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -43,6 +45,9 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
     ``ddp``, ``fsdp`` and ``ModelParallelStrategy``; it also clips where Lightning refuses to: by norm under ``fsdp``,
     and with fused optimizers, whose gradients it unscales first. Later callbacks see clipped gradients.
 
+    Under ``DeepSpeedStrategy`` it clips in the engine's step, which comes after that hook: see
+    ``integrations.deepspeed.attach``. Leave ``gradient_clip_val`` unset.
+
     A threshold's state is part of Lightning's checkpoints; a step that a loss scaler skips teaches it nothing. The
     callback can be copied and pickled at any time; a copy looks up the module's parameters when its own fit starts.
 
@@ -62,9 +67,9 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
 
     Raises:
         TypeError, ValueError: a wrong argument; those that need names are checked when a fit starts.
-        RuntimeError: when a fit starts, if DeepSpeed or XLA's FSDP clip the gradients; at a step, if the optimizer
-            insists on unscaling by itself, clips in its own step (``ComponentClipAdamW``), or has another clipper
-            attached.
+        RuntimeError: when a fit starts, if XLA's FSDP clips the gradients, or DeepSpeed's engine is set to clip, too,
+            or isn't served; at a step, if the optimizer insists on unscaling by itself, clips in its own step
+            (``ComponentClipAdamW``), or has another clipper attached.
 
     Example:
         >>> import torch
@@ -105,23 +110,22 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         self.last: ClipResult | None = None
         self._log = log
         self._statistics = ClipStatistics()
-        self._clipping: FitClipping | None = None
+        self._clipping: FitClipping | EngineFit | None = None
         self._batches = 0
         self._is_log_due = False  # since a step, until its batch ends
 
     @property
     def clipper(self) -> ComponentClipper | None:
-        """The ``ComponentClipper`` in use; None before the first fit, and in a copy before its own."""
+        """The ``ComponentClipper`` in use; None before the first fit, in a copy before its own, and for DeepSpeed."""
         return None if self._clipping is None else self._clipping.clipper
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks up the module's parameters."""
-        warn_of_gradient_clip_val(trainer, pl_module)
         self._batches, self.last = 0, None
         self._set_up(trainer, pl_module)
 
-    def _set_up(self, trainer: Trainer, module: LightningModule) -> FitClipping:
-        self._clipping = FitClipping(trainer, module, self.max_norm, self._arguments)
+    def _set_up(self, trainer: Trainer, module: LightningModule) -> FitClipping | EngineFit:
+        self._clipping = _set_up(trainer, module, self._clipping, self.max_norm, self._arguments, self._add)
         self._statistics, self._is_log_due = ClipStatistics(), False
         return self._clipping
 
@@ -136,10 +140,13 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
             clipping = self._set_up(trainer, pl_module)
         result = clipping.clip_(trainer, pl_module, optimizer, "ComponentClip")
         if result is not None:
-            self.last = result
-            if self._log:
-                self._statistics.add(result, id(optimizer))
-                self._is_log_due = True
+            self._add(result, id(optimizer))
+
+    def _add(self, result: ClipResult, source: object = None) -> None:
+        self.last = result
+        if self._log:
+            self._statistics.add(result, source)
+            self._is_log_due = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -150,12 +157,12 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         if not is_due or not (trainer._logger_connector.should_update_logs or trainer.fast_dev_run):
             return
         assert self._clipping is not None
-        clipper, statistics = self._clipping.clipper, self._statistics
+        clipping, statistics = self._clipping, self._statistics
         norm = f"grad_{float(self._arguments['norm_type'])}_norm"
-        values = {f"{norm}_total": clipper.total_norm(statistics.norms), "clip_rate": statistics.clip_rate}
+        values = {f"{norm}_total": clipping.total_norm(statistics.norms), "clip_rate": statistics.clip_rate}
         if self._log == "components":
-            values |= {f"{norm}/{name}": value for name, value in zip(clipper.names, statistics.norms, strict=True)}
-            rates = zip(clipper.names, statistics.clip_rates, strict=True)
+            values |= {f"{norm}/{name}": value for name, value in zip(clipping.names, statistics.norms, strict=True)}
+            rates = zip(clipping.names, statistics.clip_rates, strict=True)
             values |= {f"clip_rate/{name}": value for name, value in rates}
         statistics.reset()
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -184,7 +191,25 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
             policy.load_state_dict(state_dict["max_norm"])
 
 
-_of_modules: weakref.WeakKeyDictionary[LightningModule, tuple[weakref.ref[Trainer], FitClipping]]
+def _set_up(
+    trainer: Trainer,
+    module: LightningModule,
+    before: FitClipping | EngineFit | None,
+    max_norm: MaxNorm,
+    arguments: dict[str, Any],
+    on_clip: Callable[[ClipResult], object] | None = None,
+    trainers_cap: MaxNorm | None = None,
+) -> FitClipping | EngineFit:
+    """What clips in this fit, or from now on with other arguments than ``before``."""
+    if isinstance(before, EngineFit):
+        before.remove()
+    if has_engine(trainer):
+        return EngineFit(trainer, max_norm, arguments, on_clip)
+    warn_of_gradient_clip_val(trainer, module, trainers_cap)
+    return FitClipping(trainer, module, max_norm, arguments)
+
+
+_of_modules: weakref.WeakKeyDictionary[LightningModule, tuple[weakref.ref[Trainer], FitClipping | EngineFit]]
 _of_modules = weakref.WeakKeyDictionary()
 
 
@@ -203,6 +228,9 @@ def configure_gradient_clipping(
     change: for caps that change use a tensor or a threshold. Your module has to save a threshold's state; Lightning
     does it for the callback, which ``configure_callbacks`` may return: ``[ComponentClip(threshold)]``.
 
+    Under ``DeepSpeedStrategy`` the engine clips in its step, after this call, which returns None. Lightning warns
+    there that the hook clips nothing, which is true of its own way to clip.
+
     Args:
         module: the ``LightningModule``, in a fit.
         optimizer: whose gradients are clipped.
@@ -213,7 +241,8 @@ def configure_gradient_clipping(
 
     Returns:
         The ``ClipResult`` of all components of the module, with norm 0 for those that aren't the optimizer's. None if
-        nothing was clipped because no step follows, as under a loss scale if ``training_step`` returned None.
+        nothing was clipped because no step follows, as under a loss scale if ``training_step`` returned None; or
+        because DeepSpeed's engine clips later.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``ComponentClip``, or if the Trainer has one, too, or gradients still
@@ -236,7 +265,6 @@ def configure_gradient_clipping(
         )
     known_trainer, clipping = _of_modules.get(module, (lambda: None, None))
     if clipping is None or known_trainer() is not trainer or not clipping.is_for(max_norm, arguments):
-        warn_of_gradient_clip_val(trainer, module, max_norm)
-        clipping = FitClipping(trainer, module, max_norm, arguments)
+        clipping = _set_up(trainer, module, clipping, max_norm, arguments, trainers_cap=max_norm)
         _of_modules[module] = weakref.ref(trainer), clipping
     return clipping.clip_(trainer, module, optimizer, "configure_gradient_clipping")

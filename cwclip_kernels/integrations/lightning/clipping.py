@@ -6,6 +6,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ...arguments import type_name
@@ -33,6 +34,15 @@ class FitClipping(ModelClipping):
         known = {id(p) for p in named_tensors(module).tensors}
         self._parts = OptimizerParts(self.clipper, partial(_check_known, known))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The component names."""
+        return self.clipper.names
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """The norm of all components together: []."""
+        return self.clipper.total_norm(norms)
+
     def clip_(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, ours: str) -> ClipResult | None:
         """Clips what the optimizer owns; None if Lightning won't step it with these gradients."""
         scaler = _scaler_of(trainer)
@@ -57,8 +67,6 @@ def _check_known(known: set[int], optimizer: Optimizer) -> None:
 
 
 _ELSEWHERE = {
-    "DeepSpeedStrategy": "DeepSpeed clips its gradients in its own step, all by one norm, and gives nobody else "
-    "access: use Trainer(gradient_clip_val=...), or strategy='fsdp' to clip by component",
     "XLAFSDPStrategy": "XLA's FSDP keeps a part of each gradient on each device, and only XLA knows their norms: use "
     "Trainer(gradient_clip_val=...)",
 }

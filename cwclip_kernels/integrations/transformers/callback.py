@@ -15,9 +15,11 @@ from typing_extensions import Unpack
 from ...core.options import ClipOptions
 from ...result import ClipResult
 from ...thresholds.constant import MaxNorm
-from .._common import innermost
+from .._common import innermost, is_deepspeed
 from ..accelerate import check_gradients_are_here
+from ..deepspeed.internals.engine import engine_around
 from .clipping import TrainerClipping
+from .engine import check_configuration
 from .step_log import warn_of_max_grad_norm
 
 
@@ -26,7 +28,8 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
 
     Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even then it first measures the gradients, by
     clipping them to inf, which makes all of them NaN if one has an inf; only ``ComponentClipTrainerMixin`` avoids
-    that.
+    that. Under DeepSpeed, whose engine clips and steps before Trainer measures, neither happens; ``max_grad_norm``
+    should be 0 there if the configuration has ``"gradient_clipping": "auto"``.
 
     ``trainer.state.log_history`` and callbacks that come later get the same numbers as with the mixin; the Trainer's
     own reporters (TensorBoard, ...) come earlier. What caps have learnt is saved with each checkpoint, and loaded
@@ -46,9 +49,10 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
 
     Raises:
         TypeError, ValueError: a wrong argument.
-        RuntimeError: when the Trainer is made, or training begins, if DeepSpeed, Megatron-LM or XLA clip the
-            gradients; at a step, if a clipper is attached to the optimizer, or it clips in its own step
-            (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
+        RuntimeError: when the Trainer is made, or training begins, if Megatron-LM or XLA clip the gradients, or
+            DeepSpeed's engine is set to clip, too, or isn't served; at a step, if a clipper is attached to the
+            optimizer, or it clips in its own step (``ComponentClipAdamW``, with which ``ComponentClipLogCallback``
+            goes).
 
     Example:
         >>> import tempfile, torch
@@ -91,16 +95,20 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks that gradients can be clipped here, before anything is prepared."""
-        check_gradients_are_here(AcceleratorState())
+        _check(AcceleratorState(), args)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks the same for a callback that was added later, and goes on from a checkpoint."""
-        check_gradients_are_here(kwargs["optimizer"].accelerator_state)
-        warn_of_max_grad_norm(args)
+        optimizer, model = kwargs["optimizer"], kwargs["model"]
+        has_engine = _check(optimizer.accelerator_state, args)
         is_again = args.auto_find_batch_size and self._begins_again(state)
         self._clipping.start(again=is_again, anew=state.is_hyper_param_search)
         self._batch_size = state.train_batch_size
-        self._clipping.check(kwargs["model"], None)
+        if has_engine:
+            self._clipping.attach(engine_around(model, innermost(optimizer)))
+        else:
+            warn_of_max_grad_norm(args)
+            self._clipping.check(model, None)
         if state.global_step:
             named, own = args.resume_from_checkpoint, _checkpoint(args, state)
             folders = [named, own] if isinstance(named, str) else [own]
@@ -111,6 +119,8 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     ) -> None:
         """Clips, after unscaling if that wasn't done."""
         optimizer = kwargs["optimizer"]
+        if is_deepspeed(optimizer.accelerator_state):
+            return  # its engine has clipped, and stepped
         scaler, inner = getattr(optimizer, "scaler", None), innermost(optimizer)
 
         def unscale() -> None:
@@ -138,6 +148,15 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         """Whether the run that has begun begins again, with a smaller batch size, after it ran out of memory."""
         is_resumed = state.global_step > 0  # with the batch size of its checkpoint
         return self._batch_size is not None and (is_resumed or state.train_batch_size < self._batch_size)
+
+
+def _check(accelerator_state: Any, args: TrainingArguments) -> bool:
+    """Whether DeepSpeed's engine clips; RuntimeError if gradients can't be clipped here."""
+    check_gradients_are_here(accelerator_state)
+    has_engine = is_deepspeed(accelerator_state)
+    if has_engine:
+        check_configuration(args, accelerator_state, clips_max_grad_norm=False)
+    return has_engine
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
@@ -21,6 +22,7 @@ from ...result import ClipResult
 from ...thresholds import Threshold
 from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, clipper_arguments, learner, learning_unless_skipped, refuse_double_clipping
+from ..deepspeed.clipping import EngineClipping, attached_to
 from .step_log import StepLog
 
 FILE = "component_clipping.pt"  # in a checkpoint's folder, where caps learn
@@ -90,6 +92,33 @@ class TrainerClipping(StepLog):
             result = clipper.clip_()
         self.add(result)
         return clipper.total_norm(result.norms)
+
+    def attach(self, engine: Any, trainers_cap: float | None = None) -> None:
+        """Clips in the steps of a DeepSpeed engine, which is what ``clip_`` does elsewhere.
+
+        Checkpoints are the Trainer's, as elsewhere. Nothing here keeps the engine, for which there may be no memory
+        beside the next one.
+        """
+        attached = attached_to(engine)
+        if attached is not None:
+            attached.remove()
+        cap = self._cap(trainers_cap)
+        clipping = EngineClipping(
+            engine, cap, self._arguments, self.add, replaces_clipping=True, in_checkpoints=False
+        )
+        self.logged(clipping.names)
+
+    def norm_in(self, engine: Any, trainers_cap: float | None = None) -> Tensor | None:
+        """What ``clip_`` returns, for an engine that has taken its step."""
+        attached = attached_to(engine)
+        if attached is None:
+            raise RuntimeError(
+                f"steps were taken, and nothing was clipped: transformers {transformers.__version__} doesn't call "
+                "_prepare_for_training; use ComponentClipCallback, with max_grad_norm=0"
+            )
+        if attached.other_argument(self._cap(trainers_cap), self._arguments) is not None:
+            self.attach(engine, trainers_cap)  # for the next step
+        return attached.global_norm()
 
     def _clipping_of(self, model: nn.Module, cap: MaxNorm, is_scaled: bool) -> ModelClipping:
         if self._made is not None and self._made[0] is model and self._made[1].is_for(cap, self._arguments):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from ...arguments import type_name
 from ...core.optimizers import clipping_optimizer
 from ...result import ClipResult
-from .._common import innermost
+from .._common import innermost, is_deepspeed
 from ..accelerate import check_gradients_are_here
 from .step_log import StepLog, warn_of_max_grad_norm
 
@@ -39,7 +39,8 @@ class ComponentClipLogCallback(TrainerCallback):  # type: ignore[misc]  # mypy d
     Raises:
         TypeError: a wrong argument; or, when training begins, an optimizer that doesn't clip.
         ValueError: at the first step, ``log_norms`` matches no component.
-        RuntimeError: DeepSpeed, Megatron-LM or XLA keep the gradients to themselves.
+        RuntimeError: Megatron-LM or XLA keep the gradients to themselves; or DeepSpeed gives the optimizer
+            partitions, which ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` clip.
 
     Example:
         >>> import tempfile, torch
@@ -74,12 +75,12 @@ class ComponentClipLogCallback(TrainerCallback):  # type: ignore[misc]  # mypy d
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks that gradients can be clipped here, before anything is prepared."""
-        check_gradients_are_here(AcceleratorState())
+        _check(AcceleratorState())
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Checks the optimizer, and begins a run."""
         optimizer = kwargs["optimizer"]
-        check_gradients_are_here(optimizer.accelerator_state)
+        _check(optimizer.accelerator_state)
         if clipping_optimizer(optimizer) is None:
             raise TypeError(
                 f"optimizer: {type_name(innermost(optimizer))} doesn't clip by itself, so that nothing would be "
@@ -101,3 +102,13 @@ class ComponentClipLogCallback(TrainerCallback):  # type: ignore[misc]  # mypy d
     ) -> None:
         """Adds the numbers of the steps since the last log."""
         self._log.add_to(logs, state)
+
+
+def _check(accelerator_state: AcceleratorState) -> None:
+    """Raises RuntimeError unless the optimizer can clip here."""
+    check_gradients_are_here(accelerator_state)
+    if is_deepspeed(accelerator_state):
+        raise RuntimeError(
+            "accelerator: DeepSpeed gives an optimizer flat partitions instead of parameters, so ComponentClipAdamW "
+            "can't clip there; use torch.optim.AdamW, with ComponentClipTrainerMixin or ComponentClipCallback"
+        )

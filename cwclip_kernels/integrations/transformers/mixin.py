@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ...result import ClipResult
+from .._common import is_deepspeed
 from ..accelerate import check_gradients_are_here
 from .callback import ComponentClipCallback
 from .clipping import TrainerClipping
+from .engine import check_configuration
 
 # Private methods of Trainer that are replaced, with their parameters.
 _PRIVATE = {
@@ -35,7 +37,8 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
 
     Put it before ``Trainer``, or any class derived from it. The cap of each component is ``max_grad_norm`` of the
     ``TrainingArguments`` (0 clips nothing), unless ``component_clipping`` has a ``max_norm``. It clips once per
-    optimizer step, after accumulation and unscaling, under DistributedDataParallel, FSDP 1 and 2.
+    optimizer step, after accumulation and unscaling, under DistributedDataParallel, FSDP 1 and 2, and DeepSpeed,
+    whose configuration should have ``"gradient_clipping": "auto"``, or nothing of it.
 
     Beside ``grad_norm`` (of all components, before clipping) Trainer's log gets numbers of the steps since the last
     log: ``clip_rate`` (components clipped divided by components with a gradient, both summed over these steps),
@@ -55,9 +58,10 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
 
     Raises:
         TypeError, ValueError: ``component_clipping`` is wrong, or doesn't fit the model.
-        RuntimeError: this version of transformers has another Trainer than this class is made for; DeepSpeed,
-            Megatron-LM or XLA clip the gradients; or, at a step, a clipper is attached to the optimizer, or it clips
-            in its own step (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
+        RuntimeError: this version of transformers has another Trainer than this class is made for; Megatron-LM or XLA
+            clip the gradients; DeepSpeed's configuration has a number as ``gradient_clipping``, or its engine isn't
+            served; or, at a step, a clipper is attached to the optimizer, or it clips in its own step
+            (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
 
     Example:
         >>> import tempfile, torch
@@ -97,7 +101,10 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
         self._clipping = TrainerClipping(**options)
         super().__init__(*args, **kwargs)
         check_gradients_are_here(self.accelerator)
-        self._clipping.check(self.model, self.args.max_grad_norm)
+        if is_deepspeed(self.accelerator):
+            check_configuration(self.args, self.accelerator, clips_max_grad_norm=True)
+        if not any(hasattr(p, "ds_id") for p in self.model.parameters()):  # partitioned by DeepSpeed, of size 0 here
+            self._clipping.check(self.model, self.args.max_grad_norm)
 
     @property
     def last(self) -> ClipResult | None:
@@ -118,10 +125,16 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
         self._clipping.start(again=True)
         return super()._inner_training_loop(*args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_deepspeed(self.accelerator):
+            self._clipping.attach(self.model_wrapped, self.args.max_grad_norm)
+        return prepared
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.log``, with the numbers of the steps since the last log."""
         if "loss" in logs and "learning_rate" in logs:
-            if not self._clipping.steps:
+            if not self._clipping.steps and not is_deepspeed(self.accelerator):  # which may have skipped all
                 order = type(self).__mro__
                 classes = ", ".join(c.__name__ for c in order[: order.index(Trainer) + 1])
                 raise RuntimeError(
@@ -132,12 +145,14 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
             logs.update(self._clipping.numbers())
         super().log(logs, *args, **kwargs)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         accelerator, cap = self.accelerator, self.args.max_grad_norm
+        if is_deepspeed(accelerator):
+            return self._clipping.norm_in(self.model_wrapped, cap)
         scaler, unscale = getattr(accelerator, "scaler", None), accelerator.unscale_gradients
         return self._clipping.clip_(model, cap, accelerator._optimizers, scaler, unscale, "ComponentClipTrainerMixin")
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
         # With max_grad_norm=0 Trainer clips to inf here, to learn the norm; a single inf is NaN everywhere then.
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 

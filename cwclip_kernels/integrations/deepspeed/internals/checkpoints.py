@@ -14,11 +14,14 @@ KEY = "cwclip_kernels"
 class Checkpoints:
     """``save_checkpoint`` and ``load_checkpoint`` of one engine, replaced until ``remove()``.
 
-    ``state`` returns what is to be saved, {} for nothing, and ``load`` takes it.
+    ``state`` returns what is to be saved, {} for nothing, and ``load`` takes it. Without them a trainer saves it.
     """
 
     def __init__(
-        self, engine: Any, state: Callable[[], dict[str, Any]], load: Callable[[Mapping[str, Any]], None]
+        self,
+        engine: Any,
+        state: Callable[[], dict[str, Any]] = dict,
+        load: Callable[[Mapping[str, Any]], object] = dict,
     ) -> None:
         self._engine, self._state, self._load = engine, state, load
         for name in ("save_checkpoint", "load_checkpoint"):

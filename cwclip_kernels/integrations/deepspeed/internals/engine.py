@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ....arguments import type_name
 from ....components.parameters import NamedTensors
 from ....core.optimizers import clipping_optimizer
-from .base import EngineOptimizer, names_in
+from .base import TRIED, EngineOptimizer, names_in
 from .whole import Bf16, Fused16, Unfused16
 from .zero import Zero3, Zero12
 
@@ -23,25 +24,26 @@ KINDS: dict[str, type[EngineOptimizer]] = {
 }
 
 
-def check_engine(engine: Any) -> None:
+def check_engine(engine: Any, replaces_clipping: bool = False) -> None:
     """Raises TypeError unless it is a ``DeepSpeedEngine``, and RuntimeError if its gradients can't be clipped here.
 
+    With ``replaces_clipping`` the clipping of its configuration is no reason not to.
     Ranks must agree on all that is asked here, as they do if they have the same configuration.
     """
     import deepspeed
 
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         raise TypeError(f"engine: expected what deepspeed.initialize() returns, not {type_name(engine)}")
-    refused = _refused_setting(engine) or _refused_optimizer(engine)
+    refused = _refused_setting(engine, replaces_clipping) or _refused_optimizer(engine)
     if refused is not None:
         raise RuntimeError(f"engine: {refused}")
 
 
-def _refused_setting(engine: Any) -> str | None:
+def _refused_setting(engine: Any, replaces_clipping: bool) -> str | None:
     import deepspeed
 
     clipping = engine.gradient_clipping()
-    if clipping:
+    if clipping and not replaces_clipping:
         return (
             f'its configuration has "gradient_clipping": {clipping!r}, by one norm, which is DeepSpeed\'s default in '
             'some versions; set "gradient_clipping": 0 to clip by component instead'
@@ -116,6 +118,27 @@ _REFUSED: tuple[tuple[str, object, str], ...] = (
     ("fused_adam_legacy", False, "\"legacy_fusion\" isn't served, which clips inside the optimizer's kernel"),
     ("fused_lamb_legacy", False, "LAMB isn't served here: DeepSpeed clips inside of its kernel"),
 )
+
+
+def engine_around(module: nn.Module, optimizer: object) -> Any:
+    """The engine that steps a module with its optimizer, found by the hook that it has on the module.
+
+    For those that aren't given the engine, as callbacks of transformers aren't.
+
+    Raises:
+        RuntimeError: there is no such hook.
+    """
+    import deepspeed
+
+    for hook in module._forward_pre_hooks.values():
+        for cell in getattr(hook, "__closure__", None) or ():
+            engine = cell.cell_contents
+            if isinstance(engine, deepspeed.DeepSpeedEngine) and engine.optimizer is optimizer:
+                return engine
+    raise RuntimeError(
+        f"deepspeed {deepspeed.__version__}: its engine has no hook on {type_name(module)} to find it by, as in the "
+        f"versions that this was made for ({TRIED})"
+    )
 
 
 def _path_of(optimizer: object) -> str:
