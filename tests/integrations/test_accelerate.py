@@ -207,7 +207,7 @@ def test_an_attached_clipper_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "advice"),
-    [("DEEPSPEED", "gradient_clipping"), ("MEGATRON_LM", "gradient_clipping"), ("XLA", "Accelerate's own")],
+    [("DEEPSPEED", "attach"), ("MEGATRON_LM", "gradient_clipping"), ("XLA", "Accelerate's own")],
 )
 def test_who_clips_for_himself_is_named(kind, advice):
     accelerator = SimpleNamespace(distributed_type=DistributedType(kind), sync_gradients=True)

@@ -149,14 +149,11 @@ def test_a_checkpoint_without_the_optimizer_has_nothing_of_ours(tmp_path):
     assert not list(tmp_path.rglob("component_clipping.pt"))
 
 
-def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
-    state = SimpleNamespace(
-        distributed_type=DistributedType.DEEPSPEED,
-        deepspeed_plugin=SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0}),
-    )
-    args, callback, message = arguments(tmp_path), ComponentClipCallback(0.05), r"gradient_clipping .*; it is 1.0 now"
+def test_megatron_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
+    state = SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM)
+    args, callback, message = arguments(tmp_path), ComponentClipCallback(0.05), "Megatron-LM clips in its own step"
     with pytest.raises(RuntimeError, match=message):  # added after the Trainer was made
-        callback.on_train_begin(args, None, None, optimizer=SimpleNamespace(accelerator_state=state))
+        callback.on_train_begin(args, None, None, model=None, optimizer=SimpleNamespace(accelerator_state=state))
     monkeypatch.setattr("cwclip_kernels.integrations.transformers.callback.AcceleratorState", lambda: state)
     with pytest.raises(RuntimeError, match=message):
         Trainer(encoder(), args, train_dataset=examples(), callbacks=[callback])

@@ -1,7 +1,5 @@
 """What the mixin for transformers' Trainer refuses, and when."""
 
-from types import SimpleNamespace
-
 import pytest
 
 pytest.importorskip("transformers")
@@ -72,12 +70,9 @@ def test_another_trainer_than_it_is_made_for_is_refused_by_name(tmp_path):
         trainer.train()
 
 
-def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.DEEPSPEED)
-    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0})
-    monkeypatch.setattr("accelerate.Accelerator.deepspeed_plugin", plugin)
-    message = "FSDP 2, or leave it to DeepSpeed's gradient_clipping .*max_grad_norm.*; it is 1.0 now"
-    with pytest.raises(RuntimeError, match=message):
+def test_megatron_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(RuntimeError, match="Megatron-LM clips in its own step.*use FSDP 2 to clip by component"):
         ClippingTrainer(encoder(), arguments(tmp_path))
 
 
