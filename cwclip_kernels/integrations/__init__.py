@@ -1,7 +1,8 @@
-"""Component clipping in trainers, one module for each, with a replacement for the trainer's own call.
+"""Component clipping in trainers, one module for each, most with a replacement for the trainer's own call.
 
     torchtitan     ``clip_grad_norm_`` in place of ``torchtitan.distributed.utils.clip_grad_norm_``
     accelerate     ``clip_grad_norm_`` in place of ``Accelerator.clip_grad_norm_``
+    deepspeed      ``attach``, after which an engine's steps clip, also those that the other trainers make
     timm           ``dispatch_clip_grad`` in place of ``timm.utils.dispatch_clip_grad``
     lightning      ``ComponentClip``, a callback; ``configure_gradient_clipping`` for the hook of that name
     transformers   ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` for ``Trainer``
