@@ -126,6 +126,7 @@ class EngineClipping(Handle):
                 'bf16 also: "bf16": {"check_grad_overflow": false})'
             )
         self._attachment: Handle | None = None
+        self._own_clipping: OwnClipping | None = None
         grouping = options.get("components")
         self._clipper: ParameterClipper
         if self._optimizer is None:
@@ -140,19 +141,24 @@ class EngineClipping(Handle):
             and not self._has_experts
             and (not isinstance(self._clipper, PartitionedClipper) or self._clipper.covers_all)
         )
-        self._own_clipping = OwnClipping(engine)
         saving = (self.state_dict, self.load_state_dict) if in_checkpoints else ()
         self._checkpoints = Checkpoints(engine, *saving)
-        if self._optimizer is None:
-            self._attachment = clipper.attach(engine.optimizer, on_clip=self._has_clipped)
-        else:
-            self._optimizer.install(self)
+        try:
+            if self._optimizer is None:
+                self._attachment = clipper.attach(engine.optimizer, on_clip=self._has_clipped)
+            else:
+                self._optimizer.install(self)
+            self._own_clipping = OwnClipping(engine)
+        except Exception:
+            self.remove()
+            raise
         setattr(engine, _ATTRIBUTE, self)
 
     def remove(self) -> None:
         """Ends clipping, and leaves the engine as it was."""
         self._checkpoints.remove()
-        self._own_clipping.restore()
+        if self._own_clipping is not None:
+            self._own_clipping.restore()
         if self._attachment is not None:
             self._attachment.remove()
         if self._optimizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,9 @@ class Checkpoints:
         return type(self._engine).save_checkpoint(self._engine, save_dir, tag, state, *rest, **more)
 
     def _load_checkpoint(self, load_dir: Any, *rest: Any, **more: Any) -> Any:
-        path, client_state = type(self._engine).load_checkpoint(self._engine, load_dir, *rest, **more)
+        load = type(self._engine).load_checkpoint
+        asked = inspect.signature(load).bind(self._engine, load_dir, *rest, **more).arguments
+        path, client_state = load(self._engine, load_dir, *rest, **more)
         if path is None:
             return path, client_state
         # The optimizer goes on with the clip_grad that was saved, whatever the configuration says.
@@ -59,7 +62,7 @@ class Checkpoints:
                 "clipping by component alone"
             )
         learnt = client_state.pop(KEY, None) if client_state else None
-        only_module = more.get("load_module_only", False) or not more.get("load_optimizer_states", True)
+        only_module = asked.get("load_module_only", False) or not asked.get("load_optimizer_states", True)
         if learnt is not None and not only_module:
             self._load(learnt)
         elif self._state() and not only_module:
