@@ -11,10 +11,7 @@ import argparse
 import json
 import logging
 import os
-import statistics
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -30,12 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils._pytree import tree_leaves
 
 from _lib.machine import metadata
-from _lib.measure import CpuClock, Timing, Variant, interleave
+from _lib.measure import Variant, interleave
 from _lib.options import count
+from _lib.ranks import RankClock, Traffic, pair
 from _lib.sharded_models import Case, ShardedGradients, cases
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
 
@@ -153,38 +149,6 @@ def _experts_by_hand(others: Sequence[nn.Parameter], stacked: Sequence[nn.Parame
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Traffic
-# ------------------------------------------------------------------------------------------------------------
-
-# Where among its arguments a collective takes what this rank contributes; 0 unless it stands here.
-_CONTRIBUTED = {"allgather_": 1, "_allgather_base_": 1, "reduce_scatter_": 1, "_reduce_scatter_base_": 1}
-
-
-class Traffic(CommDebugMode):
-    """Counts collectives as CommDebugMode does, and the bytes that this rank hands to each.
-
-    That is the payload. What goes over the wire depends on the algorithm: a ring of n ranks makes each send
-    2 (n - 1) / n of an all-reduce's payload.
-    """
-
-    def __enter__(self) -> Traffic:
-        super().__enter__()
-        self.calls: Counter[str] = Counter()
-        self.nbytes: Counter[str] = Counter()
-        return self
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.get_total_counts()
-        outcome = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.get_total_counts() > before:
-            name = func.name().rpartition("::")[2].partition(".")[0]
-            given = tree_leaves(args[_CONTRIBUTED.get(name, 0)])
-            self.calls[name] += 1
-            self.nbytes[name] += sum(t.nbytes for t in given if isinstance(t, Tensor))
-        return outcome
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------------------------------
 
@@ -225,21 +189,6 @@ class Found:
             call()
         self.collectives, self.nbytes = dict(traffic.calls), dict(traffic.nbytes)
         return True
-
-
-class RankClock(CpuClock):
-    """Starts all ranks together; wall time, and as ``host`` the processor time of this process."""
-
-    def __init__(self) -> None:
-        self.scratch = []
-
-    def settle(self, data: object) -> None:
-        dist.barrier()
-
-    def time(self, call: Callable[[], object], timing: Timing) -> None:
-        cpu = time.process_time()
-        super().time(call, timing)
-        timing.host.append(1e3 * (time.process_time() - cpu))
 
 
 def measured(case: Case, rounds: int) -> dict[str, Any]:
@@ -298,17 +247,13 @@ def _print(console: Console, case: dict[str, Any]) -> None:
             key,
             f"{sum(way['collectives'].values()):,}",
             f"{sum(way['nbytes'].values()):,}",
-            *(_pair(way[which]) for which in ("cpu_ms", "wall_ms", "slowest_ms")),
+            *(pair(way[which]) for which in ("cpu_ms", "wall_ms", "slowest_ms")),
             "  ".join(f"{min(way[which]) / min(first[which]):.1f}" for which in ("cpu_ms", "wall_ms")),
         )
     console.print(table)
     for key, way in case["ways"].items():
         if way["refused"]:
             console.print(f"  {key}: {way['refused']}", markup=False)
-
-
-def _pair(samples: Sequence[float]) -> str:
-    return " / ".join(f"{ms:.1f}" if ms < 99.5 else f"{ms:,.0f}" for ms in (min(samples), statistics.median(samples)))
 
 
 if __name__ == "__main__":

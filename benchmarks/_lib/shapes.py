@@ -230,6 +230,11 @@ _ALL = (
 SETS: dict[str, ShapeSet] = {shape_set.name: shape_set for shape_set in _ALL}
 
 
+def narrow_bert_base(layers: int, by: int) -> ShapeSet:
+    """BERT-base with its names and another width."""
+    return ShapeSet("bert-base", f"BERT-base, widths / {by}", tuple(_bert(layers, 768 // by)))
+
+
 def narrow_llama3_8b(layers: int, by: int) -> ShapeSet:
     """Llama-3-8B with its names and another width: what ranks ask of each other doesn't depend on that."""
     return ShapeSet("llama3-8b", f"Llama-3-8B, widths / {by}", tuple(_llama3_8b(layers, by)))
