@@ -3,8 +3,8 @@
 ``python benchmarks/deepspeed_clip.py`` starts 2 processes of one gloo group. In each ZeRO stage, in bfloat16 and
 float32, they train the parameter list of BERT-base. What is measured is ``engine.step()`` alone, from averaged
 gradients to gathered parameters, with SGD, whose own work is small. A backward pass before it fills the gradients:
-those of a sum of parameters times fixed random numbers. Collectives and bytes don't depend on the machine; times suffer
-from having as many processes as cores.
+those of a sum of parameters times fixed random numbers. Collectives and bytes don't depend on the machine; times
+suffer from having as many processes as cores.
 """
 
 from __future__ import annotations
