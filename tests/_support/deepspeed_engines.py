@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ranks import told_by_launcher
+
 # What a configuration says beside its ZeRO stage, by a name for tests.
 PRECISIONS = {
     "fp32": {},
@@ -20,12 +22,12 @@ PRECISIONS = {
 }
 
 
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # only a name here, as there is a group
+
+
 @functools.cache
 def started():
     """DeepSpeed, on the process group of this rank. Its CPU can do float16, which it doesn't claim."""
-    # A launcher's variables; the port is only a name here.
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with quiet():
         import deepspeed
@@ -42,8 +44,8 @@ def started():
 
 @contextlib.contextmanager
 def quiet():
-    """What DeepSpeed itself warns of is not ours to answer for."""
-    with warnings.catch_warnings():
+    """As a launcher starts DeepSpeed; and what it warns of is not ours to answer for."""
+    with told_by_launcher(**ADDRESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -82,7 +84,7 @@ def groups_of(model):
 
 
 def engine_of(model, optimizer, stage, precision="fp32", zero=None, mesh_param=None, **config):
-    """An engine for micro-batches of 2; ``zero`` and ``config`` are more of its configuration."""
+    """An engine for micro-batches of 2; ``zero`` and ``config`` are more of its configuration, None leaves out."""
     deepspeed = started()
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -93,6 +95,7 @@ def engine_of(model, optimizer, stage, precision="fp32", zero=None, mesh_param=N
         **PRECISIONS[precision],
         **config,
     }
+    config = {key: value for key, value in config.items() if value is not None}
     with quiet(), contextlib.redirect_stdout(None):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mesh_param=mesh_param)[0]
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from deepspeed_engines import started
+from deepspeed_engines import ADDRESS, started
 from ranks import told_by_launcher
 
 # What DeepSpeed calls, or has others call, that torch and Lightning have something to say about.
@@ -22,7 +22,7 @@ THEIRS = (
 def launched():
     """A rank as DeepSpeed's launcher starts it."""
     started()
-    with told_by_launcher(OMP_NUM_THREADS="1", LOCAL_SIZE="1"), warnings.catch_warnings():
+    with told_by_launcher(OMP_NUM_THREADS="1", LOCAL_SIZE="1", **ADDRESS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"deepspeed\.")
         for text in THEIRS:
             warnings.filterwarnings("ignore", text)
