@@ -5,5 +5,5 @@ gradients.py        gradients and caps for a list       providers.py        the 
 measure.py          rounds, clocks, ceilings            runs.py             one set measured in all its cases
 launches.py         what a call makes a GPU do          machine.py          hardware and versions
 options.py          command-line options                report.py           ratios, tables, JSON
-plot.py, roofline.py   the figures of compare.py
+plot.py, roofline.py   the figures of compare.py    ranks.py            traffic and clock of several ranks
 """
