@@ -50,10 +50,11 @@ class PartitionedClipper(ParameterClipper):
         assert session.reductions is not None  # since there are partitions
         self._reductions = session.reductions
         own = {i for i, fragment in enumerate(partitions.fragments) if fragment is not None}
-        self.covers_all = own <= resolved.clipped
+        left_out = own - resolved.clipped
+        self.covers_all = not left_out
         count = 1 + max((f.partition for f in partitions.fragments if f is not None), default=-1)
         local = session.reductions.local
-        self._plans = [Plans(partitions.components_in(i, local), "the gradient in") for i in range(count)]
+        self._plans = [Plans(partitions.components_in(i, local, left_out), "the gradient in") for i in range(count)]
         self._factors: Tensor | None = None  # of the gradients that were measured last
 
     @torch.no_grad()
@@ -73,14 +74,16 @@ class PartitionedClipper(ParameterClipper):
         self._factors = None
         scale = LossScale() if inv_scale == 1.0 else LossScale(inv_scale)
         norms, coefs, caps = call.measure(policy, rule, options.raise_nonfinite, scale)
-        self._factors = call.factors(coefs)
+        factors = call.factors(coefs)
+        self._factors = factors if self.covers_all else torch.cat((factors, call.factor_of_unclipped(coefs)))
         return ClipResult(self.names, norms, coefs, caps)
 
     @torch.no_grad()
     def scale_(self, partition: int, gradient: Tensor) -> None:
         """Multiplies a partition's gradient, [its length], in place by what ``measure`` has found.
 
-        Padding stays as it is. No host sync, if the gradient is on the parameters' device.
+        What belongs to no component is unscaled alone; padding stays as it is. No host sync, if the gradient is on
+        the parameters' device.
         """
         if self._factors is None:
             raise RuntimeError("measure() has to come first")

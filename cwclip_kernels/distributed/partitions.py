@@ -7,7 +7,7 @@ between them. Where a parameter is cut has nothing to do with its shape.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -75,10 +75,15 @@ class Partitions(ABC):
             members.append((position, component, part))
         return replace(components, members=tuple(members))
 
-    def components_in(self, partition: int, local: Components) -> Components:
-        """Those of what this rank holds (``ReductionPlan.local``) in one partition, as slices of that one tensor."""
+    def components_in(self, partition: int, local: Components, left_out: Collection[int] = ()) -> Components:
+        """Those of what this rank holds (``ReductionPlan.local``) in one partition, as slices of that one tensor.
+
+        Parameters ``left_out``, by position, are one more, the last: they are unscaled, and not clipped.
+        """
+        names = (*local.names, "not clipped") if left_out else local.names
+        unclipped = [(position, len(local.names), ()) for position in sorted(left_out)]
         found: list[tuple[int, int, int]] = []  # component, start and size
-        for position, component, part in local.members:
+        for position, component, part in (*local.members, *unclipped):
             fragment = self.fragments[position]
             if fragment is None or fragment.partition != partition:
                 continue
@@ -93,4 +98,4 @@ class Partitions(ABC):
             else:
                 joined.append((component, start, size))
         members = tuple((0, component, ((0, start, size),)) for component, start, size in joined)
-        return Components(local.names, (f"partition {partition}",), members)
+        return Components(names, (f"partition {partition}",), members)

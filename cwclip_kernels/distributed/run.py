@@ -59,6 +59,10 @@ class DistributedCall:
         """After ``measure``: the factor of the gradients in each component of ``reductions.local``."""
         return self.reductions.rows.to_local(self._loss_scale.factors(coefs))
 
+    def factor_of_unclipped(self, coefs: Tensor) -> Tensor:
+        """After ``measure``: the factor of the gradients in no component, which are unscaled at the most: [1]."""
+        return self._loss_scale.factors(coefs.new_ones(1))
+
     def measure(
         self, policy: StepCaps, rule: ClipRule, raise_nonfinite: bool, scaled: LossScale
     ) -> tuple[Tensor, Tensor, Tensor]:

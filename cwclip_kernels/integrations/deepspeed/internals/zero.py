@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,16 +126,19 @@ class Zero3(Flat):
 
     def install(self, steps: Steps) -> None:
         """See ``EngineOptimizer``."""
-        optimizer = self.optimizer
+        optimizer, scale = self.optimizer, 1.0
 
         def _get_norm_groups() -> list[Tensor]:
+            nonlocal scale
             scale = float(optimizer.loss_scale)
             total = steps.measure(scale) * scale
             if not steps.knows_total:
                 return type(optimizer)._get_norm_groups(optimizer)  # type: ignore[no-any-return]
             return [total]
 
-        def unscale_and_clip_grads(sub_group_id: int, total_norm: object) -> None:
+        def unscale_and_clip_grads(sub_group_id: int, total_norm: Any) -> None:
+            if not steps.knows_total:  # divided by the loss scale of the next step
+                self.report(total_norm / scale)
             steps.scale_(sub_group_id, optimizer.fp32_partitioned_groups_flat[sub_group_id].grad)
 
         self._replace("_get_norm_groups", _get_norm_groups)
