@@ -204,7 +204,9 @@ def test_what_belongs_to_no_component_is_unscaled_all_the_same(kind):
     after = full_parameters(engine)
     for name in ("first.bias", "norm.bias", "layers.1.bias", "head.bias"):
         moved = before[name] - after[name]
-        torch.testing.assert_close(moved, (gradients[name].float() / scale).reshape(moved.shape), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            moved, (gradients[name].float() / scale).reshape(moved.shape), rtol=1e-5, atol=1e-6
+        )
     total = math.sqrt(sum((g.double() / scale).square().sum().item() for g in gradients.values() if g is not None))
     assert float(engine.get_global_grad_norm()) == pytest.approx(total, rel=1e-5)
 

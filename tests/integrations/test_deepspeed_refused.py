@@ -1,6 +1,7 @@
 """What ``attach`` refuses, by name and before anything is changed; and what others refuse under DeepSpeed."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from cwclip_kernels import ComponentClipper, ComponentSpec, component_norms, fused_component_clip_
@@ -11,7 +12,7 @@ pytest.importorskip("deepspeed")
 
 from cwclip_kernels.integrations.deepspeed import EngineClipping, attach
 from cwclip_kernels.integrations.deepspeed.internals import base
-from deepspeed_engines import Model, backward, made, step_of, train
+from deepspeed_engines import Model, backward, engine_of, groups_of, made, step_of, train
 
 
 @on_ranks(2)
@@ -119,6 +120,18 @@ def test_what_is_refused_by_name(change, message):
     with pytest.raises(RuntimeError, match=message):
         attach(engine, 1.0)
     assert before == (set(vars(engine)), set(vars(engine.optimizer) if engine.optimizer is not None else ()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@on_ranks(1)
+def test_a_parameter_that_the_module_does_not_have(precision):
+    """With ZeRO DeepSpeed doesn't take it."""
+    model = Model()
+    groups = groups_of(model)
+    groups[1]["params"].append(torch.nn.Parameter(torch.ones(3)))
+    engine = engine_of(model, torch.optim.SGD(groups, lr=0.1), 0, precision)
+    with pytest.raises(ValueError, match="engine: its optimizer has a parameter that its module doesn't have"):
+        attach(engine, 1.0)
 
 
 @on_ranks(1)

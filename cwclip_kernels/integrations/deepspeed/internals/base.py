@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +100,16 @@ class EngineOptimizer(ABC):
         self.optimizer._global_grad_norm = total
 
 
+def check_in_module(parameters: Iterable[Tensor], named: NamedTensors) -> None:
+    """Raises ValueError for parameters of an optimizer that the engine's module doesn't have."""
+    known = set(map(id, named.tensors))
+    if any(id(parameter) not in known for parameter in parameters):
+        raise ValueError(
+            "engine: its optimizer has a parameter that its module doesn't have, and that would go unclipped; make "
+            "it part of the module"
+        )
+
+
 def undecorated(function: Any) -> Any:
     """The function inside decorators, some of which (``instrument_w_nvtx``) don't say what they wrap."""
     while True:
@@ -137,12 +147,9 @@ class Flat(EngineOptimizer, Partitions):
         self.shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in named.tensors]
         position = {id(p): i for i, p in enumerate(named.tensors)}
         fragments: list[Fragment | None] = [None] * len(position)
-        for parameter, fragment in self._fragments():
-            if id(parameter) not in position:
-                raise ValueError(
-                    "engine: its optimizer has a parameter that its module doesn't have, and that would go "
-                    "unclipped; make it part of the module"
-                )
+        found = list(self._fragments())
+        check_in_module([parameter for parameter, _ in found], named)
+        for parameter, fragment in found:
             fragments[position[id(parameter)]] = fragment
         self.fragments = fragments
 

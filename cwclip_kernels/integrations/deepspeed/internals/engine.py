@@ -10,7 +10,7 @@ from torch import nn
 from ....arguments import type_name
 from ....components.parameters import NamedTensors
 from ....core.optimizers import clipping_optimizer
-from .base import TRIED, EngineOptimizer, names_in
+from .base import TRIED, EngineOptimizer, check_in_module, names_in
 from .whole import Bf16, Fused16, Unfused16
 from .zero import Zero3, Zero12
 
@@ -153,4 +153,7 @@ def optimizer_of(engine: Any, named: NamedTensors) -> EngineOptimizer | None:
         ValueError: it has parameters that the module doesn't have.
     """
     kind = KINDS.get(_path_of(engine.optimizer))
-    return None if kind is None else kind(engine.optimizer, named)
+    if kind is not None:
+        return kind(engine.optimizer, named)
+    check_in_module([p for group in engine.optimizer.param_groups for p in group["params"]], named)
+    return None

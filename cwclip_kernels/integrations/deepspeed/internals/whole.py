@@ -17,7 +17,7 @@ from ....core.parameter_clipper import ParameterClipper
 from ....core.session import ClipSession
 from ....distributed.partitions import Fragment
 from ....thresholds.constant import MaxNorm
-from .base import EngineOptimizer, Flat, Steps, fragments_of
+from .base import EngineOptimizer, Flat, Steps, check_in_module, fragments_of
 
 
 class Bf16(Flat):
@@ -117,6 +117,7 @@ class Unfused16(EngineOptimizer):
 
     def clipper(self, max_norm: MaxNorm, options: Options, components: Grouping) -> ParameterClipper:
         """Of the float32 copies that the optimizer steps."""
+        check_in_module([p for group in self.optimizer.fp16_groups for p in group], self.named)
         own = {
             id(p): copy
             for group, copies in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
