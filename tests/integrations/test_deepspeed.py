@@ -211,6 +211,19 @@ def test_what_belongs_to_no_component_is_unscaled_all_the_same(kind):
     assert float(engine.get_global_grad_norm()) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["0", "0-bf16"])
+@on_ranks(1)
+def test_the_global_norm_is_not_that_of_some_parameters(kind):
+    """Where DeepSpeed measures none there is none."""
+    engine = made(kind)
+    attach(engine, CAP, components=by_thirds)
+    backward(engine, 0)
+    gradients = full_gradients(engine)
+    step_of(engine)
+    total = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values() if g is not None))
+    assert engine.get_global_grad_norm() == (None if kind == "0" else pytest.approx(total, rel=1e-2))
+
+
 @pytest.mark.parametrize("kind", ["1", "2", "3"])
 @on_ranks(2, 4)
 def test_one_all_reduce_of_k_numbers(kind):

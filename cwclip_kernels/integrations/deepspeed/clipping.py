@@ -21,7 +21,7 @@ from ...thresholds.constant import MaxNorm
 from .._common import Given, checked, clipper_arguments, learner
 from .internals.base import EngineOptimizer
 from .internals.checkpoints import Checkpoints
-from .internals.engine import check_engine, optimizer_of
+from .internals.engine import check_engine, optimizer_of, parameters_of
 from .internals.experts import check_experts
 from .internals.own_clipping import OwnClipping
 
@@ -136,11 +136,12 @@ class EngineClipping(Handle):
             self._clipper = self._optimizer.clipper(max_norm, scalars, grouping)
         self.names = self._clipper.names
         self._has_experts = check_experts(engine, named, self._clipper, learner(max_norm) is not None)
-        self.knows_total = (
-            scalars.rule.norm_type == 2.0
-            and not self._has_experts
-            and (not isinstance(self._clipper, PartitionedClipper) or self._clipper.covers_all)
-        )
+        if isinstance(self._clipper, PartitionedClipper):
+            covers_all = self._clipper.covers_all
+        else:
+            clipped = {id(named.tensors[position]) for position, _, _ in self._clipper.members}
+            covers_all = clipped.issuperset(map(id, parameters_of(engine)))
+        self.knows_total = scalars.rule.norm_type == 2.0 and not self._has_experts and covers_all
         saving = (self.state_dict, self.load_state_dict) if in_checkpoints else ()
         self._checkpoints = Checkpoints(engine, *saving)
         try:
@@ -161,6 +162,7 @@ class EngineClipping(Handle):
             self._own_clipping.restore()
         if self._attachment is not None:
             self._attachment.remove()
+            self._engine._global_grad_norm = None  # of which DeepSpeed itself knows nothing here
         if self._optimizer is not None:
             self._optimizer.remove()
         vars(self._engine).pop(_ATTRIBUTE, None)

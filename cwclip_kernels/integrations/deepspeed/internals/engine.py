@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ....arguments import type_name
 from ....components.parameters import NamedTensors
@@ -155,5 +155,12 @@ def optimizer_of(engine: Any, named: NamedTensors) -> EngineOptimizer | None:
     kind = KINDS.get(_path_of(engine.optimizer))
     if kind is not None:
         return kind(engine.optimizer, named)
-    check_in_module([p for group in engine.optimizer.param_groups for p in group["params"]], named)
+    check_in_module(parameters_of(engine), named)
     return None
+
+
+def parameters_of(engine: Any) -> list[Tensor]:
+    """The parameters that an engine without ZeRO steps."""
+    optimizer = engine.optimizer
+    groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group]
