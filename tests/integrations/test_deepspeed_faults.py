@@ -207,6 +207,10 @@ def test_checkpoints_carry_what_caps_have_learnt(stage, precision):
     # Of the weights alone caps know nothing.
     _, other, _ = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder, load_module_only=True)
     assert not same_state(other.state_dict(), kept)
+    # Caps that don't learn have no use for it.
+    constant, _, state = resumed(stage, precision, 1.0, folder)
+    assert "cwclip_kernels" not in state
+    train(constant, 3)
     # Caps that learn nothing save nothing.
     assert attach(made(stage, precision), 1.0).state_dict() == {}
 

@@ -63,9 +63,11 @@ class Checkpoints:
             )
         learnt = client_state.pop(KEY, None) if client_state else None
         only_module = asked.get("load_module_only", False) or not asked.get("load_optimizer_states", True)
-        if learnt is not None and not only_module:
+        if only_module or not self._state():  # caps that don't learn, or of which a trainer takes care
+            return path, client_state
+        if learnt is not None:
             self._load(learnt)
-        elif self._state() and not only_module:
+        else:
             warn_caller(
                 f"{load_dir}: nothing that caps had learnt was saved there, so they begin anew; to load it from "
                 f"elsewhere call load_state_dict() of the {type_name(self._load.__self__)}"  # type: ignore[attr-defined]
