@@ -53,6 +53,7 @@ ENGINES = {
     "2-offload": (2, "bf16", CPU),
     "3-offload": (3, "bf16", CPU),
     "2-not-contiguous": (2, "fp32", {"contiguous_gradients": False}),
+    "2-aligned": (2, "fp32", {"parameter_alignment": True}),
     "2-small-buckets": (2, "fp32", {"reduce_bucket_size": 40, "overlap_comm": True}),
     "2-all-reduce": (2, "bf16-fp32", {"reduce_scatter": False}),
     "3-sub-groups": (3, "fp32", {"sub_group_size": 40}),
@@ -115,7 +116,7 @@ def check_steps(engine):
 
 
 # DeepSpeed's own functions that put parameters together are wrong under this, so that only the model can be compared.
-ROUND_ROBIN = (2, "fp32", {"round_robin_gradients": True})
+ROUND_ROBIN = (2, "fp32", {"round_robin_gradients": True, "parameter_alignment": True})
 
 
 @pytest.mark.parametrize("kind", ["0", "1", "2", "3", "3-sub-groups", "1-offload", "round-robin"])
