@@ -127,6 +127,9 @@ class Unfused16(EngineOptimizer):
         session = ClipSession.of(
             replace(self.named, tensors=tensors), components, None, None, options.in_words(max_norm)
         )
+        clipped = session.components.clipped
+        named = zip(self.named.tensors, tensors, strict=True)
+        self._left_out = [copy for i, (p, copy) in enumerate(named) if id(p) in own and i not in clipped]
         return ParameterClipper(tensors, session, max_norm, options)
 
     def install(self, steps: Steps) -> None:
@@ -134,7 +137,11 @@ class Unfused16(EngineOptimizer):
         scale_before_update = _remembered_scale(self)
 
         def unscale_and_clip_grads(total_norm: object, apply_scale: bool = True) -> None:
-            steps.clip_(scale_before_update())
+            scale = scale_before_update()
+            steps.clip_(scale)
+            for copy in self._left_out:
+                if copy.grad is not None and scale != 1.0:
+                    copy.grad.mul_(1.0 / scale)
 
         self._replace("unscale_and_clip_grads", unscale_and_clip_grads)
 
