@@ -205,8 +205,9 @@ def test_checkpoints_carry_what_caps_have_learnt(stage, precision):
         train(one, 3)
     torch.testing.assert_close(twin.last.caps, clipping.last.caps)
     # Of the weights alone caps know nothing.
-    _, other, _ = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder, load_module_only=True)
-    assert not same_state(other.state_dict(), kept)
+    for weights in ({"load_module_only": True}, {"load_optimizer_states": False}):
+        _, other, _ = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder, **weights)
+        assert not same_state(other.state_dict(), kept)
     # Caps that don't learn have no use for it.
     constant, _, state = resumed(stage, precision, 1.0, folder)
     assert "cwclip_kernels" not in state
