@@ -15,7 +15,8 @@ from ranks import on_ranks
 pytest.importorskip("deepspeed")
 
 from collectives import everywhere
-from cwclip_kernels.integrations.deepspeed import attach
+from cwclip_kernels.integrations._common import clipper_arguments
+from cwclip_kernels.integrations.deepspeed import EngineClipping, attach
 from deepspeed_engines import (
     backward,
     full_gradients,
@@ -173,6 +174,27 @@ def test_remove_leaves_the_engine_as_it_was(stage):
     moved = before["first.bias"] - after["first.bias"]
     torch.testing.assert_close(moved, 0.1 * gradients["first.bias"].reshape(moved.shape), rtol=1e-4, atol=1e-6)
     attach(engine, 1.0).remove()
+
+
+@on_ranks(1)
+def test_remove_within_on_clip_would_leave_a_step_half_clipped():
+    engine = made(2)
+    clipping = attach(engine, 1e-3, on_clip=lambda result: clipping.remove())
+    before = full_parameters(engine)
+    with pytest.raises(RuntimeError, match="remove.*call it after engine.step"):
+        train(engine, 0)
+    for name, parameter in full_parameters(engine).items():
+        torch.testing.assert_close(parameter, before[name], rtol=0.0, atol=0.0)
+    clipping.remove()
+
+
+@on_ranks(1)
+def test_a_trainers_clipping_gives_deepspeeds_back():
+    engine = made(2, gradient_clipping=0.5)
+    arguments = clipper_arguments(2.0, False, {})
+    with EngineClipping(engine, 1.0, arguments, None, replaces_clipping=True):
+        assert (engine.gradient_clipping(), engine.optimizer.clip_grad) == (0.0, 0.0)
+    assert (engine.gradient_clipping(), engine.optimizer.clip_grad) == (0.5, 0.5)
 
 
 def resumed(stage, precision, max_norm, folder, **options):

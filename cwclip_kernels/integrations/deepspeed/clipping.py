@@ -117,6 +117,7 @@ class EngineClipping(Handle):
         self._engine, self._max_norm, self._on_clip = engine, max_norm, on_clip
         self._given = Given(max_norm, arguments)
         self._measured: ClipResult | None = None  # and not yet scaled
+        self._is_telling = False  # within on_clip
         named = named_tensors(engine.module)
         self._optimizer: EngineOptimizer | None = optimizer_of(engine, named)
         if scalars.raise_nonfinite and self._optimizer is not None and self._optimizer.looks_first:
@@ -156,7 +157,9 @@ class EngineClipping(Handle):
         setattr(engine, _ATTRIBUTE, self)
 
     def remove(self) -> None:
-        """Ends clipping, and leaves the engine as it was."""
+        """Ends clipping, and leaves the engine as it was. RuntimeError within ``on_clip``, in the middle of a step."""
+        if self._is_telling:
+            raise RuntimeError("remove(): on_clip is called while gradients are clipped; call it after engine.step()")
         self._checkpoints.remove()
         if self._own_clipping is not None:
             self._own_clipping.restore()
@@ -223,7 +226,11 @@ class EngineClipping(Handle):
             else:
                 self._optimizer.report(total)
         if self._on_clip is not None:
-            self._on_clip(result)
+            self._is_telling = True
+            try:
+                self._on_clip(result)
+            finally:
+                self._is_telling = False
 
 
 def attached_to(engine: object) -> EngineClipping | None:

@@ -63,7 +63,7 @@ class Bf16(Flat):
             return [total.reshape(1)], {}
 
         def before_step(inner: Optimizer, *_: object) -> None:
-            if steps.is_measured:  # not where a checkpoint is loaded
+            if steps.is_measured:  # not if others step it, by hand
                 for i, flat in enumerate(optimizer.fp32_groups_flat_partition):
                     steps.scale_(i, flat.grad)
 
