@@ -157,7 +157,7 @@ class EngineClipping(Handle):
         setattr(engine, _ATTRIBUTE, self)
 
     def remove(self) -> None:
-        """Ends clipping, and leaves the engine as it was. RuntimeError within ``on_clip``, in the middle of a step."""
+        """Ends clipping, and leaves the engine as it was. RuntimeError within ``on_clip``, amid a step."""
         if self._is_telling:
             raise RuntimeError("remove(): on_clip is called while gradients are clipped; call it after engine.step()")
         self._checkpoints.remove()
