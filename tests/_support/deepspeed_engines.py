@@ -96,6 +96,7 @@ def engine_of(model, optimizer, stage, precision="fp32", zero=None, mesh_param=N
         **config,
     }
     config = {key: value for key, value in config.items() if value is not None}
+    deepspeed.utils.groups.mesh_device = None  # an earlier engine's, whose group of fewer ranks would be used
     with quiet(), contextlib.redirect_stdout(None):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config, mesh_param=mesh_param)[0]
 

@@ -191,3 +191,16 @@ def test_the_optimizer_that_clips_by_itself():
 
 def test_the_versions_that_were_tried_are_said():
     assert base.TRIED in base.unknown(object(), "x")
+
+
+@on_ranks(1)
+def test_bf16_without_zero_in_older_versions():
+    """Until 0.18.5 the optimizer kept the loss scale itself."""
+    engine = made(0, "bf16")
+    del engine.optimizer.loss_scale_config
+    engine.optimizer.cur_scale = 1.0  # and every loss is scaled, as nothing says otherwise
+    with pytest.raises(RuntimeError, match=r"^engine: bf16 without ZeRO isn't served: engine.backward\(\)"):
+        attach(engine, 1.0)
+    engine.optimizer.use_grad_scaling = False
+    with pytest.raises(RuntimeError, match="bf16 without ZeRO isn't served: .* leaves gradients in place"):
+        attach(engine, 1.0)

@@ -20,7 +20,7 @@ from ....distributed.groups import RankGroup
 from ....distributed.partitions import Fragment, Partitions
 from ....thresholds.constant import MaxNorm
 
-TRIED = "0.19.0 to 0.19.8"
+TRIED = "0.14.5 to 0.19.8"
 
 
 class Steps(Protocol):

@@ -11,7 +11,7 @@ from ....arguments import type_name
 from ....components.parameters import NamedTensors
 from ....core.optimizers import clipping_optimizer
 from .base import TRIED, EngineOptimizer, check_in_module, names_in
-from .whole import Bf16, Fused16, Unfused16
+from .whole import Bf16, Fused16, Unfused16, loss_scaling
 from .zero import Zero3, Zero12
 
 # DeepSpeed's class for each of ours; others derived from them (ZenFlow, SuperOffload) step in their own way.
@@ -89,15 +89,30 @@ def _refused_optimizer(engine: Any) -> str | None:
     for name, value, reason in _REFUSED:
         if getattr(optimizer, name, value) != value:
             return reason
-    is_scaled = getattr(getattr(optimizer, "loss_scale_config", None), "use_grad_scaling", False)
-    if is_scaled and "scale_if_loss" in names_in(type(engine).backward):
-        return (
-            "fp16 without ZeRO isn't served: engine.backward() of this DeepSpeed doesn't multiply the loss by the "
-            f"loss scale, and its {type_name(optimizer)} divides gradients by it all the same; use ZeRO stage 1, or "
-            "bf16"
-        )
+    if issubclass(KINDS.get(_path_of(optimizer), EngineOptimizer), (Fused16, Unfused16)):
+        return _refused_without_zero(engine)
     if getattr(optimizer, "has_moe_layers", False) and _path_of(optimizer).endswith("Stage3"):
         return "experts under ZeRO stage 3 aren't served; use stage 2"
+    return None
+
+
+def _refused_without_zero(engine: Any) -> str | None:
+    """In some versions the optimizers for bf16 and fp16 without ZeRO don't fit their own engine."""
+    optimizer = engine.optimizer
+    scaling, is_zero = loss_scaling(optimizer), engine.zero_optimization()
+    dtype = "bf16" if engine.bfloat16_enabled() else "fp16"
+    case = f"{dtype} with float32 accumulation in ZeRO stage 1" if is_zero else f"{dtype} without ZeRO"
+    # Where use_grad_scaling is missing every loss is scaled.
+    if getattr(scaling, "use_grad_scaling", True) and "scale_if_loss" in names_in(type(engine).backward):
+        return (
+            f"{case} isn't served: engine.backward() of this DeepSpeed doesn't multiply the loss by the loss scale, "
+            f"and its {type_name(optimizer)} divides gradients by it all the same; use ZeRO stage 2"
+        )
+    if dtype == "bf16" and not is_zero and scaling is optimizer:  # DeepSpeed's issue 7837
+        return (
+            f"{case} isn't served: engine.step() of this DeepSpeed leaves gradients in place, and the next backward "
+            "pass adds to them; use ZeRO stage 2, or a newer DeepSpeed"
+        )
     return None
 
 

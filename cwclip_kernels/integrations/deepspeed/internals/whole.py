@@ -17,7 +17,7 @@ from ....core.parameter_clipper import ParameterClipper
 from ....core.session import ClipSession
 from ....distributed.partitions import Fragment
 from ....thresholds.constant import MaxNorm
-from .base import EngineOptimizer, Flat, Steps, check_in_module, fragments_of
+from .base import EngineOptimizer, Flat, Steps, check_in_module, fragments_of, unknown
 
 
 class Bf16(Flat):
@@ -75,7 +75,7 @@ class Fused16(Flat):
     """Whole gradients on each rank, laid flat by param group (``FP16_Optimizer``, stage 0)."""
 
     looks_first = True
-    needs = ("fp16_groups", "fp32_groups_flat", "loss_scale_config", "_global_grad_norm")
+    needs = ("fp16_groups", "fp32_groups_flat", "_global_grad_norm")
     calls = (
         ("_update_scale", ("skip",)),
         ("unscale_and_clip_grads", ("grad_groups_flat", "total_norm", "apply_scale")),
@@ -112,7 +112,7 @@ class Unfused16(EngineOptimizer):
     """Whole gradients on each rank, one for each parameter (``FP16_UnfusedOptimizer``, stage 0)."""
 
     looks_first = True
-    needs = ("fp16_groups", "fp32_groups", "loss_scale_config", "_global_grad_norm")
+    needs = ("fp16_groups", "fp32_groups", "_global_grad_norm")
     calls = (("_update_scale", ("skip",)), ("unscale_and_clip_grads", ("total_norm", "apply_scale")))
 
     def clipper(self, max_norm: MaxNorm, options: Options, components: Grouping) -> ParameterClipper:
@@ -146,13 +146,21 @@ class Unfused16(EngineOptimizer):
         self._replace("unscale_and_clip_grads", unscale_and_clip_grads)
 
 
+def loss_scaling(optimizer: Any) -> Any:
+    """What has the loss scale of one of these, ``cur_scale``: until 0.18.5 the optimizer itself."""
+    return getattr(optimizer, "loss_scale_config", optimizer)
+
+
 def _remembered_scale(owner: EngineOptimizer) -> Callable[[], float]:
     """The loss scale of the gradients of this step; the step updates it before they are unscaled."""
-    optimizer, config = owner.optimizer, owner.optimizer.loss_scale_config
+    optimizer = owner.optimizer
+    keeper = loss_scaling(optimizer)
+    if not hasattr(keeper, "cur_scale"):
+        raise RuntimeError(unknown(optimizer, "it has no 'cur_scale'"))
     scale = [1.0]
 
     def _update_scale(skip: bool) -> None:
-        scale[0] = float(config.cur_scale)
+        scale[0] = float(keeper.cur_scale)
         type(optimizer)._update_scale(optimizer, skip)
 
     owner._replace("_update_scale", _update_scale)
