@@ -58,8 +58,8 @@ class PartitionedClipper(ParameterClipper):
         self._factors: Tensor | None = None  # of the gradients that were measured last
 
     @torch.no_grad()
-    def measure(self, inv_scale: float = 1.0) -> ClipResult:
-        """Norms, caps and coefficients of the gradients times ``inv_scale``. Nothing is written, and nothing learnt.
+    def measure(self, scale: LossScale) -> ClipResult:
+        """Norms, caps and coefficients of the unscaled gradients. Nothing is written, and nothing learnt.
 
         No host sync, unless non-finite norms are errors.
 
@@ -72,7 +72,6 @@ class PartitionedClipper(ParameterClipper):
         plans, home = self._session.plans, home_of(self._tensors)
         call = DistributedCall(self._reductions, plans, self._tensors, home, options.backend, writes=False)
         self._factors = None
-        scale = LossScale() if inv_scale == 1.0 else LossScale(inv_scale)
         norms, coefs, caps = call.measure(policy, rule, options.raise_nonfinite, scale)
         factors = call.factors(coefs)
         self._factors = factors if self.covers_all else torch.cat((factors, call.factor_of_unclipped(coefs)))

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ...clipper import ComponentClipper
 from ...components.parameters import named_tensors
-from ...core.loss_scale import LossScale
+from ...core.loss_scale import UNSCALED, LossScale
 from ...core.options import ClipOptions
 from ...core.parameter_clipper import ParameterClipper
 from ...core.partitioned_clipper import PartitionedClipper
@@ -136,13 +136,13 @@ class EngineClipping(Handle):
         else:
             self._clipper = self._optimizer.clipper(max_norm, scalars, grouping)
         self.names = self._clipper.names
-        self._has_experts = check_experts(engine, named, self._clipper, learner(max_norm) is not None)
+        has_experts = check_experts(named, self._clipper, learner(max_norm) is not None)
         if isinstance(self._clipper, PartitionedClipper):
             covers_all = self._clipper.covers_all
         else:
             clipped = {id(named.tensors[position]) for position, _, _ in self._clipper.members}
             covers_all = clipped.issuperset(map(id, parameters_of(engine)))
-        self.knows_total = scalars.rule.norm_type == 2.0 and not self._has_experts and covers_all
+        self.knows_total = scalars.rule.norm_type == 2.0 and not has_experts and covers_all
         saving = (self.state_dict, self.load_state_dict) if in_checkpoints else ()
         self._checkpoints = Checkpoints(engine, *saving)
         try:
@@ -201,7 +201,7 @@ class EngineClipping(Handle):
         """Measures the gradients of this step; the norm of all together, []."""
         assert isinstance(self._clipper, PartitionedClipper)
         self._measured = None
-        self._measured = self._clipper.measure(1.0 / loss_scale)
+        self._measured = self._clipper.measure(_unscaling(loss_scale))
         return self._clipper.total_norm(self._measured.norms)
 
     def scale_(self, partition: int, gradient: Tensor) -> None:
@@ -215,7 +215,7 @@ class EngineClipping(Handle):
 
     def clip_(self, loss_scale: float) -> None:
         """Measures, unscales and clips in one pass."""
-        self._has_clipped(self._clipper.clip(LossScale.of(1.0 / loss_scale, None)))
+        self._has_clipped(self._clipper.clip(_unscaling(loss_scale)))
 
     def _has_clipped(self, result: ClipResult) -> None:
         self.last = result
@@ -231,6 +231,10 @@ class EngineClipping(Handle):
                 self._on_clip(result)
             finally:
                 self._is_telling = False
+
+
+def _unscaling(loss_scale: float) -> LossScale:
+    return UNSCALED if loss_scale == 1.0 else LossScale(1.0 / loss_scale)
 
 
 def attached_to(engine: object) -> EngineClipping | None:

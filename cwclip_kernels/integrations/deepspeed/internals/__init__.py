@@ -7,6 +7,7 @@ Where they aren't as in the versions that were tried (``base.TRIED``), that is a
     zero          ZeRO stages 1, 2 and 3
     whole         bfloat16 and float16 without ZeRO
     engine        which engines are served, and why others are not
+    experts       components of experts, of which each rank has others
     own_clipping  DeepSpeed's own clipping by one norm, which ends
     checkpoints   what is saved with an engine's checkpoints
 """

@@ -193,16 +193,24 @@ class Flat(EngineOptimizer, Partitions):
 
 
 def fragments_of(
-    parameters: Sequence[Tensor], paddings: Sequence[int], partition: int, size: int, process_group: Any
+    groups: Sequence[Sequence[Tensor]],
+    flats: Sequence[Tensor],
+    process_groups: Sequence[Any],
+    paddings: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[Tensor, Fragment]]:
-    """The parameters of a group, which lie end to end, each before its padding; each rank has ``size`` elements."""
-    ranks, first = ranks_of(process_group), torch.distributed.get_rank(process_group) * size
-    offset = 0
-    for parameter, padding in zip(parameters, paddings, strict=True):
-        start = min(max(first - offset, 0), parameter.numel())
-        stop = min(max(first + size - offset, 0), parameter.numel())
-        yield parameter, Fragment(start, stop - start, partition, min(max(offset - first, 0), size), ranks)
-        offset += parameter.numel() + padding
+    """The parameters of each group, which lie end to end, each before its padding, and are cut into equal parts.
+
+    ``flats`` are this rank's parts, one for each group.
+    """
+    paddings = [[0] * len(group) for group in groups] if paddings is None else paddings
+    for i, (flat, process_group) in enumerate(zip(flats, process_groups, strict=True)):
+        size, offset = flat.numel(), 0
+        ranks, first = ranks_of(process_group), torch.distributed.get_rank(process_group) * size
+        for parameter, padding in zip(groups[i], paddings[i], strict=True):
+            start = min(max(first - offset, 0), parameter.numel())
+            stop = min(max(first + size - offset, 0), parameter.numel())
+            yield parameter, Fragment(start, stop - start, i, min(max(offset - first, 0), size), ranks)
+            offset += parameter.numel() + padding
 
 
 def ranks_of(process_group: Any) -> RankGroup | None:

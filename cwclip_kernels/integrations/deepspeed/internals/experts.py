@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from ....components.parameters import NamedTensors
 from ....core.parameter_clipper import ParameterClipper
@@ -11,7 +10,7 @@ from ....core.parameter_clipper import ParameterClipper
 _EXPERT = re.compile(r"^(.*\bdeepspeed_experts\.\d+)\.")
 
 
-def check_experts(engine: Any, named: NamedTensors, clipper: ParameterClipper, learns: bool) -> bool:
+def check_experts(named: NamedTensors, clipper: ParameterClipper, learns: bool) -> bool:
     """Whether there are experts that not all ranks have; raises if they can't be clipped.
 
     Raises:

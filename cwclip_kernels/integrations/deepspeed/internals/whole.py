@@ -35,11 +35,8 @@ class Bf16(Flat):
     calls = (("get_grads_for_norm", ("for_clipping",)),)
 
     def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:
-        groups, flats = self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition
-        for i, (group, flat, ranks) in enumerate(
-            zip(groups, flats, self.optimizer.real_dp_process_group, strict=True)
-        ):
-            yield from fragments_of(group, [0] * len(group), i, flat.numel(), ranks)
+        flats, process_groups = self.optimizer.fp32_groups_flat_partition, self.optimizer.real_dp_process_group
+        return fragments_of(self.optimizer.bf16_groups, flats, process_groups)
 
     def _flat_gradient(self, partition: int) -> Tensor:
         return self.optimizer.fp32_groups_gradient_flat_partition[partition]  # type: ignore[no-any-return]

@@ -25,13 +25,8 @@ class Zero12(Flat):
     def _fragments(self) -> Iterator[tuple[Tensor, Fragment]]:
         """Not by DeepSpeed's own mapping, which is wrong where ``round_robin_gradients`` has another order."""
         groups, flats = self.optimizer.round_robin_bit16_groups, self.optimizer.single_partition_of_fp32_groups
-        paddings = getattr(self.optimizer, "round_robin_bit16_padding", None) or [
-            [0] * len(group) for group in groups
-        ]
-        for i, (group, flat, ranks) in enumerate(
-            zip(groups, flats, self.optimizer.real_dp_process_group, strict=True)
-        ):
-            yield from fragments_of(group, paddings[i], i, flat.numel(), ranks)
+        paddings = getattr(self.optimizer, "round_robin_bit16_padding", None)
+        return fragments_of(groups, flats, self.optimizer.real_dp_process_group, paddings)
 
     def _flat_gradient(self, partition: int) -> Tensor | None:
         return self.optimizer.single_partition_of_fp32_groups[partition].grad  # type: ignore[no-any-return]
