@@ -14,7 +14,7 @@ from ._version import __version__
 from .attachment import Attachment
 from .clipper import ComponentClipper
 from .components.spec import ComponentSpec
-from .functional import component_norms, fused_component_clip_
+from .functional import component_clip_with_norms_, component_norms, component_scale_, fused_component_clip_
 from .grad_scaler import ComponentClipGradScaler
 from .in_backward.clipping import BackwardClipping, clip_in_backward
 from .result import ClipResult
@@ -28,7 +28,9 @@ __all__ = [
     "ComponentSpec",
     "__version__",
     "clip_in_backward",
+    "component_clip_with_norms_",
     "component_norms",
+    "component_scale_",
     "fused_component_clip_",
     "thresholds",
 ]

@@ -13,10 +13,10 @@ from .arguments import warn_caller
 from .attachment import Attachment
 from .components.parameters import Parameters, named_tensors
 from .components.spec import Grouping
-from .core import traced
+from .core import traced, traced_scaling
 from .core.loss_scale import UNSCALED, LossScale
 from .core.modes import is_traced
-from .core.options import check_options
+from .core.options import check_norms, check_options, checked_coefs
 from .core.parameter_clipper import ParameterClipper
 from .core.session import ClipSession
 from .distributed.groups import check_process_group
@@ -194,13 +194,44 @@ class ComponentClipper(ParameterClipper):
         """
         return Attachment(self, optimizer, on_clip, replace)
 
-    def norms(self) -> Tensor:
-        """The K norms of the gradients that are there now, which stay as they are: [K], no host sync."""
+    def norms(self, *, inv_scale: float | Tensor | None = None, found_inf: Tensor | None = None) -> Tensor:
+        """The K norms of the gradients that are there now, which stay as they are; as :func:`component_norms`."""
         norm_type, backend = self._options.rule.norm_type, self._options.backend
+        scale = LossScale.of(inv_scale, found_inf)
         if is_traced():
             traced.refuse_ranks(self.is_spread)
-            return traced.norms_of(self._all(), self._session.components, norm_type, backend)
-        return self._session.norms(self._all(), norm_type, backend)
+            return traced.norms_of(self._all(), self._session.components, norm_type, backend, scale)
+        return self._session.norms(self._all(), norm_type, backend, scale)
+
+    def clip_with_norms_(self, norms: Tensor, *, inv_scale: float | Tensor | None = None) -> ClipResult:
+        """Clips the gradients that are there now by norms [K] that are known, as :func:`component_clip_with_norms_`.
+
+        Thresholds learn from these norms. For caps of your own making see ``scale_``.
+        """
+        scale, session, options = LossScale.of(inv_scale, None), self._session, self._options
+        check_norms(norms, len(self.names))
+        if is_traced():
+            traced.refuse_ranks(self.is_spread)
+            own = self._all(), session.components, norms, self.max_norm, options, scale
+            return ClipResult(self.names, *traced_scaling.clip_with_norms_(*own))
+        if self._watches:
+            self._before_clip()
+        return ClipResult(self.names, *session.clip_with_norms_(self._all(), norms, self._caps(), options, scale))
+
+    def scale_(self, coefs: float | Tensor, *, inv_scale: float | Tensor | None = None) -> None:
+        """Multiplies the gradients that are there now by coefficients, as :func:`component_scale_`.
+
+        A coefficient of 0 writes zeros if the clipper's ``nonfinite`` is "zero". Thresholds learn nothing.
+        """
+        scale, session, options = LossScale.of(inv_scale, None), self._session, self._options
+        coefs = checked_coefs(coefs, len(self.names))
+        if is_traced():
+            traced.refuse_ranks(self.is_spread)
+            traced_scaling.scale_(self._all(), session.components, coefs, options, scale)
+            return
+        if self._watches:
+            self._before_clip()
+        session.scale_(self._all(), coefs, options, scale)
 
     # -------------------------------------------------------------------------------------------------------
     # Copies

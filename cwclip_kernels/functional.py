@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .arguments import check_type
 from .components.parameters import Parameters, named_tensors
 from .components.resolve import resolve
 from .components.spec import Grouping
-from .core import traced
+from .core import traced, traced_scaling
 from .core.cache import session_for
 from .core.loss_scale import LossScale
 from .core.modes import is_traced
-from .core.options import check_options
+from .core.options import check_norms, check_options, checked_coefs
 from .thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
@@ -128,11 +129,16 @@ def component_norms(
     norm_type: float = 2.0,
     *,
     components: Grouping = None,
+    inv_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
     pp_mesh: ProcessGroup | DeviceMesh | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Norm of each component's gradient; nothing is changed. Arguments and errors: :func:`fused_component_clip_`.
+    """Norm of each component's gradient, which stays as it is: ``torch.nn.utils.get_total_norm`` by component.
+
+    Arguments and errors: :func:`fused_component_clip_`. With ``inv_scale`` the norms are those of g * inv_scale,
+    and ``found_inf`` is set to 1 if any gradient is inf or NaN.
 
     Returns:
         [K] norms, float32 (float64 if any gradient is), on the gradients' device; no host sync.
@@ -147,10 +153,137 @@ def component_norms(
         >>> component_norms(model, norm_type=1.0, components="all")
         tensor([7.])
     """
-    options = check_options(norm_type, backend=backend)
+    options, scale = check_options(norm_type, backend=backend), LossScale.of(inv_scale, found_inf)
     if is_traced():
         traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
-        return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend)
+        return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend, scale)
     tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
-    return session.norms(tensors, options.rule.norm_type, backend)
+    return session.norms(tensors, options.rule.norm_type, backend, scale)
+
+
+def component_clip_with_norms_(
+    parameters: Parameters,
+    max_norm: MaxNorm,
+    norms: Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    *,
+    components: Grouping = None,
+    eps: float = 1e-6,
+    nonfinite: str = "propagate",
+    inv_scale: float | Tensor | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    pp_mesh: ProcessGroup | DeviceMesh | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Clips each component's gradient by norms that are known; ``torch.nn.utils.clip_grads_with_norm_`` for many.
+
+        coef_c = min(1, max_norm_c / (norms_c + eps));  g <- coef_c * inv_scale * g, in place
+
+    ``component_norms`` and then this is :func:`fused_component_clip_` in two halves, with room for what is to happen
+    to the norms in between, such as a reduction of your own. Other arguments and errors are as there. Thresholds
+    learn from these norms. Nothing is measured, and no rank asks another: all that share a component have to pass the
+    same norm.
+
+    Args:
+        parameters: as for :func:`fused_component_clip_`.
+        max_norm: the caps, likewise.
+        norms: [K], floating-point, >= 0, of the unscaled gradients; used where it lies, without a sync.
+        norm_type: of these norms. FromGlobal's and RMS caps depend on it.
+        error_if_nonfinite: same as ``nonfinite="error"``.
+        components: as for :func:`fused_component_clip_`, like all that follow.
+        eps: added to the norm before dividing.
+        nonfinite: what becomes of a component whose norm is given as inf or NaN.
+        inv_scale: inverse of the loss scale, taken out in the same pass.
+        process_group: ranks that hold parts of plain tensors.
+        pp_mesh: ranks that hold other parameters of the model.
+        backend: None for the best available.
+
+    Returns:
+        [K] the coefficients.
+
+    Raises:
+        TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed.
+        RuntimeError: a non-finite norm under "error", or a named backend that can't serve; nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels import component_clip_with_norms_, component_norms
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> component_clip_with_norms_(model, 1.0, norms=2 * component_norms(model))
+        tensor([0.1000, 1.0000])
+        >>> model.weight.grad
+        tensor([[0.3000, 0.4000]])
+    """
+    options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+    scale = LossScale.of(inv_scale, None)
+    if is_traced():
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        named = named_tensors(parameters)
+        resolved = resolve(named, components)
+        check_norms(norms, len(resolved.names))
+        return traced_scaling.clip_with_norms_(named.tensors, resolved, norms, max_norm, options, scale)[1]
+    settings = partial(options.in_words, max_norm, pp_mesh)
+    tensors, session = session_for(parameters, components, settings, process_group, pp_mesh)
+    check_norms(norms, len(session.components.names))
+    caps = session.caps_for(max_norm, tensors, options.rule)
+    return session.clip_with_norms_(tensors, norms, caps, options, scale)[1]
+
+
+def component_scale_(
+    parameters: Parameters,
+    coefs: float | Tensor,
+    *,
+    components: Grouping = None,
+    zero_fill: bool = False,
+    inv_scale: float | Tensor | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    pp_mesh: ProcessGroup | DeviceMesh | None = None,
+    backend: str | None = None,
+) -> None:
+    """Multiplies each component's gradient by its coefficient, in place, in one pass and without a host sync.
+
+        g <- coefs_c * inv_scale * g
+
+    For rules of your own, from norms that ``component_norms`` has measured. Where the factor is 1 nothing is written.
+    Other arguments and errors: :func:`fused_component_clip_`. No rank asks another: each scales what it holds, and
+    all that share a component have to pass the same coefficient.
+
+    Args:
+        parameters: as for :func:`fused_component_clip_`.
+        coefs: a number, or a floating-point Tensor of shape [] or [K] in the order of ``component_norms``, used where
+            it lies.
+        components: as for :func:`fused_component_clip_`, like all others but the next.
+        zero_fill: whether a coefficient of 0 writes zeros, which erases inf and NaN, instead of multiplying.
+        inv_scale: inverse of the loss scale, taken out in the same pass.
+        process_group: ranks that hold parts of plain tensors.
+        pp_mesh: ranks that hold other parameters of the model.
+        backend: None for the best available.
+
+    Raises:
+        TypeError, ValueError: an argument or gradient that isn't what it should be; nothing is changed.
+        RuntimeError: a named backend that can't serve; nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels import component_norms, component_scale_
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([0.5])
+        >>> component_scale_(model, 1 / component_norms(model))  # gradients of norm 1
+        >>> model.weight.grad, model.bias.grad
+        (tensor([[0.6000, 0.8000]]), tensor([1.]))
+    """
+    check_type(zero_fill, "zero_fill", bool, "a bool")
+    options = check_options(nonfinite="zero" if zero_fill else "propagate", backend=backend)
+    scale = LossScale.of(inv_scale, None)
+    if is_traced():
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        named = named_tensors(parameters)
+        resolved = resolve(named, components)
+        coefs = checked_coefs(coefs, len(resolved.names))
+        traced_scaling.scale_(named.tensors, resolved, coefs, options, scale)
+        return
+    tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
+    session.scale_(tensors, checked_coefs(coefs, len(session.components.names)), options, scale)

@@ -128,7 +128,7 @@ class BoundThreshold:
     def _norms_of(self, tensors: Sequence[Tensor]) -> Tensor:
         if self._reductions is None:
             return norms_of_trained(self._plans, tensors, self._rule.norm_type)
-        call = DistributedCall(self._reductions, self._plans, tensors, home_of(tensors), None)
+        call = DistributedCall(self._reductions, self._plans, tensors, home_of(tensors), None, writes=False)
         return call.norms(self._rule.norm_type, of_parameters=True)
 
     def _make_setting(self, tensors: Sequence[Tensor]) -> Setting:

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
 from torch import Tensor
 
-from ..arguments import check_type, checked_number, type_name
+from ..arguments import check_float_tensor, check_type, checked_number, type_name
 from ..backends import registry
 from ..components.spec import Grouping
 from ..thresholds import Threshold
 from ..thresholds.constant import MaxNorm
 from .formula import POLICIES, ClipRule
+from .modes import is_traced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +76,29 @@ def check_options(
         raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}; give one of them")
     rule = ClipRule(_checked_order(norm_type), checked_number(eps, "eps"), nonfinite)
     return Options(rule, error_if_nonfinite or nonfinite == "error", backend)
+
+
+def checked_coefs(coefs: object, count: int) -> Tensor:
+    """Coefficients as a Tensor [] or [count], or an error that says what is wrong."""
+    if not isinstance(coefs, Tensor):
+        kinds = "a number or a Tensor of shape [] or [K]"
+        return torch.tensor(checked_number(coefs, "coefs", -math.inf, kinds=kinds), dtype=torch.float64, device="cpu")
+    check_float_tensor(coefs, "coefs")
+    if coefs.shape not in ((), (count,)):
+        raise ValueError(f"coefs: expected shape [] or [{count}] (one for each component), not {list(coefs.shape)}")
+    return coefs
+
+
+def check_norms(norms: object, count: int) -> None:
+    """Raises unless these can be the norms of ``count`` components."""
+    if not isinstance(norms, Tensor):
+        raise TypeError(f"norms: expected a Tensor of shape [{count}], not {type_name(norms)}")
+    check_float_tensor(norms, "norms")
+    if norms.shape != (count,):
+        raise ValueError(f"norms: expected shape [{count}] (one for each component), not {list(norms.shape)}")
+    # On another device reading them would be a host sync.
+    if norms.device.type == "cpu" and not is_traced() and bool((norms < 0).any()):
+        raise ValueError(f"norms: expected norms >= 0, not {norms.min().item()}")
 
 
 _ONE_POLICY = f"one of {', '.join(POLICIES)}"

@@ -54,6 +54,20 @@ def norms_of(
     return norms
 
 
+def measure(plan: ClipPlan, found: Sequence[Found], norm_type: float, loss_scale: LossScale = UNSCALED) -> Tensor:
+    """The K norms of the unscaled gradients, and whether any is inf or NaN; gradients stay as they are."""
+    sums = power_sums(plan, found, norm_type)
+    norms = norms_of(plan, found, norm_type, sums, loss_scale)
+    _report(plan, found, norm_type, sums, loss_scale)
+    return norms
+
+
+def _report(plan: ClipPlan, found: Sequence[Found], norm_type: float, sums: Tensor, loss_scale: LossScale) -> None:
+    """Sets ``found_inf``, if there is one; measures anew where these sums don't tell."""
+    if loss_scale.found_inf is not None:
+        loss_scale.report(sums if sums_tell_nonfinite(norm_type) else power_sums(plan, found, math.inf))
+
+
 def clip_(
     plan: ClipPlan,
     found: Sequence[Found],
@@ -72,7 +86,6 @@ def clip_(
     errors on non-finite norms, which must come before the first write, and caps that depend on the norms.
     """
     order = rule.norm_type
-    tells = loss_scale.found_inf is None or sums_tell_nonfinite(order)
     in_steps = plan.sparse or raise_nonfinite or _takes_steps(policy, rule, loss_scale)
     fused = FUSED.get(plan.buckets[0].backend) if len(plan.buckets) == 1 and not in_steps else None
     if fused is not None:
@@ -88,14 +101,8 @@ def clip_(
             return *outcome, caps
     sums = power_sums(plan, found, order)
     norms = norms_of(plan, found, order, sums, loss_scale)
-    if raise_nonfinite:
-        finite = norms.isfinite().tolist()  # the one host sync, asked for by the caller
-        if not all(finite):
-            bad = [name for name, ok in zip(plan.components.names, finite, strict=True) if not ok]
-            raise RuntimeError(nonfinite_message(bad, len(finite), order))
-    caps = policy.caps(plan.device, norms if policy.needs_norms else None)
-    coefs = formula.coefficients(norms, caps, rule)
-    loss_scale.report(sums if tells else power_sums(plan, found, math.inf))
+    coefs, caps = coefficients_of(norms, plan.components.names, policy, rule, raise_nonfinite)
+    _report(plan, found, order, sums, loss_scale)
     apply_(plan, found, loss_scale.factors(coefs), rule, update)
     return norms, coefs, caps
 
@@ -176,6 +183,35 @@ def has_elements(plan: ClipPlan, found: Sequence[Found]) -> list[bool]:
     for position, component, place in plan.components.members:
         has[component] |= position in grads and narrowed(grads[position], place).numel() > 0
     return has
+
+
+def coefficients_of(
+    norms: Tensor, names: Sequence[str], policy: StepCaps, rule: ClipRule, raise_nonfinite: bool
+) -> tuple[Tensor, Tensor]:
+    """Coefficients and caps from the norms of the components of these names."""
+    if raise_nonfinite:
+        finite = norms.isfinite().tolist()  # the one host sync, asked for by the caller
+        if not all(finite):
+            bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+            raise RuntimeError(nonfinite_message(bad, len(finite), rule.norm_type))
+    caps = policy.caps(norms.device, norms if policy.needs_norms else None)
+    return formula.coefficients(norms, caps, rule), caps
+
+
+def known_norms(norms: Tensor, plan: ClipPlan) -> Tensor:
+    """Norms [K] that the caller gave, as a call with this plan measures them; more precise ones stay so."""
+    return _moved(norms, plan.device, torch.promote_types(norms.dtype, plan.norm_dtype))
+
+
+def factors_of(coefs: Tensor, count: int, device: torch.device, loss_scale: LossScale) -> Tensor:
+    """What gradients on the device are multiplied by, [count], from coefficients [] or [count] and the loss scale."""
+    wide = _moved(coefs, device, wide_dtype(device)).expand(count).contiguous()
+    return loss_scale.on(device).factors(wide)
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # A copy to the host must be complete before it is read.
+    return tensor.detach().to(device, dtype, non_blocking=device.type != "cpu")
 
 
 def nonfinite_message(bad: Sequence[str], count: int, norm_type: float) -> str:

@@ -13,7 +13,7 @@ from ..components.membership import Components
 from ..components.parameters import NamedTensors
 from ..components.resolve import resolve
 from ..components.spec import ComponentSpec, Grouping
-from ..distributed.local import local_value
+from ..distributed.local import LocalGradients, local_value
 from ..distributed.partitions import Partitions
 from ..distributed.run import DistributedCall
 from ..distributed.set_up import plan_reductions
@@ -127,40 +127,85 @@ class ClipSession:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same in general; ``at_once`` if one native call is to be tried first."""
         raise_nonfinite, reductions = options.raise_nonfinite, self.reductions
-        asks = raise_nonfinite or scale.found_inf is not None
         outcome = None
         try:
             if at_once:
                 outcome = run.clip_at_once_(self.plans, tuple(tensors), policy, rule, options.backend, scale)
             if outcome is not None:
                 pass
-            elif reductions is not None and (not reductions.is_local or (reductions.nonfinite_needs_ranks and asks)):
+            elif reductions is not None and self._needs_ranks(raise_nonfinite or scale.found_inf is not None):
                 call = DistributedCall(reductions, self.plans, tensors, home_of(tensors), options.backend, update)
                 outcome = call.clip_(policy, rule, raise_nonfinite, scale)
             else:
-                held = None
+                held = _NOTHING
                 if update is not None:
                     plan, found = self.look(tensors, options, update)
                 else:
-                    if reductions is None:
-                        grads = gradients_of(tensors)
-                    else:
-                        held = reductions.gradients(tensors)
-                        held.check_not_leaves()
-                        grads = held.local
-                    plan, found = self.plans.get(grads, tensors, rule.norm_type, options.backend)
-                used = scale if scale is UNSCALED else scale.on(plan.device)
+                    plan, found, held = self._to_write(tensors, options)
+                used = scale.on(plan.device)
                 outcome = run.clip_(plan, found, policy, rule, raise_nonfinite, used, update)
-                if held is not None:
-                    held.touched()
-                if scale is not UNSCALED:
-                    scale.deliver(used)
+                held.touched()
+                scale.deliver(used)
         except WithoutData as missing:
-            norms = self._without_data(missing)
-            return norms, torch.empty_like(norms), norms.new_empty(norms.shape, dtype=wide_dtype(norms.device))
+            return self._no_outcome(missing)
         if learns and policy.update_ is not None:
             policy.update_(outcome[0], outcome[1])
         return outcome
+
+    def _to_write(self, tensors: Sequence[Tensor], options: Options) -> tuple[ClipPlan, list[Found], LocalGradients]:
+        """The plan that scales the tensors' gradients in place, what it finds, and what is ``touched()`` after it."""
+        held = (
+            LocalGradients(gradients_of(tensors), ())
+            if self.reductions is None
+            else self.reductions.gradients(tensors)
+        )
+        held.check_not_leaves()
+        plan, found = self.plans.get(held.local, tensors, options.rule.norm_type, options.backend)
+        return plan, found, held
+
+    @outside_autograd
+    def scale_(self, tensors: Sequence[Tensor], coefs: Tensor, options: Options, scale: LossScale) -> None:
+        """Multiplies the tensors' gradients by their components' coefficients, [] or [K], and unscales them.
+
+        Other ranks aren't asked: each scales what it holds.
+        """
+        try:
+            target = self._to_write(tensors, options)
+        except WithoutData:
+            return
+        self._scale_(*target, coefs, options, scale)
+
+    def _scale_(
+        self,
+        plan: ClipPlan,
+        found: list[Found],
+        held: LocalGradients,
+        coefs: Tensor,
+        options: Options,
+        scale: LossScale,
+    ) -> None:
+        factors = run.factors_of(coefs, len(self.components.names), plan.device, scale)
+        if self.reductions is not None:
+            factors = self.reductions.rows.to_local(factors)
+        run.apply_(plan, found, factors, options.rule)
+        held.touched()
+
+    @outside_autograd
+    def clip_with_norms_(
+        self, tensors: Sequence[Tensor], norms: Tensor, policy: StepCaps, options: Options, scale: LossScale
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Clips by norms [K] of the unscaled gradients that are known already; what ``clip_`` returns."""
+        try:
+            target = self._to_write(tensors, options)
+        except WithoutData as missing:
+            return self._no_outcome(missing)
+        rule = options.rule if policy.adds_eps else options.rule.without_eps
+        norms = run.known_norms(norms, target[0])
+        coefs, caps = run.coefficients_of(norms, self.components.names, policy, rule, options.raise_nonfinite)
+        self._scale_(*target, coefs, options, scale)
+        if policy.update_ is not None:
+            policy.update_(norms, coefs)
+        return norms, coefs, caps
 
     @outside_autograd
     def look(self, tensors: Sequence[Tensor], options: Options, update: run.Update) -> tuple[ClipPlan, list[Found]]:
@@ -184,20 +229,37 @@ class ClipSession:
         return norms_of_trained(self._parameter_plans, tensors, norm_type)
 
     @outside_autograd
-    def norms(self, tensors: Sequence[Tensor], norm_type: float, backend: str | None) -> Tensor:
-        """Norms [K] of the tensors' gradients; changes nothing."""
+    def norms(
+        self, tensors: Sequence[Tensor], norm_type: float, backend: str | None, scale: LossScale = UNSCALED
+    ) -> Tensor:
+        """Norms [K] of the tensors' unscaled gradients, and ``found_inf``; gradients stay as they are."""
         try:
-            if self.reductions is not None and not self.reductions.is_local:
-                call = DistributedCall(self.reductions, self.plans, tensors, home_of(tensors), backend)
-                return call.norms(norm_type)
+            if self._needs_ranks(scale.found_inf is not None):
+                assert self.reductions is not None
+                home = home_of(tensors)
+                call = DistributedCall(self.reductions, self.plans, tensors, home, backend, writes=False)
+                return call.norms(norm_type, scale)
             plan, found = self.plans.measured(self._gradients(tensors), tensors, norm_type, backend)
-            return run.norms_of(plan, found, norm_type)
+            used = scale.on(plan.device)
+            norms = run.measure(plan, found, norm_type, used)
+            scale.deliver(used)
+            return norms
         except WithoutData as missing:
             return self._without_data(missing)
+
+    def _needs_ranks(self, asks: bool) -> bool:
+        """Whether a call communicates; ``asks`` if it has to know whether any gradient is inf or NaN."""
+        own = self.reductions
+        return own is not None and (not own.is_local or (asks and own.nonfinite_needs_ranks))
 
     def _without_data(self, found: WithoutData) -> Tensor:
         """Norms of fake and meta gradients, [K] without values, for memory estimates."""
         return torch.empty(len(self.components.names), dtype=found.norm_dtype, device=found.device)
+
+    def _no_outcome(self, found: WithoutData) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for what ``clip_`` returns."""
+        norms = self._without_data(found)
+        return norms, torch.empty_like(norms), norms.new_empty(norms.shape, dtype=wide_dtype(norms.device))
 
     @outside_autograd
     def total(self, norms: Tensor, norm_type: float) -> Tensor:
@@ -220,6 +282,9 @@ class ClipSession:
             shown = [_stand_in(t) if grad is None else grad for t, grad in pairs]
         text = Plans(self.plans.components).get(shown, tensors, norm_type, backend)[0].explain(shown)
         return text if self.reductions is None else f"{text}\n{self.reductions.explain()}"
+
+
+_NOTHING = LocalGradients([], ())
 
 
 def _stand_in(tensor: Tensor) -> Tensor | None:

@@ -43,22 +43,30 @@ def clip_(
     Raises:
         TypeError, ValueError: a cap or a gradient that isn't what it should be.
     """
-    rule, backend, inverse = options.rule, options.backend, scale.inverse
+    rule, backend = options.rule, options.backend
     grads, text = present(tensors, components)
     device = grads[0].device if grads else home_of(tensors)
     threshold = max_norm if isinstance(max_norm, Threshold) else None
     with torch.no_grad():
         caps, patterns, values = caps_for(tensors, components, max_norm, options, scale, device)
         if grads:
-            if inverse is not None and not isinstance(inverse, Tensor):
-                inverse = torch.full((), inverse, dtype=wide_dtype(device), device=device)
             eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
             policy = "error" if options.raise_nonfinite else rule.nonfinite
             norms, coefs, used = torch.ops.cwclip_kernels.component_clip_(
-                grads, text, caps, patterns, values, inverse, scale.found_inf, rule.norm_type, eps, policy, backend
+                grads,
+                text,
+                caps,
+                patterns,
+                values,
+                inverse_of(scale, device),
+                scale.found_inf,
+                rule.norm_type,
+                eps,
+                policy,
+                backend,
             )
         else:
-            norms = _no_norms(tensors, components)
+            norms = no_norms(tensors, components)
             coefs = torch.ones_like(norms)
             used = torch.full((), math.inf, dtype=wide_dtype(device), device=device)
         if threshold is not None:
@@ -73,25 +81,44 @@ def caps_for(
     options: Options,
     scale: LossScale,
     device: torch.device,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor | None, str, list[float]]:
-    """The caps of a call as operators take them; a threshold is asked for them here."""
+    """The caps of a call as operators take them; a threshold is asked for them here, with these norms if known."""
     if isinstance(max_norm, Threshold):
         _check(max_norm, tensors)
-        norms = None
-        if max_norm.needs_norms:
+        if not max_norm.needs_norms:
+            norms = None
+        elif norms is None:
             norms = scale.unscaled(norms_of(tensors, components, options.rule.norm_type, options.backend))
         max_norm = max_norm.caps(device, norms)
     return _split(max_norm)
 
 
-def norms_of(tensors: Sequence[Tensor], components: Components, norm_type: float, backend: str | None) -> Tensor:
-    """Norms [K] of the tensors' gradients."""
+def norms_of(
+    tensors: Sequence[Tensor],
+    components: Components,
+    norm_type: float,
+    backend: str | None,
+    scale: LossScale = UNSCALED,
+) -> Tensor:
+    """Norms [K] of the tensors' unscaled gradients."""
     grads, text = present(tensors, components)
     if not grads:
-        return _no_norms(tensors, components)
+        return no_norms(tensors, components)
     with torch.no_grad():
-        norms: Tensor = torch.ops.cwclip_kernels.component_norms(grads, text, norm_type, backend)
+        inverse = inverse_of(scale, grads[0].device)
+        norms: Tensor = torch.ops.cwclip_kernels.component_norms(
+            grads, text, norm_type, backend, inverse, scale.found_inf
+        )
     return norms
+
+
+def inverse_of(scale: LossScale, device: torch.device) -> Tensor | None:
+    """The inverse of the loss's scale as operators take it."""
+    inverse = scale.inverse
+    if inverse is None or isinstance(inverse, Tensor):
+        return inverse
+    return torch.full((), inverse, dtype=wide_dtype(device), device=device)
 
 
 def refuse_ranks(is_distributed: bool) -> None:
@@ -139,7 +166,8 @@ def in_words(own: Components) -> str:
     return repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
 
 
-def _no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
+def no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
+    """The norms [K] where there is no gradient."""
     return torch.zeros(len(components.names), device=home_of(tensors), dtype=torch.float32)
 
 
@@ -184,9 +212,20 @@ def fake_outcome(
     return norms, torch.empty_like(norms), norms.new_empty(shape, dtype=wide_dtype(norms.device))
 
 
-def _component_norms(grads: list[Tensor], components: str, norm_type: float, backend: str | None) -> Tensor:
+def _component_norms(
+    grads: list[Tensor],
+    components: str,
+    norm_type: float,
+    backend: str | None,
+    inv_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
     plan, found = plans_for(grads, components).measured(list(grads), grads, norm_type, backend)
-    return run.norms_of(plan, found, norm_type)
+    scale = LossScale.of(inv_scale, found_inf)
+    scale_here = scale.on(plan.device)
+    norms = run.measure(plan, found, norm_type, scale_here)
+    scale.deliver(scale_here)
+    return norms
 
 
 def _fake_component_norms(grads: list[Tensor], components: str, *_: object) -> Tensor:
@@ -234,4 +273,4 @@ def define(
 
 
 define("cwclip_kernels::component_clip_", _component_clip_, _fake_component_clip_, ("grads", "found_inf"))
-define("cwclip_kernels::component_norms", _component_norms, _fake_component_norms)
+define("cwclip_kernels::component_norms", _component_norms, _fake_component_norms, ("found_inf",))

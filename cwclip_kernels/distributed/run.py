@@ -34,7 +34,7 @@ class DistributedCall:
     home: torch.device  # of the sums and the results
     backend: str | None  # the user's choice
     update: run.Update | None = None  # what is done instead of scaling gradients
-    writes: bool = True  # whether gradients are to be scaled; False where only coefficients are asked for
+    writes: bool = True  # whether gradients are to be scaled; False where only norms or coefficients are asked for
     _measured: tuple[ClipPlan, Sequence[Found], LocalGradients] | None = None
     _loss_scale: LossScale = UNSCALED
     _failure: Exception | None = None  # of this rank
@@ -67,15 +67,9 @@ class DistributedCall:
         self, policy: StepCaps, rule: ClipRule, raise_nonfinite: bool, scaled: LossScale
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Norms, coefficients and caps, and nothing written yet, on any rank; raises what failed on this rank."""
-        reductions, order = self.reductions, rule.norm_type
-        needs_maximum = scaled.found_inf is not None and not run.sums_tell_nonfinite(order)
-        orders = [order, math.inf] if needs_maximum else [order]
-        sums = self._power_sums(orders, scaled)
-        norms = self._loss_scale.unscaled(formula.root(sums[0], order)).to(reductions.norm_dtype(self.tensors))
-        bad, count = reductions.nonfinite(norms) if raise_nonfinite else ([], 0)
-        if scaled.found_inf is not None:
-            found_inf = reductions.is_true_anywhere(~sums[-1].isfinite().all())
-            self._loss_scale.report(torch.where(found_inf > 0, math.inf, 0.0))
+        order = rule.norm_type
+        norms = self._norms(order, scaled)
+        bad, count = self.reductions.nonfinite(norms) if raise_nonfinite else ([], 0)
         caps = policy.caps(self.home, norms if policy.needs_norms else None)
         coefs = formula.coefficients(norms, caps, rule)
         if self._failure is not None:
@@ -84,28 +78,33 @@ class DistributedCall:
             raise RuntimeError(run.nonfinite_message(bad, count, order))
         return norms, coefs, caps
 
-    def norms(self, norm_type: float, *, of_parameters: bool = False) -> Tensor:
-        """The K norms of the tensors' gradients, or of the tensors themselves; nothing is changed."""
-        (sums,) = self._power_sums([norm_type], of_parameters=of_parameters)
+    def norms(self, norm_type: float, scaled: LossScale = UNSCALED, *, of_parameters: bool = False) -> Tensor:
+        """The K norms of the tensors' gradients, or of the tensors themselves; these aren't changed."""
+        norms = self._norms(norm_type, scaled, of_parameters=of_parameters)
         if self._failure is not None:
             raise self._failure
-        return formula.root(sums, norm_type).to(self.reductions.norm_dtype(self.tensors))
+        scaled.deliver(self._loss_scale)
+        return norms
 
-    def _power_sums(
-        self, orders: Sequence[float], scaled: LossScale | None = None, *, of_parameters: bool = False
-    ) -> list[Tensor]:
-        """Power sums [K] over all ranks, for each order; with ``scaled``, of gradients that are written to later.
+    def _norms(self, order: float, scaled: LossScale, *, of_parameters: bool = False) -> Tensor:
+        """The K norms, unscaled, and ``found_inf``; a failure of this rank is kept, not raised."""
+        needs_maximum = scaled.found_inf is not None and not run.sums_tell_nonfinite(order)
+        sums = self._power_sums([order, math.inf] if needs_maximum else [order], scaled, of_parameters=of_parameters)
+        if scaled.found_inf is not None:
+            found_inf = self.reductions.is_true_anywhere(~sums[-1].isfinite().all())
+            self._loss_scale.report(torch.where(found_inf > 0, math.inf, 0.0))
+        norms = self._loss_scale.unscaled(formula.root(sums[0], order))
+        return norms.to(self.reductions.norm_dtype(self.tensors))
 
-        A failure of this rank is kept, not raised.
-        """
+    def _power_sums(self, orders: Sequence[float], scaled: LossScale, *, of_parameters: bool) -> list[Tensor]:
+        """Power sums [K] over all ranks, for each order. A failure of this rank is kept, not raised."""
         has_elements: Tensor | None = None
         try:
             grads = (self.reductions.values if of_parameters else self.reductions.gradients)(self.tensors)
-            is_written = scaled is not None and self.update is None and self.writes
+            is_written = self.update is None and self.writes
             if is_written:
                 grads.check_not_leaves()
-            if scaled is not None:
-                self._loss_scale = scaled.on(self.home)
+            self._loss_scale = scaled.on(self.home)
             get = self.plans.get if is_written else self.plans.measured
             plan, found = get(grads.local, self.tensors, orders[0], self.backend)
             if self.update is not None:

@@ -36,7 +36,8 @@ ORDER = [
     core/options core/plan core/run
     distributed/groups distributed/reduction distributed/local distributed/partitions distributed/reduction_plan
     distributed/set_up distributed/run
-    core/caps core/session core/cache core/traced core/parameter_clipper core/partitioned_clipper core/optimizers
+    core/caps core/session core/cache core/traced core/traced_scaling core/parameter_clipper
+    core/partitioned_clipper core/optimizers
     handle attachment clipper
     optim/clipping optim/checkpoints optim/update optim/traced optim/adamw optim/__init__
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
