@@ -16,6 +16,7 @@ from .clipper import ComponentClipper
 from .components.spec import ComponentSpec
 from .functional import component_clip_with_norms_, component_norms, component_scale_, fused_component_clip_
 from .grad_scaler import ComponentClipGradScaler
+from .gradients import clip_gradients, clip_gradients_
 from .in_backward.clipping import BackwardClipping, clip_in_backward
 from .result import ClipResult
 
@@ -27,6 +28,8 @@ __all__ = [
     "ComponentClipper",
     "ComponentSpec",
     "__version__",
+    "clip_gradients",
+    "clip_gradients_",
     "clip_in_backward",
     "component_clip_with_norms_",
     "component_norms",

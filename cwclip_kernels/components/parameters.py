@@ -111,13 +111,22 @@ def _of_items(items: list[Any]) -> NamedTensors:
     if tensors and all(map(_is_plain, tensors)):
         raise ValueError(
             f"parameters: none of the {len(tensors)} tensors is a Parameter, requires grad or has a .grad; "
-            "pass the parameters (their .grad is clipped), not the gradients"
+            "pass the parameters, whose .grad is clipped, or the gradients to clip_gradients_"
         )
-    own = list(map(without_wrappers, given)) if named else given
-    lost_prefix = named and all(name.startswith(PREFIX) for name in own)
-    if lost_prefix:
-        own = [name.removeprefix(PREFIX) for name in own]
+    own, lost_prefix = _unwrapped(given) if named else (given, False)
     return _each_once(list(zip(given, own, tensors, strict=True)), named, lost_prefix)
+
+
+def own_names(given: list[str]) -> tuple[list[str], bool]:
+    """Names without the parts that wrappers add, and whether all have lost ``PREFIX``; as they are if some clash."""
+    own, lost_prefix = _unwrapped(given)
+    return (own, lost_prefix) if len(set(own)) == len(own) else (given, False)
+
+
+def _unwrapped(given: list[str]) -> tuple[list[str], bool]:
+    own = list(map(without_wrappers, given))
+    lost_prefix = len(own) > 0 and all(name.startswith(PREFIX) for name in own)
+    return [name.removeprefix(PREFIX) for name in own] if lost_prefix else own, lost_prefix
 
 
 def _is_plain(tensor: Tensor) -> bool:

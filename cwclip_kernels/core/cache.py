@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..backends.native import form_of
-from ..components.parameters import Parameters, as_items, named_tensors
+from ..components.parameters import NamedTensors, Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
 from ..distributed.groups import as_group, check_process_group
 from ..distributed.local import local_value
@@ -99,6 +99,26 @@ def session_for(
     return named.tensors, session
 
 
+def session_for_gradients(named: NamedTensors, grouping: Grouping, settings: Callable[[], str]) -> ClipSession:
+    """The session of tensors that live for one call, by their names and looks."""
+    form = form_of(list(named.tensors))
+    key: Hashable = None
+    if _is_static(grouping):
+        # With the looks, so that two lists without names don't take each other's place.
+        looks = form if isinstance(form, bytes) else None
+        key = "gradients", grouping, named.names, named.named, named.lost_prefix, looks
+        with _lock:
+            entry = _entries.get(key)
+            if entry is not None:
+                _entries.move_to_end(key)
+        if entry is not None and entry.form == form:
+            return entry.session
+    session = ClipSession.of(named, grouping, None, None, settings())
+    if key is not None:
+        _remember(key, _Entry(session, form, list(range(len(named.tensors))), None, None))
+    return session
+
+
 def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
     first: Any = local_value(tensors[0]) if tensors else None
     if type(first) not in (Tensor, nn.Parameter) or first.layout != torch.strided or first.is_nested:
@@ -125,8 +145,7 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
     None where names must be resolved at every call: for a grouping function, which may answer differently, and for
     what isn't a set of parameters, which then raises.
     """
-    is_static = isinstance(grouping, ComponentSpec) and grouping.is_static
-    if not (grouping is None or isinstance(grouping, str) or is_static):
+    if not _is_static(grouping):
         return None, []
     if isinstance(source, nn.Module):
         names: list[str] = []
@@ -142,6 +161,13 @@ def _identify(source: nn.Module | list[Any], grouping: Grouping) -> tuple[Hashab
     except (TypeError, ValueError):
         return None, []
     return key, list(tensors)
+
+
+def _is_static(grouping: Grouping) -> bool:
+    """Whether names and shapes alone decide."""
+    return (
+        grouping is None or isinstance(grouping, str) or (isinstance(grouping, ComponentSpec) and grouping.is_static)
+    )
 
 
 def _walk(module: nn.Module, names: list[str], tensors: list[Tensor], seen: set[int]) -> None:

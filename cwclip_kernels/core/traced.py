@@ -43,8 +43,34 @@ def clip_(
     Raises:
         TypeError, ValueError: a cap or a gradient that isn't what it should be.
     """
+    return clip_present_(tensors, *present(tensors, components), components, max_norm, options, scale)
+
+
+def clip_gradients_(
+    grads: Sequence[Tensor | None],
+    components: Components,
+    max_norm: MaxNorm,
+    options: Options,
+    scale: LossScale,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for gradients that hang on no parameter; ``max_norm`` is not a threshold."""
+    given = {i: g for i, g in enumerate(grads) if g is not None}
+    own = {i: g for i, g in given.items() if i in components.clipped}
+    arguments = in_words_of(own, components), components, max_norm, options, scale
+    return clip_present_(list(given.values()), list(own.values()), *arguments)
+
+
+def clip_present_(
+    tensors: Sequence[Tensor],
+    grads: list[Tensor],
+    text: str,
+    components: Components,
+    max_norm: MaxNorm,
+    options: Options,
+    scale: LossScale,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for these gradients, whose components ``text`` tells."""
     rule, backend = options.rule, options.backend
-    grads, text = present(tensors, components)
     device = grads[0].device if grads else home_of(tensors)
     threshold = max_norm if isinstance(max_norm, Threshold) else None
     with torch.no_grad():
@@ -107,9 +133,12 @@ def norms_of(
         return no_norms(tensors, components)
     with torch.no_grad():
         inverse = inverse_of(scale, grads[0].device)
-        norms: Tensor = torch.ops.cwclip_kernels.component_norms(
-            grads, text, norm_type, backend, inverse, scale.found_inf
-        )
+        arguments = grads, text, norm_type, inverse, backend
+        norms: Tensor
+        if scale.found_inf is None:
+            norms = torch.ops.cwclip_kernels.component_norms(*arguments)
+        else:
+            norms = torch.ops.cwclip_kernels.component_norms_and_inf(*arguments, scale.found_inf)
     return norms
 
 
@@ -153,12 +182,17 @@ def _split(max_norm: MaxNorm) -> tuple[Tensor | None, str, list[float]]:
 
 def present(tensors: Sequence[Tensor], components: Components) -> tuple[list[Tensor], str]:
     """The gradients that are clipped, and their components as text. Dynamo guards on which gradients there are."""
-    # Text, because an operator takes no objects, and 400 strings cost it three times as much as a long one.
     clipped = components.clipped
     grads = {i: t.grad for i, t in enumerate(tensors) if t.grad is not None and i in clipped}
+    return list(grads.values()), in_words_of(grads, components)
+
+
+def in_words_of(grads: Mapping[int, Tensor], components: Components) -> str:
+    """The components of these gradients, by position, as text; raises if one can't be clipped."""
     # Here, because the operator may get a copy, which no longer shows what is wrong with the original.
     check_gradients(components, grads)
-    return list(grads.values()), in_words(components.only(list(grads)))
+    # Text, because an operator takes no objects, and 400 strings cost it three times as much as a long one.
+    return in_words(components.only(list(grads)))
 
 
 def in_words(own: Components) -> str:
@@ -213,15 +247,27 @@ def fake_outcome(
 
 
 def _component_norms(
+    grads: list[Tensor], components: str, norm_type: float, inv_scale: Tensor | None, backend: str | None
+) -> Tensor:
+    return _measured(grads, components, norm_type, backend, LossScale.of(inv_scale, None))
+
+
+# Apart, since inductor can't do without the one argument that an operator writes.
+def _component_norms_and_inf(
     grads: list[Tensor],
     components: str,
     norm_type: float,
-    backend: str | None,
     inv_scale: Tensor | None,
-    found_inf: Tensor | None,
+    backend: str | None,
+    found_inf: Tensor,
+) -> Tensor:
+    return _measured(grads, components, norm_type, backend, LossScale.of(inv_scale, found_inf))
+
+
+def _measured(
+    grads: list[Tensor], components: str, norm_type: float, backend: str | None, scale: LossScale
 ) -> Tensor:
     plan, found = plans_for(grads, components).measured(list(grads), grads, norm_type, backend)
-    scale = LossScale.of(inv_scale, found_inf)
     scale_here = scale.on(plan.device)
     norms = run.measure(plan, found, norm_type, scale_here)
     scale.deliver(scale_here)
@@ -273,4 +319,5 @@ def define(
 
 
 define("cwclip_kernels::component_clip_", _component_clip_, _fake_component_clip_, ("grads", "found_inf"))
-define("cwclip_kernels::component_norms", _component_norms, _fake_component_norms, ("found_inf",))
+define("cwclip_kernels::component_norms", _component_norms, _fake_component_norms)
+define("cwclip_kernels::component_norms_and_inf", _component_norms_and_inf, _fake_component_norms, ("found_inf",))

@@ -120,7 +120,7 @@ def test_every_form_of_parameters():
         ([("w", nn.Parameter(torch.ones(1))), nn.Parameter(torch.ones(1))], TypeError, r"parameters\[1\]"),
         ([nn.Parameter(torch.ones(1)), ("w", nn.Parameter(torch.ones(1)))], TypeError, r"parameters\[1\]"),
         ([("w", nn.Parameter(torch.ones(1))), ("w", nn.Parameter(torch.ones(1)))], ValueError, "named 'w'"),
-        ([torch.ones(2), torch.ones(3)], ValueError, "none of the 2 tensors .* not the gradients"),
+        ([torch.ones(2), torch.ones(3)], ValueError, "none of the 2 tensors .* or the gradients to clip_gradients_"),
     ],
 )
 def test_bad_parameters_are_named(form, error, message):

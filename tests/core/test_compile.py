@@ -185,7 +185,7 @@ def test_opcheck():
         torch.library.opcheck(
             ops.component_clip_.default, (grads, names, *arguments, None, None, 2.0, 1e-6, "propagate", None)
         )
-    torch.library.opcheck(ops.component_norms.default, (grads, names, 2.0, None))
+    torch.library.opcheck(ops.component_norms.default, (grads, names, 2.0, None, None))
     # The matrix in two slices, and a loss scale.
     members = (0, 0, ((0, 0, 1),)), (0, 1, ((0, 1, 3),)), (1, 1, ()), (2, 0, ())
     cut = repr((("a", "b"), ("x", "y", "z"), members))

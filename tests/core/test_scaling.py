@@ -226,8 +226,12 @@ def test_meta_gradients():
 
 
 @pytest.mark.builds
-@pytest.mark.parametrize("max_norm", [0.3, {"1": 0.3}, "tensor", "Percentile"])
-def test_compiled(max_norm):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of importing inductor
+@pytest.mark.parametrize(
+    ("max_norm", "compiler"),
+    [(0.3, "inductor"), ({"1": 0.3}, "aot_eager"), ("tensor", "aot_eager"), ("Percentile", "inductor")],
+)
+def test_compiled(max_norm, compiler):
     """The eager calls' bits, in one graph."""
     torch._dynamo.reset()
     params = parameters([(30, 2), (30,)])
@@ -246,7 +250,7 @@ def test_compiled(max_norm):
         component_clip_with_norms_(own, 0.2, result.norms)
         return result.norms, result.coefs, result.caps, found
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for _ in range(2):
         for p, e in zip(params, expected, strict=True):
             p.grad = random_grad(p.shape)
@@ -265,7 +269,8 @@ def test_operators():
     inverse, coefs = torch.tensor(0.5, device=DEVICE), torch.tensor([0.5, 2.0], device=DEVICE)
     for inv_scale in (None, inverse):
         torch.library.opcheck(ops.component_scale_.default, (grads, words, coefs, inv_scale, False, None))
-        torch.library.opcheck(ops.component_norms.default, (grads, words, 2.0, None, inv_scale, found))
+        torch.library.opcheck(ops.component_norms.default, (grads, words, 2.0, inv_scale, None))
+        torch.library.opcheck(ops.component_norms_and_inf.default, (grads, words, 2.0, inv_scale, None, found))
         for caps, patterns, values in ((coefs, "", []), (None, "['a']", [0.3]), (None, "", [0.3])):
             arguments = grads, words, coefs, caps, patterns, values, inv_scale, 2.0, 1e-6, "propagate", None
             torch.library.opcheck(ops.component_clip_with_norms_.default, arguments)

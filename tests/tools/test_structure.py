@@ -25,6 +25,7 @@ ORDER = [
     _C _version arguments result
     core/modes core/formula
     components/naming components/grouping components/patterns components/membership components/parameters
+    components/gradients
     components/spec
     thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
     distributed/shards components/resolve
@@ -37,12 +38,12 @@ ORDER = [
     distributed/groups distributed/reduction distributed/local distributed/partitions distributed/reduction_plan
     distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/traced_scaling core/parameter_clipper
-    core/partitioned_clipper core/optimizers
+    core/differentiable core/partitioned_clipper core/optimizers
     handle attachment clipper
     optim/clipping optim/checkpoints optim/update optim/traced optim/adamw optim/__init__
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
-    functional grad_scaler
+    functional gradients grad_scaler
     telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/timm integrations/torchtitan
     integrations/deepspeed/internals/base integrations/deepspeed/internals/zero

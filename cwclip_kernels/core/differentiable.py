@@ -1,0 +1,111 @@
+"""Clipping out of place in plain torch operations, which autograd and ``torch.func``'s transforms go through.
+
+For gradients with a graph of their own (``create_graph=True``) and inside of ``grad`` and ``vmap``: what is clipped
+depends on the gradient by its coefficient as well,
+
+    d(coef_c * g) = coef_c * dg + g * d(coef_c),  coef_c = cap_c / (norm_c + eps) where that is below 1
+
+Caps are constants. Some ten launches a gradient; everywhere else the kernels do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..components.membership import Components
+from ..thresholds.base import StepCaps
+from . import run
+from .bucket import narrowed
+from .checks import norm_dtype_of
+from .formula import ClipRule, wide_dtype
+from .loss_scale import LossScale
+
+
+def clipped(
+    grads: Sequence[Tensor | None],
+    components: Components,
+    policy: StepCaps,
+    rule: ClipRule,
+    raise_nonfinite: bool,
+    loss_scale: LossScale,
+    device: torch.device,
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """Clipped gradients, with their graph, and norms before and coefficients, [K] each, without one."""
+    present = [g for g in grads if g is not None]
+    scale = loss_scale.on(device)
+    norms = scale.unscaled(_norms(grads, components, rule.norm_type, device)).to(norm_dtype_of(present))
+    with torch.no_grad():
+        fixed, caps = run.coefficients_of(norms.detach(), components.names, policy, rule, raise_nonfinite)
+        if scale.found_inf is not None and present:
+            finite = torch.stack([g.isfinite().all().to(device) for g in present]).all()
+            scale.found_inf.masked_fill_(~finite, 1.0)
+    # Where nothing is clipped, and where a policy decides, the coefficient is a constant. Elsewhere the operands are
+    # replaced, since autograd multiplies what isn't chosen by 0, which makes NaN of inf.
+    follows = fixed != 1
+    if rule.nonfinite in ("zero", "skip"):
+        follows = follows & norms.detach().isfinite()
+    padded = torch.where(follows, norms.to(caps.dtype) + rule.eps, 1.0)
+    coefs = torch.where(follows, (torch.where(follows, caps, 0.0) / padded).to(norms.dtype), fixed)
+    factors = scale.factors(coefs)
+    new = list(grads)
+    for position in sorted(components.clipped):
+        grad = grads[position]
+        if grad is not None:
+            own = [(component, place) for i, component, place in components.members if i == position]
+            new[position] = _scaled(grad, own, factors.to(grad.device), rule.zero_fill)
+    loss_scale.deliver(scale)
+    return [g if g is not old or g is None else g.clone() for g, old in zip(new, grads, strict=True)], norms, fixed
+
+
+def _norms(grads: Sequence[Tensor | None], components: Components, norm_type: float, device: torch.device) -> Tensor:
+    """The K norms in ``wide_dtype``; each component's from those of its pieces."""
+    wide = wide_dtype(device)
+    parts: list[list[Tensor]] = [[] for _ in components.names]
+    for position, component, place in components.members:
+        grad = grads[position]
+        piece = None if grad is None else narrowed(grad, place)
+        if piece is not None and piece.numel():
+            kind = torch.promote_types(piece.dtype, torch.complex128 if piece.is_complex() else wide)
+            parts[component].append(torch.linalg.vector_norm(piece, norm_type, dtype=kind).to(device))
+    zero = torch.zeros((), dtype=wide, device=device)
+    norms = []
+    for own in parts:
+        if norm_type == 0.0:
+            norms.append(sum(own, zero))
+        elif len(own) > 1:
+            norms.append(torch.linalg.vector_norm(torch.stack(own), norm_type))
+        else:
+            norms.append(own[0] if own else zero)
+    return torch.stack(norms) if norms else zero.expand(0)
+
+
+def _scaled(
+    grad: Tensor, own: Sequence[tuple[int, tuple[tuple[int, int, int], ...]]], factors: Tensor, zero_fill: bool
+) -> Tensor:
+    """A gradient times the factors of its components, half precisions multiplied in float32."""
+    # A complex product would make NaN of inf + 0j.
+    values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    new = wide.clone()
+    for component, place in own:
+        factor = factors[component].to(wide.dtype)
+        piece = narrowed(wide, place) * factor
+        if zero_fill:
+            piece = torch.where(factor == 0, torch.zeros_like(piece), piece)
+        narrowed(new, place).copy_(piece)
+    new = new.to(values.dtype)
+    return torch.view_as_complex(new) if grad.is_complex() else new
+
+
+def has_graph(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a graph leads to any of the gradients, and is to go on."""
+    return torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads)
+
+
+def is_transformed() -> bool:
+    """Whether this call is inside of a function that ``torch.func`` transforms."""
+    level = getattr(torch._C._functorch, "maybe_current_level", None)
+    return level is not None and level() is not None

@@ -1,0 +1,269 @@
+"""Clipping gradients that hang on no parameter: those of ``torch.func`` and ``torch.autograd.grad``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .components.gradients import GivenGradients, Grads, given_gradients
+from .components.membership import Components
+from .components.resolve import resolve
+from .components.spec import Grouping
+from .core import differentiable, traced
+from .core.cache import session_for_gradients
+from .core.caps import fixed_caps
+from .core.checks import check_gradients, check_not_leaf
+from .core.loss_scale import LossScale
+from .core.modes import is_traced
+from .core.options import Options, check_options
+from .distributed.shards import is_dtensor
+from .thresholds import Threshold
+from .thresholds.constant import MaxNorm
+
+
+def clip_gradients_(
+    grads: Grads,
+    max_norm: MaxNorm,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    *,
+    components: Grouping = None,
+    eps: float = 1e-6,
+    nonfinite: str = "propagate",
+    inv_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Clips each component of gradients that hang on no parameter to its own norm, in place.
+
+        norm_c = (sum over component c of |g|^p)^(1/p)
+        coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g
+
+    For what ``torch.func.grad`` or ``torch.autograd.grad`` returned. Components are those of
+    :func:`fused_component_clip_`, by the same names, and so are all other arguments, costs and errors. Thresholds
+    learn, but for those that read parameters (``ParamRelative``), which are refused.
+
+    Args:
+        grads: a Tensor, a mapping of names to Tensors, or an iterable of Tensors or of (name, Tensor) pairs; None
+            where there is no gradient, as ``allow_unused=True`` leaves it. Each is a component of its own, or part of
+            one; two that share memory are refused. DTensors count as the whole tensors that they are shards of.
+        max_norm: the caps; patterns are matched with the names, or with positions "0", "1", ... where there are none.
+        norm_type: order p of the norm.
+        error_if_nonfinite: same as ``nonfinite="error"``.
+        components: what is clipped together. A callable gets each name and a tensor like the gradient.
+        eps: added to the norm before dividing.
+        nonfinite: what becomes of a component whose norm is inf or NaN.
+        inv_scale: inverse of the loss scale, taken out in the same pass.
+        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN.
+        backend: None for the best available.
+
+    Returns:
+        [K] norms before clipping, float32 (float64 if any gradient is); 0 where there is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument or gradient that isn't what it should be, or that has a graph of its own,
+            which goes on without knowing of what is done in place: see ``clip_gradients``. Nothing is changed.
+        RuntimeError: a non-finite norm under "error"; a named backend that can't serve; a call inside of a function
+            that ``torch.func`` transforms. Nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels import clip_gradients_
+        >>> grads = {"weight": torch.tensor([[3.0, 4.0]]), "bias": torch.tensor([0.5])}
+        >>> clip_gradients_(grads, max_norm=1.0)
+        tensor([5.0000, 0.5000])
+        >>> grads
+        {'weight': tensor([[0.6000, 0.8000]]), 'bias': tensor([0.5000])}
+
+    References:
+        As :func:`fused_component_clip_`.
+    """
+    options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+    scale, given = LossScale.of(inv_scale, found_inf), given_gradients(grads)
+    if not is_traced() and differentiable.is_transformed():
+        raise RuntimeError(
+            "grads: inside of a function that torch.func transforms nothing can be clipped in place; use "
+            "clip_gradients, which returns new gradients"
+        )
+    for name, grad in zip(given.given, given.values, strict=True):
+        if grad is not None and grad.requires_grad:
+            check_not_leaf(grad, _named(name))
+            raise ValueError(
+                f"{_named(name)} has a graph (create_graph=True), which would go on as if nothing had been clipped; "
+                "use clip_gradients, whose result can be differentiated, or detach() it"
+            )
+    return _clip_(given, max_norm, options, components, scale)
+
+
+def clip_gradients(
+    grads: Grads,
+    max_norm: MaxNorm,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    *,
+    components: Grouping = None,
+    eps: float = 1e-6,
+    nonfinite: str = "propagate",
+    inv_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Any, Tensor]:
+    """Clipped copies of gradients that hang on no parameter, which stay as they are; otherwise ``clip_gradients_``.
+
+    The result can be differentiated, as meta-learning does: where gradients have a graph (``create_graph=True``) the
+    clipped ones do too, with the coefficient's own derivative; caps count as constants. There, and in functions that
+    ``torch.func`` transforms (``grad``, ``vmap``), it is computed by torch operations rather than kernels, so that
+    ``backend`` has to be None or "reference"; in transformed functions thresholds, ``found_inf`` and "error" are
+    refused as well.
+
+    Args:
+        grads: as for :func:`clip_gradients_`; they may share memory, or be expanded.
+        max_norm: as there, like all others.
+        norm_type: order p of the norm.
+        error_if_nonfinite: same as ``nonfinite="error"``.
+        components: what is clipped together.
+        eps: added to the norm before dividing.
+        nonfinite: what becomes of a component whose norm is inf or NaN.
+        inv_scale: inverse of the loss scale, taken out as well.
+        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN.
+        backend: None for the best available.
+
+    Returns:
+        The clipped gradients, in a dict, list, tuple or Tensor like the caller's (of pairs a list), and the [K] norms
+        before clipping, which have no graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`clip_gradients_`, but for graphs and transforms.
+
+    Example:
+        >>> import torch
+        >>> from cwclip_kernels import clip_gradients
+        >>> loss = lambda params: (params["weight"] ** 2).sum() / 2 + params["bias"].sum()
+        >>> params = {"weight": torch.tensor([3.0, 4.0]), "bias": torch.tensor([0.5])}
+        >>> clip_gradients(torch.func.grad(loss)(params), max_norm=1.0)
+        ({'weight': tensor([0.6000, 0.8000]), 'bias': tensor([1.0000])}, tensor([5., 1.]))
+    """
+    options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
+    scale, given = LossScale.of(inv_scale, found_inf), given_gradients(grads)
+    is_transformed = not is_traced() and differentiable.is_transformed()
+    for name, grad in zip(given.given, given.values, strict=True):
+        if grad is not None:
+            check_not_leaf(grad, _named(name))
+    if is_transformed or differentiable.has_graph(given.values):
+        new, norms = _differentiable(given, max_norm, options, components, scale, is_transformed)
+    else:
+        new = [None if grad is None else _copy(grad) for grad in given.values]
+        copies = GivenGradients(given.given, new, given.named, given.like_given)
+        norms = _clip_(copies, max_norm, options, components, scale)
+    return given.like_given(new), norms
+
+
+def _named(name: str) -> str:
+    return f"the gradient of {name!r}"
+
+
+def _clip_(
+    given: GivenGradients, max_norm: MaxNorm, options: Options, grouping: Grouping, scale: LossScale
+) -> Tensor:
+    """Clips in place, by the kernels."""
+    if is_traced():
+        if isinstance(max_norm, Threshold):
+            raise RuntimeError(
+                f"max_norm: {type(max_norm).__name__} can't be traced for gradients without parameters; give a "
+                "number, a Tensor or a mapping, or clip outside of the compiled function"
+            )
+        return traced.clip_gradients_(given.values, _resolved(given, grouping), max_norm, options, scale)[0]
+    _check_threshold(max_norm)
+    tensors = _carriers(given)
+    named = given.named_tensors(tensors)
+    session = session_for_gradients(named, grouping, lambda: options.in_words(max_norm))
+    return session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options, scale)[0]
+
+
+def _differentiable(
+    given: GivenGradients,
+    max_norm: MaxNorm,
+    options: Options,
+    grouping: Grouping,
+    scale: LossScale,
+    is_transformed: bool,
+) -> tuple[list[Tensor | None], Tensor]:
+    if options.backend not in (None, "reference"):
+        where = "in a function that torch.func transforms" if is_transformed else "of gradients with a graph"
+        raise RuntimeError(f"backend={options.backend!r} can't clip copies {where}; backend=None takes torch's own")
+    for name, grad in zip(given.given, given.values, strict=True):
+        if grad is not None and (is_dtensor(grad) or grad.layout != torch.strided):
+            kind = "a DTensor" if is_dtensor(grad) else f"{grad.layout}"
+            raise TypeError(f"{_named(name)} is {kind}, which can't be clipped with its graph; detach() it")
+    present = [g for g in given.values if g is not None]
+    device = present[0].device if present else torch.device("cpu")
+    if is_transformed:
+        refused = [
+            (isinstance(max_norm, Threshold), "max_norm: a threshold"),
+            (options.raise_nonfinite, "nonfinite='error'"),
+            (scale.found_inf is not None, "found_inf"),
+        ]
+        for is_given, what in refused:
+            if is_given:
+                raise RuntimeError(
+                    f"{what} can't be used in a function that torch.func transforms; clip outside of it"
+                )
+        resolved = _resolved(given, grouping)
+        policy = fixed_caps(max_norm, resolved)  # type: ignore[arg-type]  # not a threshold
+    else:
+        _check_threshold(max_norm)
+        tensors = _carriers(given)
+        named = given.named_tensors(tensors)
+        session = session_for_gradients(named, grouping, lambda: options.in_words(max_norm))
+        resolved, policy = session.components, session.caps_for(max_norm, tensors, options.rule)
+    check_gradients(resolved, {i: g for i, g in enumerate(given.values) if g is not None}, writes=False)
+    rule = options.rule if policy.adds_eps else options.rule.without_eps
+    arguments = given.values, resolved, policy, rule, options.raise_nonfinite, scale, device
+    new, norms, coefs = differentiable.clipped(*arguments)
+    norms = norms.detach()
+    if policy.update_ is not None:
+        policy.update_(norms, coefs)
+    return new, norms
+
+
+def _resolved(given: GivenGradients, grouping: Grouping) -> Components:
+    """The components, where gradients can't get stand-ins."""
+    tensors = [torch.empty(0) if grad is None else grad for grad in given.values]
+    resolved = resolve(given.named_tensors(tensors), grouping)
+    for position, problem in resolved.problems:
+        if given.values[position] is not None:
+            raise ValueError(problem)
+    return resolved
+
+
+def _check_threshold(max_norm: MaxNorm) -> None:
+    if isinstance(max_norm, Threshold) and max_norm.reads_parameters:
+        raise ValueError(
+            f"max_norm: {type(max_norm).__name__} reads parameters, which these gradients have none of; set p.grad, "
+            "and use fused_component_clip_"
+        )
+
+
+@torch.inference_mode(False)
+def _carriers(given: GivenGradients) -> list[Tensor]:
+    """Leaves that have these gradients as theirs and share their memory, so that they cost none."""
+    home = next((grad.device for grad in given.values if grad is not None), torch.device("cpu"))
+    carriers = []
+    for name, grad in zip(given.given, given.values, strict=True):
+        if grad is None:
+            carriers.append(torch.empty(0, device=home))
+            continue
+        if not (grad.is_floating_point() or grad.is_complex()) or grad.is_inference():
+            what = "was made in inference mode" if grad.is_inference() else f"is {grad.dtype}"
+            raise TypeError(f"{_named(name)} {what} and can't be clipped; convert or clone() it")
+        carrier = grad.detach().requires_grad_()
+        carrier.grad = grad
+        carriers.append(carrier)
+    return carriers
+
+
+def _copy(grad: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return grad.detach().clone()
