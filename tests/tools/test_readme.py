@@ -85,6 +85,7 @@ def test_block(number, tmp_path, monkeypatch, request):
         "clipper": ComponentClipper(model, 0.05),
         "ComponentClipper": ComponentClipper,
         "device": DEVICE,
+        "x": x,
         "d": D,
         "accelerator": types.SimpleNamespace(
             sync_gradients=True, unscale_gradients=lambda: None, distributed_type=types.SimpleNamespace(value="NO")
