@@ -197,8 +197,6 @@ def _differentiable(
         if grad is not None and (is_dtensor(grad) or grad.layout != torch.strided):
             kind = "a DTensor" if is_dtensor(grad) else f"{grad.layout}"
             raise TypeError(f"{_named(name)} is {kind}, which can't be clipped with its graph; detach() it")
-    present = [g for g in given.values if g is not None]
-    device = present[0].device if present else torch.device("cpu")
     if is_transformed:
         refused = [
             (isinstance(max_norm, Threshold), "max_norm: a threshold"),
@@ -220,8 +218,7 @@ def _differentiable(
         resolved, policy = session.components, session.caps_for(max_norm, tensors, options.rule)
     check_gradients(resolved, {i: g for i, g in enumerate(given.values) if g is not None}, writes=False)
     rule = options.rule if policy.adds_eps else options.rule.without_eps
-    arguments = given.values, resolved, policy, rule, options.raise_nonfinite, scale, device
-    new, norms, coefs = differentiable.clipped(*arguments)
+    new, norms, coefs = differentiable.clipped(given.values, resolved, policy, rule, options.raise_nonfinite, scale)
     norms = norms.detach()
     if policy.update_ is not None:
         policy.update_(norms, coefs)

@@ -31,10 +31,10 @@ def clipped(
     rule: ClipRule,
     raise_nonfinite: bool,
     loss_scale: LossScale,
-    device: torch.device,
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Clipped gradients, with their graph, and norms before and coefficients, [K] each, without one."""
-    present = [g for g in grads if g is not None]
+    present = [g for g in map(grads.__getitem__, sorted(components.clipped)) if g is not None]
+    device = next((g.device for g in (*present, *grads) if g is not None), torch.device("cpu"))
     scale = loss_scale.on(device)
     norms = scale.unscaled(_norms(grads, components, rule.norm_type, device)).to(norm_dtype_of(present))
     with torch.no_grad():
@@ -68,8 +68,8 @@ def _norms(grads: Sequence[Tensor | None], components: Components, norm_type: fl
         grad = grads[position]
         piece = None if grad is None else narrowed(grad, place)
         if piece is not None and piece.numel():
-            kind = torch.promote_types(piece.dtype, torch.complex128 if piece.is_complex() else wide)
-            parts[component].append(torch.linalg.vector_norm(piece, norm_type, dtype=kind).to(device))
+            values = piece.to(torch.complex128).abs() if piece.is_complex() else piece
+            parts[component].append(torch.linalg.vector_norm(values, norm_type, dtype=wide).to(device))
     zero = torch.zeros((), dtype=wide, device=device)
     norms = []
     for own in parts:
