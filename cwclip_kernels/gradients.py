@@ -18,6 +18,7 @@ from .core.checks import check_gradients, check_not_leaf
 from .core.loss_scale import LossScale
 from .core.modes import is_traced
 from .core.options import Options, check_options
+from .core.session import ClipSession
 from .distributed.shards import is_dtensor
 from .thresholds import Threshold
 from .thresholds.constant import MaxNorm
@@ -87,13 +88,15 @@ def clip_gradients_(
             "grads: inside of a function that torch.func transforms nothing can be clipped in place; use "
             "clip_gradients, which returns new gradients"
         )
-    for name, grad in zip(given.given, given.values, strict=True):
-        if grad is not None and grad.requires_grad:
-            check_not_leaf(grad, _named(name))
-            raise ValueError(
-                f"{_named(name)} has a graph (create_graph=True), which would go on as if nothing had been clipped; "
-                "use clip_gradients, whose result can be differentiated, or detach() it"
-            )
+    inference = None if is_traced() else next((n for n, g in _pairs(given) if g.is_inference()), None)
+    if inference is not None:
+        raise ValueError(f"{_named(inference)} was made in inference mode; use clip_gradients, or clone() it")
+    with_graph = _with_graph(given)
+    if with_graph:
+        raise ValueError(
+            f"{_named(with_graph[0][0])} has a graph (create_graph=True), which would go on as if nothing had been "
+            "clipped; use clip_gradients, whose result can be differentiated, or detach() it"
+        )
     return _clip_(given, max_norm, options, components, scale)
 
 
@@ -148,16 +151,27 @@ def clip_gradients(
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale, given = LossScale.of(inv_scale, found_inf), given_gradients(grads)
     is_transformed = not is_traced() and differentiable.is_transformed()
-    for name, grad in zip(given.given, given.values, strict=True):
-        if grad is not None:
-            check_not_leaf(grad, _named(name))
-    if is_transformed or differentiable.has_graph(given.values):
+    has_graph = len(_with_graph(given)) > 0 and torch.is_grad_enabled()
+    if is_transformed or has_graph:
         new, norms = _differentiable(given, max_norm, options, components, scale, is_transformed)
     else:
-        new = [None if grad is None else _copy(grad) for grad in given.values]
+        with torch.inference_mode(False):
+            new = [None if grad is None else grad.detach().clone() for grad in given.values]
         copies = GivenGradients(given.given, new, given.named, given.like_given)
         norms = _clip_(copies, max_norm, options, components, scale)
     return given.like_given(new), norms
+
+
+def _with_graph(given: GivenGradients) -> list[tuple[str, Tensor]]:
+    """The gradients with a graph, and their names; ValueError for a parameter."""
+    found = [pair for pair in _pairs(given) if pair[1].requires_grad or isinstance(pair[1], torch.nn.Parameter)]
+    for name, grad in found:
+        check_not_leaf(grad, _named(name))
+    return found
+
+
+def _pairs(given: GivenGradients) -> list[tuple[str, Tensor]]:
+    return [(name, grad) for name, grad in zip(given.given, given.values, strict=True) if grad is not None]
 
 
 def _named(name: str) -> str:
@@ -175,11 +189,12 @@ def _clip_(
                 "number, a Tensor or a mapping, or clip outside of the compiled function"
             )
         return traced.clip_gradients_(given.values, _resolved(given, grouping), max_norm, options, scale)[0]
-    _check_threshold(max_norm)
-    tensors = _carriers(given)
-    named = given.named_tensors(tensors)
-    session = session_for_gradients(named, grouping, lambda: options.in_words(max_norm))
-    return session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options, scale)[0]
+    session, like = _session(given, max_norm, options, grouping)
+    if session.reductions is None and not isinstance(max_norm, Threshold):
+        caps = session.caps_for(max_norm, like, options.rule)
+        return session.clip_gradients_(given.values, like, caps, options, scale)[0]
+    leaves = _leaves(given)
+    return session.clip_(leaves, session.caps_for(max_norm, leaves, options.rule), options, scale)[0]
 
 
 def _differentiable(
@@ -193,8 +208,8 @@ def _differentiable(
     if options.backend not in (None, "reference"):
         where = "in a function that torch.func transforms" if is_transformed else "of gradients with a graph"
         raise RuntimeError(f"backend={options.backend!r} can't clip copies {where}; backend=None takes torch's own")
-    for name, grad in zip(given.given, given.values, strict=True):
-        if grad is not None and (is_dtensor(grad) or grad.layout != torch.strided):
+    for name, grad in _pairs(given):
+        if is_dtensor(grad) or grad.layout != torch.strided:
             kind = "a DTensor" if is_dtensor(grad) else f"{grad.layout}"
             raise TypeError(f"{_named(name)} is {kind}, which can't be clipped with its graph; detach() it")
     if is_transformed:
@@ -211,11 +226,8 @@ def _differentiable(
         resolved = _resolved(given, grouping)
         policy = fixed_caps(max_norm, resolved)  # type: ignore[arg-type]  # not a threshold
     else:
-        _check_threshold(max_norm)
-        tensors = _carriers(given)
-        named = given.named_tensors(tensors)
-        session = session_for_gradients(named, grouping, lambda: options.in_words(max_norm))
-        resolved, policy = session.components, session.caps_for(max_norm, tensors, options.rule)
+        session, _ = _session(given, max_norm, options, grouping)
+        resolved, policy = session.components, session.caps_for(max_norm, _leaves(given), options.rule)
     check_gradients(resolved, {i: g for i, g in enumerate(given.values) if g is not None}, writes=False)
     rule = options.rule if policy.adds_eps else options.rule.without_eps
     new, norms, coefs = differentiable.clipped(given.values, resolved, policy, rule, options.raise_nonfinite, scale)
@@ -227,40 +239,45 @@ def _differentiable(
 
 def _resolved(given: GivenGradients, grouping: Grouping) -> Components:
     """The components, where gradients can't get stand-ins."""
-    tensors = [torch.empty(0) if grad is None else grad for grad in given.values]
-    resolved = resolve(given.named_tensors(tensors), grouping)
+    resolved = resolve(given.named_tensors(_tensors(given)), grouping)
     for position, problem in resolved.problems:
         if given.values[position] is not None:
             raise ValueError(problem)
     return resolved
 
 
-def _check_threshold(max_norm: MaxNorm) -> None:
+def _session(
+    given: GivenGradients, max_norm: MaxNorm, options: Options, grouping: Grouping
+) -> tuple[ClipSession, list[Tensor]]:
+    """The session, and a tensor for each gradient as it was made for."""
     if isinstance(max_norm, Threshold) and max_norm.reads_parameters:
         raise ValueError(
             f"max_norm: {type(max_norm).__name__} reads parameters, which these gradients have none of; set p.grad, "
             "and use fused_component_clip_"
         )
+    like = _tensors(given)
+    named = given.named_tensors(like)
+    return session_for_gradients(named, grouping, lambda: options.in_words(max_norm), lambda: _leaves(given)), like
+
+
+def _tensors(given: GivenGradients) -> list[Tensor]:
+    """The gradients; empty tensors where there are none."""
+    if all(grad is not None for grad in given.values):
+        return given.values  # type: ignore[return-value]
+    home = next((grad.device for grad in given.values if grad is not None), torch.device("cpu"))
+    nothing = torch.empty(0, device=home)
+    return [nothing if grad is None else grad for grad in given.values]
 
 
 @torch.inference_mode(False)
-def _carriers(given: GivenGradients) -> list[Tensor]:
+def _leaves(given: GivenGradients) -> list[Tensor]:
     """Leaves that have these gradients as theirs and share their memory, so that they cost none."""
-    home = next((grad.device for grad in given.values if grad is not None), torch.device("cpu"))
-    carriers = []
-    for name, grad in zip(given.given, given.values, strict=True):
-        if grad is None:
-            carriers.append(torch.empty(0, device=home))
-            continue
-        if not (grad.is_floating_point() or grad.is_complex()) or grad.is_inference():
-            what = "was made in inference mode" if grad.is_inference() else f"is {grad.dtype}"
-            raise TypeError(f"{_named(name)} {what} and can't be clipped; convert or clone() it")
-        carrier = grad.detach().requires_grad_()
-        carrier.grad = grad
-        carriers.append(carrier)
-    return carriers
-
-
-def _copy(grad: Tensor) -> Tensor:
-    with torch.inference_mode(False):
-        return grad.detach().clone()
+    leaves = []
+    for name, grad, tensor in zip(given.given, given.values, _tensors(given), strict=True):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"{_named(name)} is {tensor.dtype}, which can't be clipped; convert it first")
+        leaf = tensor.detach()
+        if grad is not None:
+            leaf.requires_grad_().grad = grad
+        leaves.append(leaf)
+    return leaves

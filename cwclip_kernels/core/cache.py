@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,8 +99,10 @@ def session_for(
     return named.tensors, session
 
 
-def session_for_gradients(named: NamedTensors, grouping: Grouping, settings: Callable[[], str]) -> ClipSession:
-    """The session of tensors that live for one call, by their names and looks."""
+def session_for_gradients(
+    named: NamedTensors, grouping: Grouping, settings: Callable[[], str], leaves: Callable[[], Sequence[Tensor]]
+) -> ClipSession:
+    """The session of gradients without parameters, by their names and looks; ``leaves`` makes it parameters."""
     form = form_of(list(named.tensors))
     key: Hashable = None
     if _is_static(grouping):
@@ -113,7 +115,7 @@ def session_for_gradients(named: NamedTensors, grouping: Grouping, settings: Cal
                 _entries.move_to_end(key)
         if entry is not None and entry.form == form:
             return entry.session
-    session = ClipSession.of(named, grouping, None, None, settings())
+    session = ClipSession.of(replace(named, tensors=tuple(leaves())), grouping, None, None, settings())
     if key is not None:
         _remember(key, _Entry(session, form, list(range(len(named.tensors))), None, None))
     return session

@@ -100,11 +100,6 @@ def _scaled(
     return torch.view_as_complex(new) if grad.is_complex() else new
 
 
-def has_graph(grads: Sequence[Tensor | None]) -> bool:
-    """Whether a graph leads to any of the gradients, and is to go on."""
-    return torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads)
-
-
 def is_transformed() -> bool:
     """Whether this call is inside of a function that ``torch.func`` transforms."""
     level = getattr(torch._C._functorch, "maybe_current_level", None)

@@ -164,6 +164,24 @@ class ClipSession:
         return plan, found, held
 
     @outside_autograd
+    def clip_gradients_(
+        self, grads: list[Tensor | None], like: Sequence[Tensor], policy: StepCaps, options: Options, scale: LossScale
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``clip_`` does, for gradients that are no tensor's ``.grad``, by caps that don't learn.
+
+        ``like`` has a tensor for each, as the session was made for; none is sharded.
+        """
+        rule = options.rule if policy.adds_eps else options.rule.without_eps
+        try:
+            plan, found = self.plans.get(grads, like, rule.norm_type, options.backend)
+        except WithoutData as missing:
+            return self._no_outcome(missing)
+        used = scale.on(plan.device)
+        outcome = run.clip_(plan, found, policy, rule, options.raise_nonfinite, used)
+        scale.deliver(used)
+        return outcome
+
+    @outside_autograd
     def scale_(self, tensors: Sequence[Tensor], coefs: Tensor, options: Options, scale: LossScale) -> None:
         """Multiplies the tensors' gradients by their components' coefficients, [] or [K], and unscales them.
 

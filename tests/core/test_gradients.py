@@ -349,3 +349,21 @@ def test_compiled():
     with pytest.raises(Exception, match="EMA can't be traced for gradients without parameters"):
         torch.compile(lambda g: clip_gradients(g, thresholds.EMA()), backend="aot_eager", fullgraph=True)(gradients())
     torch._dynamo.reset()
+
+
+def test_inference_mode():
+    """Copies are ordinary tensors; what was made in inference mode isn't clipped in place."""
+    with torch.inference_mode():
+        grads = [random_grad((3,))]
+    new, norms = clip_gradients(grads, 0.1)
+    assert not new[0].is_inference()
+    assert not norms.is_inference()
+    assert new[0].norm() <= 0.1
+    with pytest.raises((TypeError, ValueError), match="'0' was made in inference mode"):
+        clip_gradients_(grads, 0.1)
+    with torch.inference_mode():
+        own = [torch.ones(3)]
+        with pytest.raises((TypeError, ValueError), match="'0' was made in inference mode"):
+            clip_gradients_(own, 0.1)
+        assert clip_gradients(own, 0.1)[0][0].norm() <= 0.1
+    assert own[0].tolist() == [1.0] * 3

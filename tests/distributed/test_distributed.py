@@ -6,8 +6,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from collectives import counted
-from cwclip_kernels import ComponentClipper, component_clip_with_norms_, component_norms, fused_component_clip_
+from cwclip_kernels import (
+    ComponentClipper,
+    clip_gradients,
+    clip_gradients_,
+    component_clip_with_norms_,
+    component_norms,
+    fused_component_clip_,
+)
 from ranks import on_ranks
+from sharded_tensors import full
 from side_by_side import check, pair, same_gradients, wrap_fsdp2, wrap_tensor_parallel
 
 
@@ -70,3 +78,23 @@ def test_norms_and_scaling_apart_send_what_one_call_sends():
         bad.view(-1)[0] = torch.inf
     component_norms(sharded, found_inf=found)
     assert found == 1
+
+
+@on_ranks(2)
+def test_sharded_gradients_without_parameters():
+    mesh = init_device_mesh("cpu", (2,))
+    plain, sharded = pair(lambda model: wrap_fsdp2(model, mesh))
+    for step in range(2):
+        for model in (plain, sharded):
+            model(torch.arange(8).reshape(2, 4) % 7).square().sum().backward()
+        grads = {name: p.grad for name, p in sharded.named_parameters()}
+        with counted() as counts:
+            new, norms = clip_gradients(grads, 0.1, components="layer")
+        assert step == 0 or counts == {"allreduce_": 1}
+        torch.testing.assert_close(norms, fused_component_clip_(plain, 0.1, components="layer"), rtol=1e-9, atol=0.0)
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(full(new[name]), parameter.grad, rtol=1e-8, atol=1e-12)
+        clip_gradients_(grads, 0.1, components="layer")
+        same_gradients(plain, sharded)
+        plain.zero_grad()
+        sharded.zero_grad()
