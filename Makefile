@@ -1,4 +1,4 @@
-# make demo | test | test-fast | bench | wheel | lint | clean. Everything lives in .venv, made on first use.
+# make demo | test | test-fast | bench | docs | wheel | lint | clean. Everything lives in .venv, made on first use.
 #
 # PYTHON  the interpreter that .venv is made from. If it already has torch >= 2.10, that torch is used.
 # TORCH   what is installed otherwise.
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench wheel lint ruff clean
+.PHONY: help demo test test-fast bench docs wheel lint ruff clean
 
 help:
 	@echo "make demo   fine-tune a real encoder with component clipping, then tables and a picture (4 min)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-fast  without ranks, builds, compilers, trainers and tools: under a minute"
 	@echo "make bench  speed against torch, as a table"
 	@echo "make wheel  one cp310-abi3 wheel in dist/"
+	@echo "make docs   the documentation, in site/"
 	@echo "make lint   ruff and mypy"
 
 demo: $(VENV)/built
@@ -37,6 +38,11 @@ bench: $(VENV)/built
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
 
+# Strict: a dead link or a name that isn't there is an error. Nothing is fetched, neither now nor by the pages.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
+
 wheel: $(VENV)/built
 	rm -rf dist
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
@@ -51,7 +57,7 @@ ruff: $(VENV)/ruff
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info cwclip_kernels/*.so demo_out bench_out
+	rm -rf $(VENV) build dist site *.egg-info cwclip_kernels/*.so demo_out bench_out
 
 # Each file below is the time stamp of one step: a second run of a command finds them and starts at once.
 
@@ -81,6 +87,10 @@ $(VENV)/built: $(VENV)/tools $(SOURCES)
 	@$(BIN)/python -m pip install --verbose --no-build-isolation --editable ".[dev,demo,stability,bench,triton]" \
 		> $(VENV)/install.log 2>&1 || { tail -40 $(VENV)/install.log; exit 1; }
 	@grep -h "cwclip_kernels: building" $(VENV)/install.log | tail -1
+	@touch $@
+
+$(VENV)/docs: $(VENV)/built pyproject.toml
+	@$(PIP) $$(grep '^docs = ' pyproject.toml | grep -o '"[^"]*"' | tr -d '"')
 	@touch $@
 
 # Without building its own operators, and against the torch that is here. Where it can't be installed its tests are skipped.

@@ -57,6 +57,23 @@ def own_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture
+def needs_extension() -> None:
+    """For tests of the CPU's kernels: skips them, saying why, where the extension isn't there."""
+    from cwclip_kernels.backends import native
+
+    reason = native.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _the_cpu_kernels(request: pytest.FixtureRequest) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "cpu":
+        request.getfixturevalue("needs_extension")
+
+
 @pytest.fixture(autouse=True)
 def _cuda_without_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Where there is no GPU, tests of the CUDA backend run its kernels on the CPU."""

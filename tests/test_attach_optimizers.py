@@ -208,7 +208,7 @@ def test_every_step_is_clipped_once(kind, with_closure, request):
     sgd([parameter(None)])  # torch puts the hooks around a class's step where one is made
     params = [parameter(None, (3,)), parameter(None, (2, 2))]
     optimizer, seen = make(kind, params, request), []
-    ComponentClipper(params, CAP).attach(optimizer, on_clip=seen.append)
+    ComponentClipper(params, CAP).attach(optimizer, on_clip=lambda result: seen.append(result))
     for step in range(1, 4):
         before = [p.detach().clone() for p in params]
         if with_closure:

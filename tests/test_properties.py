@@ -91,6 +91,7 @@ def test_same_inputs_same_bits(backend, dtype, norm_type):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="about CPU threads")
+@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_whatever_the_number_of_threads_and_the_alignment(dtype):
     params = parameters([(500_000,), (3,), (90_001,), (250, 1000)], dtype)

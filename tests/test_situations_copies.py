@@ -144,7 +144,7 @@ def test_resumed_from_a_checkpoint(way, kind):
         assert all(same_bits(a, b) for a, b in zip(loop.step(gradients), fresh.step(gradients), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("kind", ["EMA", "ZScore", "Percentile"])
 def test_a_checkpoint_of_torch_distributed(kind, tmp_path):
     """It fills the tensors that it finds: none, before the policy is bound."""

@@ -279,6 +279,7 @@ class TestNativeCalls:
         with pytest.raises(TypeError, match="cpu_scale"):
             extension.cpu_scale(program)
 
+    @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # of torch 2.10
     def test_a_profiler_sees_a_range(self):
         params = parameters([(30,), (4, 5)])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
