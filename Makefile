@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench docs wheel lint ruff clean
+.PHONY: help demo test test-fast bench docs wheel release-wheel matrix lint ruff clean
 
 help:
 	@echo "make demo   fine-tune a real encoder with component clipping, then tables and a picture (4 min)"
@@ -47,6 +47,14 @@ wheel: $(VENV)/built
 	rm -rf dist
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 	@ls dist
+
+# What is published: for glibc 2.28 and newer, audited, the same bytes twice, with hashes and a bill of materials.
+release-wheel: $(VENV)/built $(VENV)/release
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/release.py
+
+# The quick part of the suite beside other versions of torch, from their wheels: several GB each.
+matrix: wheel
+	$(BIN)/python .ci/matrix.py $(ARGS)
 
 # ruff comes before torch and the build, so that what isn't formatted fails within a minute.
 lint: ruff $(VENV)/built
@@ -91,6 +99,10 @@ $(VENV)/built: $(VENV)/tools $(SOURCES)
 
 $(VENV)/docs: $(VENV)/built pyproject.toml
 	@$(PIP) $$(grep '^docs = ' pyproject.toml | grep -o '"[^"]*"' | tr -d '"')
+	@touch $@
+
+$(VENV)/release: $(VENV)/built pyproject.toml
+	@$(PIP) $$(grep '^release = ' pyproject.toml | grep -o '"[^"]*"' | tr -d '"')
 	@touch $@
 
 # Without building its own operators, and against the torch that is here. Where it can't be installed its tests are skipped.

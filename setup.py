@@ -9,12 +9,14 @@ CXX                   C++ compiler, also behind nvcc
 CUDA_HOME, CUDA_PATH  where bin/nvcc is; otherwise the one on the PATH
 TORCH_CUDA_ARCH_LIST  GPUs, as for torch: "8.0;9.0;10.0+PTX"
 MAX_JOBS              how many of them nvcc compiles for at a time
+CWCLIP_GLIBC=2.28     links for that glibc and newer ones, by the linker of ziglang from PyPI (make release-wheel)
 
 No GPU and no CUDA build of torch are needed: the CUDA runtime is linked statically, and a GPU is looked for when a
 gradient on one comes along.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -219,7 +221,42 @@ class BuildWithNvcc(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             ext.nvcc.compile(source, str(target))
             ext.extra_objects.append(str(target))
+        if "CWCLIP_GLIBC" in os.environ:
+            self._link_for_glibc(ext, os.environ["CWCLIP_GLIBC"])
         super().build_extension(ext)
+
+    def _link_for_glibc(self, ext: Extension, version: str) -> None:
+        """Links with the symbols of an older glibc, and libstdc++ in the module: it runs where torch's wheels do.
+
+        Objects are g++'s and nvcc's as ever. Only what they call in glibc is looked up in an older list of it, which
+        ziglang has, so that no old system is needed to build.
+        """
+        if not re.fullmatch(r"2\.\d+", version):
+            sys.exit(f"CWCLIP_GLIBC: expected a version like 2.28, not {version!r}")
+        target = f"{platform.machine()}-linux-gnu.{version}"
+        linker = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-s"]
+        if subprocess.run([*linker[:3], "version"], capture_output=True).returncode:
+            sys.exit("CWCLIP_GLIBC: links with ziglang, which isn't here: pip install ziglang")
+        self.compiler.set_executable("linker_so", linker)
+        self.compiler.set_executable("linker_so_cxx", linker)
+        # What g++ has compiled may read this flag, which glibc has since 2.32: whether threads were ever started.
+        flag = Path(self.build_temp) / "single_threaded.c"
+        flag.parent.mkdir(parents=True, exist_ok=True)
+        flag.write_text('__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n')
+        ext.extra_objects += self.compiler.compile([str(flag)], extra_postargs=["-fPIC", "-g0"])
+        if "cudart_static" in ext.libraries:  # as a file, since zig would look for a shared one
+            ext.libraries.remove("cudart_static")
+            ext.extra_link_args.append(_static("libcudart_static.a", ext.library_dirs))
+        compiler = os.environ["CXX"].split()[0]
+        for name in ("libstdc++.a", "libgcc_eh.a", "libgcc.a"):
+            found = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+            ext.extra_link_args.append(found)
+        # zig's linker exports what the version script says, and has no --exclude-libs.
+        ext.extra_link_args = [each for each in ext.extra_link_args if not each.startswith("-Wl,--exclude-libs")]
+
+
+def _static(name: str, folders: list[str]) -> str:
+    return next(str(Path(folder) / name) for folder in folders if (Path(folder) / name).exists())
 
 
 class AbiWheel(bdist_wheel):

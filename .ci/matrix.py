@@ -1,6 +1,6 @@
 """Runs the quick part of the suite against the wheel, beside several versions of torch: make matrix.
 
-    python tests/_support/matrix.py --torch 2.10 2.14 --venvs /tmp/venvs --markdown docs/versions.md
+    python .ci/matrix.py --torch 2.10 2.14 --venvs /tmp/venvs --markdown docs/versions.md
 
 Each version gets a virtual environment, which is kept: a build of torch with CUDA takes several GB. Each environment gets the
 wheel, whole, and again without its extension, Triton and numpy. The tests lie in a folder of their own, so that what they import
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TOOLS = ["numpy", "pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "setuptools>=77"]
 LEFT_OUT = ("backends", "distributed", "integrations", "tools")  # as make test-fast does
 HIDDEN = {"whole": (), "no extension": ("cwclip_kernels._C",), "no Triton": ("triton",), "no numpy": ("numpy",)}
