@@ -2,9 +2,9 @@
 
     python .ci/matrix.py --torch 2.10 2.14 --venvs /tmp/venvs --markdown docs/versions.md
 
-Each version gets a virtual environment, which is kept: a build of torch with CUDA takes several GB. Each environment gets the
-wheel, whole, and again without its extension, Triton and numpy. The tests lie in a folder of their own, so that what they import
-is the wheel and not the checkout.
+Each version gets a virtual environment, which is kept: a build of torch with CUDA takes several GB. Each environment
+gets the wheel, whole, and again without its extension, Triton and numpy. The tests lie in a folder of their own, so
+that what they import is the wheel and not the checkout.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def cell_of(interpreter: Path, wheel: Path, hidden: tuple[str, ...]) -> str:
         folder = Path(name)
         shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        install = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "installed", wheel]
-        subprocess.run(install, check=True)
+        install = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "installed"]
+        subprocess.run([*install, wheel], check=True)
         # A finder that comes first, in every process that the tests start as well.
         (folder / "installed/sitecustomize.py").write_text(
             "import importlib.abc, sys\n"
@@ -106,8 +106,9 @@ def page_of(rows: list[list[str]], wheel: str) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         "# Versions that were tried\n\n"
-        f"{datetime.date.today().isoformat()}, on a machine without a GPU: the quick part of the suite against one wheel,\n"
-        f"`{wheel}`, as it is and where its extension, Triton or numpy can't be imported.\n`make matrix` repeats it.\n\n"
+        f"{datetime.date.today().isoformat()}, on a machine without a GPU: the quick part of the suite against one\n"
+        f"wheel, `{wheel}`, as it is and where its extension, Triton or numpy can't be imported.\n"
+        "`make matrix` repeats it.\n\n"
         f"{table}\n"
     )
 

@@ -119,8 +119,8 @@ def bill_of_materials(wheel: Path) -> None:
     if nvcc is not None and os.environ.get("CWCLIP_BUILD", "auto") in ("auto", "cuda"):
         linked.append(("cudart", re.search(r"V(\S+)", output(nvcc, "--version"))[1], "LicenseRef-NVIDIA-CUDA-EULA"))
     components = [
-        {"type": "library", "name": each, "version": found, "scope": "required", "licenses": [{"expression": license}]}
-        for each, found, license in linked
+        {"type": "library", "name": each, "version": found, "licenses": [{"expression": terms}]}
+        for each, found, terms in linked
     ]
     components += [{"type": "library", "name": each, "scope": "required"} for each in needed]
     bill = {

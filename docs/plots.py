@@ -48,8 +48,8 @@ def components() -> None:
         axes.text(column + 0.5, -0.25, title, ha="center", va="bottom", family="monospace", fontsize=7.5)
         for position, component, place in clipper.members:
             top, height = (position, 1.0) if not place else (position + place[0][1] / 6, place[0][2] / 6)
-            box = plt.Rectangle((column + 0.04, top + 0.03), 0.92, height - 0.06, color=colours(component % 20), alpha=0.55)
-            axes.add_patch(box)
+            colour = colours(component % 20)
+            axes.add_patch(plt.Rectangle((column + 0.04, top + 0.03), 0.92, height - 0.06, color=colour, alpha=0.55))
             label = clipper.names[component]
             axes.text(column + 0.5, top + height / 2, label, ha="center", va="center", fontsize=5.8)
     axes.set_xlim(0, len(GROUPINGS))
