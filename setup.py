@@ -22,10 +22,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 MODE = os.environ.get("CWCLIP_BUILD", "auto").lower()
 TORCH_FLOOR = (2, 10)  # std::vector<Tensor> arguments in torch's stable ABI, DLPack's C exchange API
@@ -57,7 +59,7 @@ def main() -> None:
     print(f"cwclip_kernels: building {report}", file=sys.stderr)
     setup(
         ext_modules=[] if obstacle else [extension(nvcc)],
-        cmdclass={"bdist_wheel": AbiWheel, "build_ext": BuildWithNvcc},
+        cmdclass={"bdist_wheel": AbiWheel, "build_ext": BuildWithNvcc, "sdist": WholeSdist},
     )
 
 
@@ -237,8 +239,16 @@ class BuildWithNvcc(build_ext):
         linker = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-s"]
         if subprocess.run([*linker[:3], "version"], capture_output=True).returncode:
             sys.exit("CWCLIP_GLIBC: links with ziglang, which isn't here: pip install ziglang")
-        self.compiler.set_executable("linker_so", linker)
-        self.compiler.set_executable("linker_so_cxx", linker)
+
+        def link(objects: list[str], output: str, libraries: list[str], library_dirs: list[str], **more: Any) -> None:
+            folders = [f"-L{folder}" for folder in library_dirs]
+            names = [f"-l{name}" for name in libraries]
+            command = [*linker, *objects, *folders, *names, *more["extra_postargs"], "-o", output]
+            print(*command)
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(command, check=True)
+
+        self.compiler.link_shared_object = link  # setuptools would put the C++ compiler in front
         # What g++ has compiled may read this flag, which glibc has since 2.32: whether threads were ever started.
         flag = Path(self.build_temp) / "single_threaded.c"
         flag.parent.mkdir(parents=True, exist_ok=True)
@@ -257,6 +267,15 @@ class BuildWithNvcc(build_ext):
 
 def _static(name: str, folders: list[str]) -> str:
     return next(str(Path(folder) / name) for folder in folders if (Path(folder) / name).exists())
+
+
+class WholeSdist(sdist):
+    """Packs all of csrc/, whatever this machine can build of it."""
+
+    def add_defaults(self) -> None:
+        """Adds the files."""
+        super().add_defaults()
+        self.filelist.extend(sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file()))
 
 
 class AbiWheel(bdist_wheel):

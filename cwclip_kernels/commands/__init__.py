@@ -1,0 +1,1 @@
+"""What ``python -m cwclip_kernels`` does, a file for each command."""
