@@ -272,10 +272,11 @@ def _static(name: str, folders: list[str]) -> str:
 class WholeSdist(sdist):
     """Packs all of csrc/, whatever this machine can build of it."""
 
-    def add_defaults(self) -> None:
-        """Adds the files."""
-        super().add_defaults()
-        self.filelist.extend(sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file()))
+    def make_distribution(self) -> None:
+        """Adds the files, and packs them."""
+        own = (str(path) for path in Path("csrc").rglob("*") if path.is_file())
+        self.filelist.extend(sorted(set(own) - set(self.filelist.files)))
+        super().make_distribution()
 
 
 class AbiWheel(bdist_wheel):

@@ -36,7 +36,9 @@ SETS: dict[str, list[tuple[int, ...]]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table for each set; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cwclip_kernels bench", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m cwclip_kernels bench", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
     options = parser.parse_args(arguments)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
