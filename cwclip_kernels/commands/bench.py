@@ -1,8 +1,8 @@
 """``python -m cwclip_kernels bench``: this machine, ours beside torch's, in under a minute.
 
-Variants take turns, on fresh random gradients, and the fastest round of each counts. Beside them stands what the memory
-allows: the time to read all gradients once, as ``torch.dot`` reads (on a CPU) or a sum (elsewhere). ``benchmarks/`` in
-the repository measures more, with rounds, medians and files.
+Variants take turns, on fresh random gradients, and the fastest round of each counts. Beside them stands what the
+memory allows: the time to read all gradients once, as ``torch.dot`` reads (on a CPU) or a sum (elsewhere).
+``benchmarks/`` in the repository measures more, with rounds, medians and files.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ SETS: dict[str, list[tuple[int, ...]]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a table for each set; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cwclip_kernels bench", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m cwclip_kernels bench", description="Our time beside torch's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
     options = parser.parse_args(arguments)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -113,13 +113,13 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Packages of the extras: which are there; those that are there in another version than is asked for are wrong."""
+    """Packages of the extras: which are there. A version that isn't supported is wrong."""
     from packaging.requirements import Requirement  # comes with none of ours, but with nearly every torch
 
     wanted: dict[str, Requirement] = {}
     for line in requires("cwclip_kernels") or []:
         requirement = Requirement(line)
-        names = {extra for extra in metadata("cwclip_kernels").get_all("Provides-Extra") or []}
+        names = metadata("cwclip_kernels").get_all("Provides-Extra") or []
         own = {extra for extra in names if requirement.marker and requirement.marker.evaluate({"extra": extra})}
         if own & {"transformers", "lightning", "accelerate", "deepspeed", "tensorboard", "plot"}:
             wanted[requirement.name] = requirement
