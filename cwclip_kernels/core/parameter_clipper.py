@@ -13,6 +13,7 @@ from ..components.membership import Member
 from ..result import ClipResult
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps, learnt, load_learnt
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from . import traced
 from .loss_scale import LossScale
@@ -32,6 +33,7 @@ class ParameterClipper:
         self, tensors: tuple[Tensor, ...], session: ClipSession, max_norm: MaxNorm, options: Options
     ) -> None:
         self.names: tuple[str, ...] = session.components.names
+        max_norm = settled(max_norm)
         # A mapping as it is now, like the caps.
         self.max_norm: MaxNorm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._session = session
