@@ -163,9 +163,9 @@ class ZScore(Threshold):
             no percentile, but is called so in the authors' code.
         clip_option: the cap of a spike, that is where z > threshold. "adaptive_scaling": the one above. "mean":
             mu_c. "skip": 0, so that this step gets nothing from the component's gradient (caps and coefs of the
-            result are 0 there; the optimizer's momentum and weight decay go on). mu_c and sigma_c learn as under
-            "adaptive_scaling", so that norms that stay high aren't skipped for ever. Under "percentile" a spike is a
-            norm above mu_c + threshold * sigma_c, "adaptive_scaling" changes nothing, and "mean" can't be given.
+            result are 0 there; the optimizer's momentum and weight decay go on). mu_c and sigma_c learn the largest
+            norm that is no spike, so that norms that stay high aren't skipped for ever. Under "percentile" a spike
+            is a norm above the cap, "adaptive_scaling" changes nothing, and "mean" can't be given.
         clip_factor: times the whole cap of "adaptive_scaling" in mode "zscore"; 0.5 to 0.9 clip harder.
         skip_update_on_spike: mu_c and sigma_c learn nothing from a spike. The gradient is clipped all the same.
 
@@ -211,8 +211,8 @@ class ZScore(Threshold):
             raise ValueError(
                 "clip_option: 'mean' is for mode='zscore'; under 'percentile' the cap is set by threshold"
             )
-        if self._factor != 1.0 and (not self._by_z or clip_option == "mean"):
-            raise ValueError("clip_factor: is for mode='zscore' with clip_option='adaptive_scaling' or 'skip'")
+        if self._factor != 1.0 and not (self._by_z and clip_option == "adaptive_scaling"):
+            raise ValueError("clip_factor: is for mode='zscore' with clip_option='adaptive_scaling'")
 
     @property
     def needs_norms(self) -> bool:
@@ -224,23 +224,27 @@ class ZScore(Threshold):
             caps = torch.where(seen >= self._warmup_steps, mean + self._threshold * variance.sqrt(), math.inf)
         else:
             is_spike, spike_cap = self._spikes(norms, mean, variance, seen)
-            caps = torch.where(is_spike, torch.zeros_like(mean) if self._option == "skip" else spike_cap, math.inf)
+            if self._option == "skip":
+                spike_cap = torch.zeros_like(mean)
+            caps = torch.where(is_spike, spike_cap, math.inf)
         return caps if self._ceiling == math.inf else caps.clamp(max=self._ceiling)
 
     def _spikes(self, norms: Tensor, mean: Tensor, variance: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Where norms are spikes, and what they are clipped to, for ``update_`` at least: [K] each."""
+        """Where norms are spikes, and what is learnt from these, which they are clipped to if they aren't skipped."""
         wide, deviation = as_wide(norms), variance.sqrt()
         if self._by_z:
             z = (wide - mean) / (deviation + 1e-6 * mean)
-            is_above = z > self._threshold
+            is_spike = z > self._threshold
             # A norm of inf or NaN counts as infinitely far above the mean.
             cap = (mean + torch.where(z.isfinite(), self._threshold**2 / z, 0.0) * deviation) * self._factor
             if self._option == "mean":
                 cap = mean
         else:
             cap = mean + self._threshold * deviation
-            is_above = wide > cap
-        return (is_above | ~norms.isfinite()) & (seen >= self._warmup_steps), cap
+            is_spike = wide > cap
+        if self._option == "skip":
+            cap = mean + self._threshold * (deviation + 1e-6 * mean)
+        return (is_spike | ~norms.isfinite()) & (seen >= self._warmup_steps), cap
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
         mean, variance, seen = self.allocate(norms.device)

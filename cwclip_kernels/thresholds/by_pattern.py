@@ -193,7 +193,8 @@ class ByPattern(Threshold):
         self.check_state(state)
         for pattern, threshold in self._thresholds.items():
             threshold.load_state_dict(state["thresholds"][pattern])
-        super().load_state_dict({key: value for key, value in state.items() if key != "thresholds"})
+        names = state["components"]
+        self._loaded_names = None if names is None else tuple(names)
 
     def check_state(self, state: object) -> None:
         """Raises what ``load_state_dict`` would, and changes nothing."""

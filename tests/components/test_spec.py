@@ -57,6 +57,8 @@ CASES = [
     ((4, 6, 5), [("split", {"sizes": (2, 3), "dim": 2})]),
     ((5, 3, 2, 2), [("unitwise", {})]),
     ((5, 3), [("unitwise", {"dim": 1})]),
+    ((3, 4, 2, 2), [("unitwise", {"dim": (0, -3)})]),
+    ((3, 4, 5), [("unitwise", {"dim": [2, 0]}), ("split", {"sizes": 2, "dim": 1})]),
     ((0, 3), [("split", {"sizes": 1, "dim": 1})]),
 ]
 
@@ -124,6 +126,21 @@ def test_slices_of_several_tensors_in_one_component(backend):
     coefs = clipper.clip_().coefs
     for p, b in zip(params, before, strict=True):
         torch.testing.assert_close(p.grad, torch.cat([b[:1] * coefs[0], b[1:] * coefs[1]]))
+
+
+def test_units_along_several_dims_are_named_by_their_indices():
+    pairs = [("conv.weight", parameter(random_grad((2, 3, 2)))), ("fc.weight", parameter(random_grad((2, 3))))]
+    names = ComponentClipper(pairs, 0.1, components=ComponentSpec().unitwise("*", dim=(0, 1))).names
+    # A matrix stays whole, whose units would be single numbers, as a vector does along one dim.
+    assert names == (*(f"conv.weight[{i},{j}]" for i in range(2) for j in range(3)), "fc.weight")
+    spec = ComponentSpec().unitwise("conv.*", dim=(-1, 0)).split("conv.*", sizes=3, dim=1)
+    result = ComponentClipper(pairs, {"conv.weight[1,0][0]": 0.1}, components=spec).clip_()
+    assert result.names[:3] == ("conv.weight[0,0][0]", "conv.weight[0,1][0]", "conv.weight[1,0][0]")
+    assert result.caps[:3].tolist() == [math.inf, math.inf, 0.1]
+    with pytest.raises(ValueError, match=r"'conv.weight' is cut along dim 0 twice"):
+        ComponentClipper(pairs, 0.1, components=ComponentSpec().unitwise("conv.*", dim=(0, -3)))
+    with pytest.raises(ValueError, match=r"'conv.weight' has shape \[2, 3, 2\], no dim 3"):
+        ComponentClipper(pairs, 0.1, components=ComponentSpec().unitwise("conv.*", dim=(0, 3)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -330,6 +347,14 @@ def test_stacked_experts():
         (lambda: ComponentSpec().split("*", (1, 2), names="ab"), TypeError, "names: expected a sequence"),
         (lambda: ComponentSpec().split("*", 2, dim=None), TypeError, "dim: expected a whole number"),
         (lambda: ComponentSpec().unitwise("*", dim=1.0), TypeError, "dim: expected a whole number"),
+        (
+            lambda: ComponentSpec().unitwise("*", dim=(0, None)),
+            TypeError,
+            "dim: expected a whole number or a sequence",
+        ),
+        (lambda: ComponentSpec().unitwise("*", dim="01"), TypeError, "dim: .* or a sequence"),
+        (lambda: ComponentSpec().unitwise("*", dim=()), ValueError, "dim: expected at least one"),
+        (lambda: ComponentSpec().unitwise("*", dim=(1, 1)), ValueError, r"dim: expected distinct ones, not \(1, 1\)"),
     ],
 )
 def test_arguments(make, error, message):

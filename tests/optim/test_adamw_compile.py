@@ -53,7 +53,7 @@ ARGUMENTS = {
     "layers": lambda: {"components": "layer", "max_norm": {"layers.0": 0.1, "layers.1": math.inf}},
     "some alone": lambda: {"components": lambda name, p: None if p.ndim == 1 else name},
     "none alone": lambda: {"components": lambda name, p: None},
-    "EMA": lambda: {"max_norm": thresholds.EMA(warmup_steps=0)},
+    "patterns": lambda: {"max_norm": {"layers.0.*": thresholds.EMA(warmup_steps=0), "*": 0.3}, "clip_eps": 0.25},
     "foreach": lambda: {"backend": "foreach"},
 }
 
