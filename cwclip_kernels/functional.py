@@ -54,9 +54,9 @@ def fused_component_clip_(
             modules (``torch.compile``, ``DistributedDataParallel``, ``FullyShardedDataParallel``, activation
             checkpointing). If the names of all pairs begin with ``module.``, it is left out.
         max_norm: the caps. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a sync;
-            a mapping of ``fnmatch`` patterns on component names to numbers, of which the first that matches counts
-            and a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``. ``inf``
-            measures only, 0 zeroes.
+            one of ``cwclip_kernels.thresholds``; or a mapping of ``fnmatch`` patterns on component names to numbers
+            or thresholds, of which the first that matches counts and a component that none matches is not clipped.
+            ``inf`` measures only, 0 zeroes.
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
         components: what is clipped together. None or "parameter": each tensor alone. "module": what one module owns,

@@ -108,6 +108,8 @@ class Threshold(ABC):
     it would clip small gradients that are below their cap, and a threshold that learns the clipped norm would shrink
     it from step to step. Without it nothing depends on the loss scale. A norm of 0 has coefficient 1.
 
+    In a mapping of patterns it gets the components that its patterns match, and knows of no others.
+
     A threshold can be copied and pickled, with its state. The copy is bound by the clipper that uses it.
     """
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_type, some_of
+from ..components.naming import Aliases
 from ..components.patterns import match_patterns
 from ..core.formula import wide_dtype
 from .base import Setting, Threshold, caps_of, difference_of
@@ -63,6 +64,8 @@ class ByPattern(Threshold):
         >>> clipper = ComponentClipper(model, {"*weight": thresholds.Schedule(lambda step: 1.0 + step), "*": 0.5})
         >>> [clipper.clip_().caps.tolist() for _ in range(2)]
         [[1.0, 0.5], [2.0, 0.5]]
+        >>> isinstance(clipper.max_norm, thresholds.ByPattern)
+        True
         >>> clipper.state_dict()["max_norm"]["thresholds"]["*weight"]["host"]
         {'step': 2}
     """
@@ -85,6 +88,7 @@ class ByPattern(Threshold):
         self.reads_numels = any(one.needs_all_components and one.reads_numels for one in all_of)
         self.untraceable = next((one.untraceable for one in all_of if one.untraceable is not None), None)
         self._parts: list[_Part] = []
+        self._numbers: list[float] = []
         self._adds_eps: tuple[bool, ...] | None = None
         self._placed: dict[torch.device, _Placed] = {}
         self._parameter_norms: Tensor | None = None  # while caps are computed
@@ -95,11 +99,21 @@ class ByPattern(Threshold):
     def __str__(self) -> str:
         return f"{{{', '.join(f'{pattern!r}: {cap}' for pattern, cap in self.by_pattern.items())}}}"
 
+    def match(
+        self,
+        names: tuple[str, ...],
+        aliases: Aliases,
+        spellings: tuple[str, ...],
+        everywhere: tuple[str, ...] | None = None,
+    ) -> dict[str, float | Threshold]:
+        """The number or threshold of each component that a pattern matches; ValueError for a pattern without any."""
+        return match_patterns(names, self.by_pattern, everywhere, aliases, spellings)
+
     def bind(self, setting: Setting) -> None:
         """Binds each threshold to its own components; nothing is bound if one is for others."""
         self.check_fits(setting)
         names = setting.names
-        found = match_patterns(names, self.by_pattern, setting.everywhere, setting.aliases, setting.spellings)
+        found = self.match(names, setting.aliases, setting.spellings, setting.everywhere)
         parts: list[_Part] = []
         for threshold in self._thresholds.values():
             own = [i for i, name in enumerate(names) if found.get(name) is threshold]

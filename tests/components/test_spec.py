@@ -128,21 +128,6 @@ def test_slices_of_several_tensors_in_one_component(backend):
         torch.testing.assert_close(p.grad, torch.cat([b[:1] * coefs[0], b[1:] * coefs[1]]))
 
 
-def test_units_along_several_dims_are_named_by_their_indices():
-    pairs = [("conv.weight", parameter(random_grad((2, 3, 2)))), ("fc.weight", parameter(random_grad((2, 3))))]
-    names = ComponentClipper(pairs, 0.1, components=ComponentSpec().unitwise("*", dim=(0, 1))).names
-    # A matrix stays whole, whose units would be single numbers, as a vector does along one dim.
-    assert names == (*(f"conv.weight[{i},{j}]" for i in range(2) for j in range(3)), "fc.weight")
-    spec = ComponentSpec().unitwise("conv.*", dim=(-1, 0)).split("conv.*", sizes=3, dim=1)
-    result = ComponentClipper(pairs, {"conv.weight[1,0][0]": 0.1}, components=spec).clip_()
-    assert result.names[:3] == ("conv.weight[0,0][0]", "conv.weight[0,1][0]", "conv.weight[1,0][0]")
-    assert result.caps[:3].tolist() == [math.inf, math.inf, 0.1]
-    with pytest.raises(ValueError, match=r"'conv.weight' is cut along dim 0 twice"):
-        ComponentClipper(pairs, 0.1, components=ComponentSpec().unitwise("conv.*", dim=(0, -3)))
-    with pytest.raises(ValueError, match=r"'conv.weight' has shape \[2, 3, 2\], no dim 3"):
-        ComponentClipper(pairs, 0.1, components=ComponentSpec().unitwise("conv.*", dim=(0, 3)))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_slice_leaves_its_neighbours_alone(backend):
     for policy, left in (("skip", math.nan), ("zero", 0.0), ("propagate", math.nan)):

@@ -19,7 +19,7 @@ from ...components.resolve import resolve
 from ...core.caps import fixed_caps
 from ...core.options import ClipOptions
 from ...result import ClipResult
-from ...thresholds import Threshold
+from ...thresholds import ByPattern, Threshold
 from ...thresholds.by_pattern import settled
 from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, clipper_arguments, learner, learning_unless_skipped, refuse_double_clipping
@@ -73,6 +73,8 @@ class TrainerClipping(StepLog):
         cap = settled(self._cap(trainers_cap))
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
             fixed_caps(cap, components)
+        elif isinstance(cap, ByPattern):
+            cap.match(components.names, components.aliases, components.spellings)
         self.logged(components.names, components.aliases)
 
     def clip_(
