@@ -66,7 +66,8 @@ def fused_component_clip_(
             composes these and cuts single tensors. A callable (name, tensor) -> hashable key, or None to leave the
             tensor alone, is called for every tensor at every call (once by ``ComponentClipper``).
         eps: added to the norm before dividing, as ``clip_grad_norm_`` does; not where ``max_norm`` is a threshold
-            that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own).
+            that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own), or for the
+            components under one in a mapping.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by 0 and
             NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is. "error":
             RuntimeError that names the components, no gradient changed; syncs with the host. A component whose cap

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..components.membership import Member
 from ..result import ClipResult
 from ..thresholds import Threshold
-from ..thresholds.base import StepCaps, learnt, load_learnt
+from ..thresholds.base import StepCaps
 from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
+from ..thresholds.learning import learnt, load_learnt
 from . import traced
 from .loss_scale import LossScale
 from .modes import is_traced

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ..arguments import warn_caller
 from ..thresholds import Threshold
-from ..thresholds.base import learnt, load_learnt
 from ..thresholds.by_pattern import settled
+from ..thresholds.learning import learnt, load_learnt
 
 _OWN = ("max_norm", "correct_bias")  # entries of param groups that torch's AdamW doesn't have
 

@@ -303,36 +303,6 @@ class Threshold(ABC):
         """Takes over what ``host_state()`` returned."""
 
 
-def learnt(max_norm: object) -> dict[str, Any]:
-    """A clipper's ``state_dict()``: {"max_norm": ``Threshold.state_dict()``}, or {} where nothing is learnt."""
-    state = max_norm.state_dict() if isinstance(max_norm, Threshold) else {}
-    return {"max_norm": state} if _tells(state) else {}
-
-
-def _tells(state: Mapping[str, Any]) -> bool:
-    parts = state.get("thresholds", {})  # of a mapping
-    return bool(state.get("tensors") or state.get("host")) or any(map(_tells, parts.values()))
-
-
-def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
-    """Loads what ``learnt`` returned into the ``max_norm`` of another clipper; raises if that is of another kind."""
-    expected = "state_dict: expected what state_dict() of a clipper returned, not"
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{expected} {type_name(state)}")
-    if not set(state) <= {"max_norm"}:
-        raise ValueError(f"{expected} keys {sorted(state)}")
-    if not state:
-        if learnt(max_norm):
-            raise ValueError(
-                f"state_dict: is empty, of a clipper whose caps don't learn as {type_name(max_norm)} does"
-            )
-    elif isinstance(max_norm, Threshold):
-        max_norm.load_state_dict(state["max_norm"])
-    else:
-        kind = type_name(max_norm)
-        raise ValueError(f"state_dict: of a clipper with a threshold as max_norm, but this one's is a {kind}")
-
-
 def caps_of(threshold: Threshold, device: torch.device, norms: Tensor | None, count: int) -> Tensor:
     """What ``Threshold.caps`` returns, checked; ``count`` components."""
     caps, wide = threshold.caps(device, norms), wide_dtype(device)

@@ -179,6 +179,9 @@ class ByPattern(Threshold):
         caps = placed.numbers
         self._parameter_norms = None
         try:
+            if self.reads_parameters and self.setting.everywhere is not None:
+                # On all ranks together, also where no component here needs them.
+                self._parameter_norms = self.setting.parameter_norms()
             for part, own in zip(self._parts, placed.own, strict=True):
                 needed = norms[own] if norms is not None and part.threshold.needs_norms else None
                 found = caps_of(part.threshold, device, needed, len(part.own))

@@ -74,6 +74,23 @@ def test_patterns_about_another_stage():
 
 
 @on_ranks(2)
+def test_a_component_that_spans_stages():
+    """Parameters' norms are added up over ranks: by all of them, though one alone has a component that needs them."""
+    rank = dist.get_rank()
+    parameters = [(f"own.{rank}", plain(random_grad((4,)))), (f"shared.{rank}", plain(random_grad((3,))))]
+    clipper = ComponentClipper(
+        parameters,
+        {"own.0": ParamRelative(0.5), "*": 0.25},
+        components=lambda name, p: "shared" if name.startswith("shared") else name,
+        pp_mesh=dist.group.WORLD,
+    )
+    for _, p in parameters:
+        p.data.fill_(1.0)
+    assert clipper.clip_().caps.tolist() == ([1.0, 0.25] if rank == 0 else [0.25, 0.25])
+    assert clipper.clip_().norms[1] <= 0.25 * (1 + 1e-6)
+
+
+@on_ranks(2)
 def test_ranks_with_other_mappings_are_refused():
     mesh = init_device_mesh("cpu", (2,))
     ours, _ = both_ways([random_grad((4, 3))], mesh, [[Shard(0)]])

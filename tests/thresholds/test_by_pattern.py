@@ -48,6 +48,7 @@ MIXES = {
     "one pass": lambda: (EMA(warmup_steps=0), ParamRelative(0.3)),
     "with eps": lambda: (Schedule(lambda step: 1.0 / (1 + step)), Fixed(torch.tensor(0.2, device=DEVICE))),
     "both": lambda: (EMA(warmup_steps=2), 0.3),
+    "nested": lambda: (Bounded({"a.*": EMA(warmup_steps=0), "*": 0.3}, high=1.0), 0.2),
     "two passes": lambda: (ZScore(warmup_steps=2), Bounded(Percentile(40.0), 0.5, 2.0)),
     "twice the same kind": lambda: (EMA(warmup_steps=2, warmup_norm=0.5), EMA(warmup_steps=3, warmup_norm=2.0)),
 }
@@ -62,7 +63,7 @@ def test_each_does_what_it_would_do_alone(mix, backend):
     (x, y), alone = MIXES[mix](), MIXES[mix]()
     clipper = ComponentClipper(ours, {"*.weight": x, "*.bias": y}, **options)
     clippers = [ComponentClipper(part, cap, **options) for part, cap in zip(parts, alone, strict=True)]
-    assert (clipper._caps().eps is not None) == (mix == "both")
+    assert (clipper._caps().eps is not None) == (mix in ("both", "nested"))
     for step in range(5):
         for i, p in enumerate(ours):
             p[1].grad = None if (step, i) == (3, 0) else random_grad(p[1].shape, scale=20.0 if step == 4 else 1.0)

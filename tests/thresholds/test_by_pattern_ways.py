@@ -168,10 +168,12 @@ def test_groups_of_an_optimizer_have_mappings_of_their_own():
         {"params": ours[2:4]},
         {"params": ours[4:]},
     ]
-    optimizer = ComponentClipAdamW(groups, lr=0.1, eps=1.0, max_norm={"b.*": ZScore(warmup_steps=1), "head": 0.2})
+    optimizer = ComponentClipAdamW(
+        groups, lr=0.1, eps=1.0, max_norm={"b.*": ZScore(warmup_steps=1), "head": 0.2}, clip_eps=0.25
+    )
     clippers = [
-        ComponentClipper(theirs[:2], {"*.weight": EMA(warmup_steps=1), "*": 0.1}),
-        ComponentClipper(theirs[2:], {"b.*": ZScore(warmup_steps=1), "head": 0.2}),
+        ComponentClipper(theirs[:2], {"*.weight": EMA(warmup_steps=1), "*": 0.1}, eps=0.25),
+        ComponentClipper(theirs[2:], {"b.*": ZScore(warmup_steps=1), "head": 0.2}, eps=0.25),
     ]
     adamw = torch.optim.AdamW([p for _, p in theirs], lr=0.1, eps=1.0)
     for step in range(4):

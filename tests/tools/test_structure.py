@@ -28,7 +28,7 @@ ORDER = [
     components/gradients
     components/spec
     thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/by_pattern
-    thresholds/bounded thresholds/__init__
+    thresholds/bounded thresholds/learning thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/coefficients kernels/scale kernels/clip
     kernels/adamw kernels/adamw_single
