@@ -14,7 +14,11 @@ from cwclip_kernels import (
     ComponentClipGradScaler,
     ComponentClipper,
     ComponentSpec,
+    clip_gradients,
+    clip_gradients_,
     clip_in_backward,
+    component_clip_with_norms_,
+    component_norms,
     fused_component_clip_,
 )
 from cwclip_kernels.optim import ComponentClipAdamW
@@ -289,3 +293,27 @@ def test_a_skipped_step_teaches_nothing():
         scaler.update()
     assert repr(clipper.state_dict()) == kept
     assert clipper.state_dict()["max_norm"]["thresholds"]["*.weight"]["host"] == {"steps": 1}
+
+
+def test_gradients_without_parameters_and_norms_that_are_known():
+    """With a graph and without, or in two calls: what the one call does, eps by component."""
+    pairs = model_of()
+    caps = [{"*.weight": ZScore(warmup_steps=1), "*": 0.3} for _ in range(5)]
+    for step in range(3):
+        give_gradients(pairs, scale=1.0 if step < 2 else 10.0)
+        models = [twin_of(pairs) for _ in caps]
+        grads = {name: p.grad.clone() for name, p in pairs}
+        fused_component_clip_(models[0], dict(caps[0]), eps=0.25)
+        expected = {name: p.grad for name, p in models[0]}
+        clip_gradients_({name: p.grad for name, p in models[1]}, dict(caps[1]), eps=0.25)
+        copies, _ = clip_gradients(grads, dict(caps[2]), eps=0.25)
+        with_graph = {name: g.clone().requires_grad_() * 1.0 for name, g in grads.items()}
+        graph_copies, _ = clip_gradients(with_graph, dict(caps[3]), eps=0.25)
+        component_clip_with_norms_(models[4], dict(caps[4]), component_norms(models[4]), eps=0.25)
+        for name, p in models[1] + models[4]:
+            torch.testing.assert_close(p.grad, expected[name])
+        for found in (copies, graph_copies):
+            for name, grad in found.items():
+                torch.testing.assert_close(grad, expected[name])
+    with pytest.raises(ValueError, match=r"max_norm: \{'head': ParamRelative, '\*': 0.1\} reads parameters"):
+        clip_gradients_(grads, {"head": ParamRelative(), "*": 0.1})
