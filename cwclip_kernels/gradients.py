@@ -186,7 +186,7 @@ def _clip_(
     if is_traced():
         if isinstance(max_norm, Threshold):
             raise RuntimeError(
-                f"max_norm: {max_norm} can't be traced for gradients without parameters; give a "
+                f"max_norm: {type(max_norm).__name__} can't be traced for gradients without parameters; give a "
                 "number, a Tensor or a mapping, or clip outside of the compiled function"
             )
         return traced.clip_gradients_(given.values, _resolved(given, grouping), max_norm, options, scale)[0]
