@@ -61,6 +61,14 @@ def check_type(value: object, name: str, kind: type | UnionType, expected: str) 
         raise TypeError(f"{name}: expected {expected}, not {type_name(value)}")
 
 
+def check_word(value: object, name: str, *words: str) -> str:
+    """One of these words, or an error that lists them."""
+    check_type(value, name, str, f"one of {', '.join(map(repr, words))}")
+    if value not in words:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, words))}, not {value!r}")
+    return str(value)
+
+
 def check_float_tensor(tensor: Tensor, name: str) -> None:
     """Raises unless the tensor is dense, floating-point and has data."""
     if tensor.dtype not in _FLOATS or tensor.layout != torch.strided:

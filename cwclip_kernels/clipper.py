@@ -41,7 +41,7 @@ class ComponentClipper(ParameterClipper):
 
     Attributes:
         names: the K component names, in the order of every [K] tensor.
-        max_norm: as given; one of ``thresholds`` has ``state_dict()`` for checkpoints.
+        max_norm: as given, a mapping with thresholds as a ``thresholds.ByPattern``.
 
     Raises:
         TypeError, ValueError: an argument that isn't what it should be; named in the message. On all ranks, if they

@@ -54,9 +54,9 @@ def fused_component_clip_(
             modules (``torch.compile``, ``DistributedDataParallel``, ``FullyShardedDataParallel``, activation
             checkpointing). If the names of all pairs begin with ``module.``, it is left out.
         max_norm: the caps. A number; a floating-point Tensor of shape [] or [K], used where it lies, without a sync;
-            a mapping of ``fnmatch`` patterns on component names to numbers, of which the first that matches counts
-            and a component that none matches is not clipped; or one of ``cwclip_kernels.thresholds``. ``inf``
-            measures only, 0 zeroes.
+            one of ``cwclip_kernels.thresholds``; or a mapping of ``fnmatch`` patterns on component names to numbers
+            or thresholds, of which the first that matches counts and a component that none matches is not clipped.
+            ``inf`` measures only, 0 zeroes.
         norm_type: order p of the norm: any real number, or inf ("inf"). 1, 2 and inf have kernels.
         error_if_nonfinite: same as ``nonfinite="error"``.
         components: what is clipped together. None or "parameter": each tensor alone. "module": what one module owns,
@@ -66,7 +66,8 @@ def fused_component_clip_(
             composes these and cuts single tensors. A callable (name, tensor) -> hashable key, or None to leave the
             tensor alone, is called for every tensor at every call (once by ``ComponentClipper``).
         eps: added to the norm before dividing, as ``clip_grad_norm_`` does; not where ``max_norm`` is a threshold
-            that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own).
+            that follows norms (``ParamRelative``, ``EMA``, ``ZScore``, ``Percentile``, one of your own), or for the
+            components under one in a mapping.
         nonfinite: what becomes of a component whose norm is inf or NaN. "propagate": as torch, inf scales by 0 and
             NaN spreads, inside that component alone. "zero": zeroes it. "skip": leaves it as it is. "error":
             RuntimeError that names the components, no gradient changed; syncs with the host. A component whose cap

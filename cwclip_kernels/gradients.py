@@ -21,6 +21,7 @@ from .core.options import Options, check_options
 from .core.session import ClipSession
 from .distributed.shards import is_dtensor
 from .thresholds import Threshold
+from .thresholds.by_pattern import Settled, settled
 from .thresholds.constant import MaxNorm
 
 
@@ -97,7 +98,7 @@ def clip_gradients_(
             f"{_named(with_graph[0][0])} has a graph (create_graph=True), which would go on as if nothing had been "
             "clipped; use clip_gradients, whose result can be differentiated, or detach() it"
         )
-    return _clip_(given, max_norm, options, components, scale)
+    return _clip_(given, settled(max_norm), options, components, scale)
 
 
 def clip_gradients(
@@ -153,12 +154,12 @@ def clip_gradients(
     is_transformed = not is_traced() and differentiable.is_transformed()
     has_graph = len(_with_graph(given)) > 0 and torch.is_grad_enabled()
     if is_transformed or has_graph:
-        new, norms = _differentiable(given, max_norm, options, components, scale, is_transformed)
+        new, norms = _differentiable(given, settled(max_norm), options, components, scale, is_transformed)
     else:
         with torch.inference_mode(False):
             new = [None if grad is None else grad.detach().clone() for grad in given.values]
         copies = GivenGradients(given.given, new, given.named, given.like_given)
-        norms = _clip_(copies, max_norm, options, components, scale)
+        norms = _clip_(copies, settled(max_norm), options, components, scale)
     return given.like_given(new), norms
 
 
@@ -179,7 +180,7 @@ def _named(name: str) -> str:
 
 
 def _clip_(
-    given: GivenGradients, max_norm: MaxNorm, options: Options, grouping: Grouping, scale: LossScale
+    given: GivenGradients, max_norm: Settled, options: Options, grouping: Grouping, scale: LossScale
 ) -> Tensor:
     """Clips in place, by the kernels."""
     if is_traced():
@@ -199,7 +200,7 @@ def _clip_(
 
 def _differentiable(
     given: GivenGradients,
-    max_norm: MaxNorm,
+    max_norm: Settled,
     options: Options,
     grouping: Grouping,
     scale: LossScale,
@@ -224,7 +225,8 @@ def _differentiable(
                     f"{what} can't be used in a function that torch.func transforms; clip outside of it"
                 )
         resolved = _resolved(given, grouping)
-        policy = fixed_caps(max_norm, resolved)  # type: ignore[arg-type]  # not a threshold
+        assert not isinstance(max_norm, Threshold)  # which has been refused
+        policy = fixed_caps(max_norm, resolved)
     else:
         session, _ = _session(given, max_norm, options, grouping)
         resolved, policy = session.components, session.caps_for(max_norm, _leaves(given), options.rule)
@@ -247,12 +249,12 @@ def _resolved(given: GivenGradients, grouping: Grouping) -> Components:
 
 
 def _session(
-    given: GivenGradients, max_norm: MaxNorm, options: Options, grouping: Grouping
+    given: GivenGradients, max_norm: Settled, options: Options, grouping: Grouping
 ) -> tuple[ClipSession, list[Tensor]]:
     """The session, and a tensor for each gradient as it was made for."""
     if isinstance(max_norm, Threshold) and max_norm.reads_parameters:
         raise ValueError(
-            f"max_norm: {type(max_norm).__name__} reads parameters, which these gradients have none of; set p.grad, "
+            f"max_norm: {max_norm} reads parameters, which these gradients have none of; set p.grad, "
             "and use fused_component_clip_"
         )
     like = _tensors(given)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn, SupportsIndex, TypeVar
 
 from .result import ClipResult
-from .thresholds.base import learnt, load_learnt
+from .thresholds.constant import MaxNorm
+from .thresholds.learning import learnt, load_learnt
 
 Self = TypeVar("Self", bound="Handle")
 
@@ -20,7 +21,7 @@ class Handle(ABC):
     """
 
     last: ClipResult | None = None
-    _max_norm: object
+    _max_norm: MaxNorm
     _not_copied: ClassVar[str]  # why it can't be copied, and the way out
 
     @abstractmethod

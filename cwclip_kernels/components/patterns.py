@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from ..arguments import some_of, warn_caller
 from .naming import PREFIX, Aliases, with_prefix, without_wrappers
+
+Value = TypeVar("Value")
 
 _FEW = 10_000  # names are compared with a misspelt one within a second
 
@@ -24,13 +27,12 @@ matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def match_patterns(
     names: tuple[str, ...],
-    values: Mapping[str, float],
-    default: float,
+    values: Mapping[str, Value],
     everywhere: tuple[str, ...] | None = None,
     aliases: Aliases = (),
     spellings: Sequence[str] = (),
-) -> list[float]:
-    """For each component the value of the first pattern, in the mapping's order, that matches its name.
+) -> dict[str, Value]:
+    """By component name, ``everywhere``, the value of the first pattern, in the mapping's order, that matches it.
 
     A pattern may match a component of another rank instead, of those ``everywhere``; ``aliases`` and ``spellings``
     are those of ``Components``.
@@ -44,7 +46,7 @@ def match_patterns(
     known = dict.fromkeys((*(everywhere or ()), *names))
     spelt = {name: with_prefix(name) for name in known} if spellings else {}
     spelt.update(zip(names, spellings, strict=False))  # there are none where no prefix was lost
-    found: dict[str, float] = {}
+    found: dict[str, Value] = {}
     for pattern, value in values.items():
         what = f"max_norm: the pattern {pattern!r}"
         hits, _ = read_pattern(what, pattern, known, spelt, found)
@@ -61,7 +63,7 @@ def match_patterns(
                 f"max_norm: {_tied(other, first)}, which no pattern matches: it will not be clipped. "
                 f"Give {first!r} a cap (math.inf if it is not to be clipped)"
             )
-    return [found.get(name, default) for name in names]
+    return found
 
 
 def read_pattern(

@@ -92,21 +92,37 @@ class ComponentSpec:
                 raise ValueError(f"names: expected distinct ones, not {names}")
             if isinstance(sizes, tuple) and len(names) != len(sizes):
                 raise ValueError(f"names: expected {len(sizes)}, one for each of sizes, not {len(names)}")
-        part = _Part("split", pattern, sizes=sizes, names=names, dim=checked_int(dim, "dim"))
+        part = _Part("split", pattern, sizes=sizes, names=names, dims=(checked_int(dim, "dim"),))
         return replace(self, parts=(*self.parts, part))
 
-    def unitwise(self, pattern: str, dim: int = 0) -> ComponentSpec:
+    def unitwise(self, pattern: str, dim: int | Sequence[int] = 0) -> ComponentSpec:
         """One component for each index along ``dim`` of every parameter that matches: each output unit of a Linear.
 
-        Parameters with fewer than two dimensions have no rows and stay whole, as in Brock et al., "High-Performance
-        Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171.
+        With several dims there is one for each combination of indices, named ``weight[3,1]``. A parameter with no
+        more dimensions than ``dim`` names stays whole, such as a bias: its units would be single numbers. (As in
+        Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization", 2021, arXiv 2102.06171.)
+
+            weight of                               output unit
+            Linear [out, in], Conv [out, in/groups, ...]          dim=0; dim=(0, 1) for each kernel of a convolution
+            ConvTranspose [in, out, ...], Conv1D of GPT-2         dim=1
+            ConvTranspose [in, out/groups, ...] with groups       .split(p, sizes=in // groups).unitwise(p, dim=1)
+            Embedding [tokens, features]                          dim=0 for each token, 1 for each feature
+
+        ``dim`` says what is kept apart. optax's ``adaptive_grad_clip(axis=...)`` names the other axes, that norms are
+        taken over, in JAX's layouts; timm's AGC is dim=0.
 
         Args:
             pattern: which parameters.
-            dim: 0 for the rows of a Linear or a convolution, 1 for those of a Conv1D of GPT-2.
+            dim: a dimension or several, which give names in this order; negative ones count from the end.
         """
         check_type(pattern, "pattern", str, "a string")
-        return replace(self, parts=(*self.parts, _Part("unitwise", pattern, dim=checked_int(dim, "dim"))))
+        kinds = "a whole number or a sequence of them"
+        dims = tuple(checked_int(d, "dim", kinds=kinds) for d in (dim if _is_sequence(dim) else (dim,)))
+        if not dims:
+            raise ValueError("dim: expected at least one")
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"dim: expected distinct ones, not {dims}")
+        return replace(self, parts=(*self.parts, _Part("unitwise", pattern, dims=dims)))
 
     @property
     def words(self) -> tuple[By, ...]:
@@ -149,24 +165,27 @@ class ComponentSpec:
             ValueError: sizes that don't fill the dimension, a dimension that isn't there or that is cut twice.
         """
         cuts: dict[int, _Part] = {}
+        found: list[list[tuple[str, Slice]]] = []  # of each cut, its slices
         for cut in self.parts if tensor.dtype.is_floating_point or tensor.dtype.is_complex else ():
             if cut.method == "group" or not cut.matches(name):
                 continue
             if isinstance(tensor, UninitializedParameter):  # torch's is_lazy() can't be traced
                 raise ValueError(f"components: {name!r} can't be cut before its shape is known; run the model once")
-            if cut.method == "unitwise" and tensor.ndim < 2:
+            if cut.method == "unitwise" and tensor.ndim <= len(cut.dims):
                 continue
-            if not -tensor.ndim <= cut.dim < tensor.ndim:
-                raise cut.error(f"{name!r} has shape {list(tensor.shape)}, no dim {cut.dim}")
-            dim = cut.dim % tensor.ndim
-            if dim in cuts:
-                raise cut.error(f"{name!r} is cut along dim {dim} twice, before by {cuts[dim].pattern!r}")
-            cuts[dim] = cut
-        if not cuts:
-            return [("", ())]
+            along: list[list[tuple[str, tuple[int, int, int]]]] = []
+            for given in cut.dims:
+                if not -tensor.ndim <= given < tensor.ndim:
+                    raise cut.error(f"{name!r} has shape {list(tensor.shape)}, no dim {given}")
+                dim = given % tensor.ndim
+                if dim in cuts:
+                    raise cut.error(f"{name!r} is cut along dim {dim} twice, before by {cuts[dim].pattern!r}")
+                cuts[dim] = cut
+                along.append(cut.slices(name, tensor.shape[dim], dim))
+            found.append([_joined(chosen) for chosen in product(*along)])
         return [
-            ("".join(f"[{label}]" for label, _ in chosen), tuple(sorted(place for _, place in chosen)))
-            for chosen in product(*(cut.slices(name, tensor.shape[dim], dim) for dim, cut in cuts.items()))
+            ("".join(label for label, _ in chosen), tuple(sorted(place for _, part in chosen for place in part)))
+            for chosen in product(*found)
         ]
 
 
@@ -179,7 +198,7 @@ class _Part:
     by: By = None
     sizes: int | tuple[int, ...] = 1
     names: tuple[str, ...] | None = None
-    dim: int = 0
+    dims: tuple[int, ...] = (0,)
     prefixed: bool = False  # whether names get PREFIX before they are compared with the pattern
 
     def matches(self, name: str) -> bool:
@@ -202,6 +221,11 @@ class _Part:
 
     def error(self, problem: str) -> ValueError:
         return ValueError(f"components: {problem} (cut by {self.pattern!r})")
+
+
+def _joined(chosen: Sequence[tuple[str, tuple[int, int, int]]]) -> tuple[str, Slice]:
+    """One slice along each of a cut's dims, as one slice with a label."""
+    return f"[{','.join(label for label, _ in chosen)}]", tuple(place for _, place in chosen)
 
 
 def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..arguments import type_name
 from ..backends import native
 from ..components.membership import Components
 from ..distributed import local
 from ..distributed.reduction_plan import ReductionPlan
 from ..distributed.run import DistributedCall
 from ..thresholds import Fixed, Setting, Threshold
-from ..thresholds.base import StepCaps
+from ..thresholds.base import StepCaps, caps_of
 from ..thresholds.constant import checked_cap
 from . import run
 from .checks import has_no_data
@@ -65,7 +64,7 @@ class BoundThreshold:
     ) -> None:
         if threshold.needs_all_components and reductions is not None and reductions.has_stages:
             raise ValueError(
-                f"max_norm: {type_name(threshold)} looks at all components together, of which each rank of "
+                f"max_norm: {threshold} looks at all components together, of which each rank of "
                 "pp_mesh has others; use a threshold that looks at each by itself"
             )
         self._threshold = weakref.ref(threshold)
@@ -76,6 +75,7 @@ class BoundThreshold:
         self._measure: Callable[[], Tensor] | None = None  # while caps are computed
         self._form: object = None
         self._setting: Setting | None = None
+        self._eps_on: dict[torch.device, tuple[tuple[bool, ...], Tensor]] = {}
 
     def is_for(self, threshold: Threshold, rule: ClipRule) -> bool:
         """Whether a call with this threshold and rule can use it."""
@@ -94,26 +94,27 @@ class BoundThreshold:
     def measuring(self, threshold: Threshold, measure: Callable[[], Tensor] | None) -> StepCaps:
         """The threshold's caps, with the parameters' norms from ``measure``; None if it can't ask for these."""
         caps = partial(self._caps, threshold, measure)
-        return StepCaps(threshold.adds_eps, threshold.needs_norms, caps, threshold.update_)
+        adds = threshold.adds_eps_to() if self._rule.eps > 0.0 else None
+        eps = None if adds is None else partial(self._eps, adds)
+        return StepCaps(threshold.adds_eps, threshold.needs_norms, caps, threshold.update_, eps)
+
+    def _eps(self, adds: tuple[bool, ...], device: torch.device) -> Tensor:
+        """What is added to each norm, [K]; kept, since a captured graph goes on reading it."""
+        known = self._eps_on.get(device)
+        if known is None or known[0] != adds:
+            values = [self._rule.eps if one else 0.0 for one in adds]
+            known = adds, torch.tensor(values, dtype=wide_dtype(device), device="cpu").to(device)
+            self._eps_on[device] = known
+        return known[1]
 
     def _caps(
         self, threshold: Threshold, measure: Callable[[], Tensor] | None, device: torch.device, norms: Tensor | None
     ) -> Tensor:
         self._measure = measure
         try:
-            caps = threshold.caps(device, norms)
+            return caps_of(threshold, device, norms, len(self._components.names))
         finally:
             self._measure = None
-        count, wide = len(self._components.names), wide_dtype(device)
-        found = type_name(caps)
-        if isinstance(caps, Tensor):
-            if (caps.dtype, caps.device) == (wide, device) and caps.shape in ((), (count,)) and caps.is_contiguous():
-                return caps
-            found = f"{caps.dtype} of shape {list(caps.shape)} on {caps.device}"
-        raise TypeError(
-            f"max_norm: caps() of {type_name(threshold)} has to return a contiguous {wide} tensor of shape [] or "
-            f"[{count}] on {device}, not {found}"
-        )
 
     def _parameter_norms(self) -> Tensor:
         """``Setting.parameter_norms``."""
@@ -135,8 +136,11 @@ class BoundThreshold:
         components, reductions, rule = self._components, self._reductions, self._rule
         counts = local.member_numels(components, tensors) if reductions is None else reductions.member_numels
         trained = trained_of(tensors)
-        numels = [0] * len(components.names)
+        numels, sizes = [0] * len(components.names), [0] * len(components.names)
+        members: list[dict[int, None]] = [{} for _ in components.names]
         for (position, component, _), count in zip(components.members, counts, strict=True):
+            members[component][position] = None
+            sizes[component] += count
             if not trained or trained[position]:
                 # A parameter without shape counts as one element until it has one.
                 numels[component] += max(count, 1) if is_lazy(tensors[position]) else count
@@ -144,7 +148,7 @@ class BoundThreshold:
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
-        return Setting(components.names, *own, *others)
+        return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes))
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -47,7 +47,8 @@ def clipped(
     follows = fixed != 1
     if rule.nonfinite in ("zero", "skip"):
         follows = follows & norms.detach().isfinite()
-    padded = torch.where(follows, norms.to(caps.dtype) + rule.eps, 1.0)
+    eps = rule.eps if policy.eps is None else policy.eps(caps.device)
+    padded = torch.where(follows, norms.to(caps.dtype) + eps, 1.0)
     coefs = torch.where(follows, (torch.where(follows, caps, 0.0) / padded).to(norms.dtype), fixed)
     factors = scale.factors(coefs)
     new = list(grads)

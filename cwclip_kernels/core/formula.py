@@ -76,13 +76,14 @@ def root(sums: Tensor, norm_type: float) -> Tensor:
     return sums ** (1.0 / norm_type)
 
 
-def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
+def coefficients(norms: Tensor, caps: Tensor, rule: ClipRule, eps: Tensor | None = None) -> Tensor:
     """coef = min(1, cap / (norm + eps)), [K] in the norms' dtype, from ``caps`` [] or [K] in ``wide_dtype``.
 
+    ``eps``, [K] in ``wide_dtype``, is added to each norm in place of the rule's, where components differ in it.
     A cap of inf gives 1 whatever the norm, a norm of 0 gives 1 whatever the cap. Under "propagate" a norm of inf
     gives 0 and NaN gives NaN. A cap that is negative or NaN gives NaN, since refusing it would need a host sync.
     """
-    padded = norms.to(caps.dtype) + rule.eps
+    padded = norms.to(caps.dtype) + (rule.eps if eps is None else eps)
     coefs = torch.where(padded <= caps, 1.0, caps / padded)
     coefs = torch.where(caps >= 0, coefs, math.nan)
     if rule.nonfinite in ("zero", "skip"):

@@ -13,6 +13,7 @@ from ..arguments import check_float_tensor, check_type, checked_number, type_nam
 from ..backends import registry
 from ..components.spec import Grouping
 from ..thresholds import Threshold
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from .formula import POLICIES, ClipRule
 from .modes import is_traced
@@ -55,8 +56,9 @@ class Options:
         text = f"norm_type={rule.norm_type:g}, eps={rule.eps:g}, nonfinite={policy!r}"
         if pp_mesh is not None:
             return text
-        is_object = isinstance(max_norm, Tensor | Threshold)
-        return f"{text}, max_norm={type_name(max_norm) if is_object else max_norm!r}"
+        max_norm = settled(max_norm)
+        kind = type_name(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
+        return f"{text}, max_norm={max_norm if isinstance(max_norm, Threshold) else kind}"
 
 
 def check_options(

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..components.membership import Member
 from ..result import ClipResult
 from ..thresholds import Threshold
-from ..thresholds.base import StepCaps, learnt, load_learnt
+from ..thresholds.base import StepCaps
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
+from ..thresholds.learning import learnt, load_learnt
 from . import traced
 from .loss_scale import LossScale
 from .modes import is_traced
@@ -32,6 +34,7 @@ class ParameterClipper:
         self, tensors: tuple[Tensor, ...], session: ClipSession, max_norm: MaxNorm, options: Options
     ) -> None:
         self.names: tuple[str, ...] = session.components.names
+        max_norm = settled(max_norm)
         # A mapping as it is now, like the caps.
         self.max_norm: MaxNorm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._session = session

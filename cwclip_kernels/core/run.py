@@ -83,7 +83,8 @@ def clip_(
 
     One bucket takes its backend's fused path, if there is one. Anything else takes two steps, power sums first:
     several devices or backends, a sparse gradient with duplicate indices (measured coalesced, scaled as it is),
-    errors on non-finite norms, which must come before the first write, and caps that depend on the norms.
+    errors on non-finite norms, which must come before the first write, caps that depend on the norms, and components
+    that differ in ``eps``.
     """
     order = rule.norm_type
     in_steps = plan.sparse or raise_nonfinite or _takes_steps(policy, rule, loss_scale)
@@ -140,7 +141,7 @@ def clip_at_once_(
 def _takes_steps(policy: StepCaps, rule: ClipRule, loss_scale: LossScale) -> bool:
     """Whether norms must be known before the first gradient is written, whatever the gradients are."""
     tells = loss_scale.found_inf is None or sums_tell_nonfinite(rule.norm_type)
-    return policy.needs_norms or rule.norm_type <= 0 or not tells
+    return policy.needs_norms or policy.eps is not None or rule.norm_type <= 0 or not tells
 
 
 def sums_tell_nonfinite(norm_type: float) -> bool:
@@ -195,7 +196,7 @@ def coefficients_of(
             bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
             raise RuntimeError(nonfinite_message(bad, len(finite), rule.norm_type))
     caps = policy.caps(norms.device, norms if policy.needs_norms else None)
-    return formula.coefficients(norms, caps, rule), caps
+    return policy.coefficients(norms, caps, rule), caps
 
 
 def known_norms(norms: Tensor, plan: ClipPlan) -> Tensor:

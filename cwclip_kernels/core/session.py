@@ -20,6 +20,7 @@ from ..distributed.set_up import plan_reductions
 from ..distributed.shards import is_flat
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from . import formula, run
 from .bucket import Found
@@ -75,18 +76,19 @@ class ClipSession:
 
     def caps_for(self, max_norm: MaxNorm, tensors: Sequence[Tensor], rule: ClipRule) -> StepCaps:
         """The caps that ``max_norm`` stands for, checked. Those of numbers are kept until these change."""
-        if isinstance(max_norm, Threshold):
-            if self.bound is None or not self.bound.is_for(max_norm, rule):
-                self.bound = BoundThreshold(max_norm, self.components, self.reductions, rule)
-            return self.bound.for_call(max_norm, tensors)
-        if isinstance(max_norm, Tensor):
-            return fixed_caps(max_norm, self.components)
+        cap = settled(max_norm)
+        if isinstance(cap, Threshold):
+            if self.bound is None or not self.bound.is_for(cap, rule):
+                self.bound = BoundThreshold(cap, self.components, self.reductions, rule)
+            return self.bound.for_call(cap, tensors)
+        if isinstance(cap, Tensor):
+            return fixed_caps(cap, self.components)
         # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
-        named = max_norm.items() if isinstance(max_norm, Mapping) else [(None, max_norm)]
+        named = cap.items() if isinstance(cap, Mapping) else [(None, cap)]
         items = [(pattern, type(value), value) for pattern, value in named]
         if self._last_fixed is None or self._last_fixed[0] != items:
             everywhere = None if self.reductions is None else self.reductions.all_names
-            self._last_fixed = items, fixed_caps(max_norm, self.components, everywhere)
+            self._last_fixed = items, fixed_caps(cap, self.components, everywhere)
         return self._last_fixed[1]
 
     def clip_(

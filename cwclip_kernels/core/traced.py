@@ -18,6 +18,7 @@ from torch import Tensor
 from ..components.membership import Components
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
+from ..thresholds.by_pattern import Settled, settled
 from ..thresholds.constant import MaxNorm, checked_cap, checked_caps
 from . import run
 from .caps import fixed_caps, trained_of
@@ -71,25 +72,17 @@ def clip_present_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for these gradients, whose components ``text`` tells."""
     rule, backend = options.rule, options.backend
+    cap = settled(max_norm)
     device = grads[0].device if grads else home_of(tensors)
-    threshold = max_norm if isinstance(max_norm, Threshold) else None
+    threshold = cap if isinstance(cap, Threshold) else None
     with torch.no_grad():
-        caps, patterns, values = caps_for(tensors, components, max_norm, options, scale, device)
+        caps, patterns, values = caps_for(tensors, components, cap, options, scale, device)
         if grads:
-            eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
+            eps, exempt = eps_of(cap, rule)
             policy = "error" if options.raise_nonfinite else rule.nonfinite
+            scaled = inverse_of(scale, device), scale.found_inf
             norms, coefs, used = torch.ops.cwclip_kernels.component_clip_(
-                grads,
-                text,
-                caps,
-                patterns,
-                values,
-                inverse_of(scale, device),
-                scale.found_inf,
-                rule.norm_type,
-                eps,
-                policy,
-                backend,
+                grads, text, caps, patterns, values, *scaled, rule.norm_type, eps, exempt, policy, backend
             )
         else:
             norms = no_norms(tensors, components)
@@ -103,7 +96,7 @@ def clip_present_(
 def caps_for(
     tensors: Sequence[Tensor],
     components: Components,
-    max_norm: MaxNorm,
+    max_norm: Settled,
     options: Options,
     scale: LossScale,
     device: torch.device,
@@ -118,6 +111,15 @@ def caps_for(
             norms = scale.unscaled(norms_of(tensors, components, options.rule.norm_type, options.backend))
         max_norm = max_norm.caps(device, norms)
     return _split(max_norm)
+
+
+def eps_of(max_norm: Settled, rule: ClipRule) -> tuple[float, list[int]]:
+    """What is added to norms, and the components to whose norms it isn't, where these differ."""
+    if not isinstance(max_norm, Threshold):
+        return rule.eps, []
+    adds = max_norm.adds_eps_to() if rule.eps > 0.0 else None
+    exempt = [] if adds is None else [i for i, one in enumerate(adds) if not one]
+    return rule.eps if max_norm.adds_eps else 0.0, exempt
 
 
 def norms_of(
@@ -170,7 +172,7 @@ def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _split(max_norm: MaxNorm) -> tuple[Tensor | None, str, list[float]]:
+def _split(max_norm: Settled) -> tuple[Tensor | None, str, list[float]]:
     """The caps as operators take them: a tensor, or patterns as text and a number for each, or "" and one number."""
     if isinstance(max_norm, Tensor):
         return max_norm.detach(), "", []
@@ -218,17 +220,28 @@ def _component_clip_(
     found_inf: Tensor | None,
     norm_type: float,
     eps: float,
+    exempt: list[int],
     nonfinite: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, found = plans_for(grads, components).get(list(grads), grads, norm_type, backend)
     policy = policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
+    policy = exempting(policy, exempt, eps, len(plan.components.names))
     scale = LossScale.of(inv_scale, found_inf)
     scale_here = scale.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
     norms, coefs, used = run.clip_(plan, found, policy, rule, nonfinite == "error", scale_here)
     scale.deliver(scale_here)
     return norms, coefs, used.clone()  # an operator may not return what is kept
+
+
+def exempting(policy: StepCaps, exempt: Sequence[int], eps: float, count: int) -> StepCaps:
+    """The same, with nothing added to the norms of some components."""
+    if not exempt:
+        return policy
+    without = set(exempt)
+    values = [0.0 if i in without else eps for i in range(count)]
+    return policy._replace(eps=lambda device: torch.tensor(values, dtype=wide_dtype(device), device=device))
 
 
 def _fake_component_clip_(

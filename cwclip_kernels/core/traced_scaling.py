@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..components.membership import Components
 from ..thresholds import Threshold
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from . import run, traced
 from .caps import fixed_caps
@@ -42,18 +43,17 @@ def clip_with_norms_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ClipSession.clip_with_norms_``."""
     rule = options.rule
-    threshold = max_norm if isinstance(max_norm, Threshold) else None
+    cap = settled(max_norm)
+    threshold = cap if isinstance(cap, Threshold) else None
     grads, text = traced.present(tensors, components)
     device = grads[0].device if grads else home_of(tensors)
     with torch.no_grad():
         norms = norms.detach()
-        caps, patterns, values = traced.caps_for(
-            tensors, components, max_norm, options, scale, device, norms.to(device)
-        )
+        caps, patterns, values = traced.caps_for(tensors, components, cap, options, scale, device, norms.to(device))
         if not grads:
             zeros = traced.no_norms(tensors, components)
             return zeros, torch.ones_like(zeros), torch.full((), math.inf, dtype=wide_dtype(device), device=device)
-        eps = rule.eps if threshold is None or threshold.adds_eps else 0.0
+        eps, exempt = traced.eps_of(cap, rule)
         policy = "error" if options.raise_nonfinite else rule.nonfinite
         norms, coefs, used = torch.ops.cwclip_kernels.component_clip_with_norms_(
             grads,
@@ -65,6 +65,7 @@ def clip_with_norms_(
             traced.inverse_of(scale, device),
             rule.norm_type,
             eps,
+            exempt,
             policy,
             options.backend,
         )
@@ -100,6 +101,7 @@ def _component_clip_with_norms_(
     inv_scale: Tensor | None,
     norm_type: float,
     eps: float,
+    exempt: list[int],
     nonfinite: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +110,7 @@ def _component_clip_with_norms_(
         traced.policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
     )
     rule, names = ClipRule(norm_type, eps, nonfinite), plan.components.names
+    policy = traced.exempting(policy, exempt, eps, len(names))
     norms = run.known_norms(norms, plan)
     coefs, used = run.coefficients_of(norms, names, policy, rule, nonfinite == "error")
     factors = run.factors_of(coefs, len(names), plan.device, LossScale.of(inv_scale, None))

@@ -71,7 +71,7 @@ class DistributedCall:
         norms = self._norms(order, scaled)
         bad, count = self.reductions.nonfinite(norms) if raise_nonfinite else ([], 0)
         caps = policy.caps(self.home, norms if policy.needs_norms else None)
-        coefs = formula.coefficients(norms, caps, rule)
+        coefs = policy.coefficients(norms, caps, rule)
         if self._failure is not None:
             raise self._failure
         if bad:

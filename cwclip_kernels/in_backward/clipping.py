@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import type_name
 from ..clipper import ComponentClipper
 from ..components.membership import unclipped
 from ..components.parameters import Parameters, as_items, named_tensors
@@ -320,7 +319,10 @@ class BackwardClipping(Handle):
                 all_norms[hook.own] = norms
                 caps = self._caps_from(lambda: all_norms).caps(device, None)
             own = caps[hook.own] if caps.ndim else caps
-        known = StepCaps(self._caps.adds_eps, False, lambda *_: own, self._caps.update_)
+        known = self._caps._replace(needs_norms=False, caps=lambda *_: own)
+        eps_of = self._caps.eps
+        if eps_of is not None:
+            known = known._replace(eps=lambda device: eps_of(device)[hook.own])
         norms, coefs, _ = hook.session.clip_((parameter,), known, self._options, learns=False, update=update)
         current.found.append((hook.own, norms, coefs, own))
 
@@ -350,7 +352,7 @@ class BackwardClipping(Handle):
     def _other_are_trained(self, hook: ParameterHook) -> str:
         then, now = ("frozen", "trained") if hook.was_frozen else ("trained", "frozen")
         return (
-            f"max_norm: {type_name(self._max_norm)} counted the trained parameters when {hook.name!r} was {then}, "
+            f"max_norm: {self._max_norm} counted the trained parameters when {hook.name!r} was {then}, "
             f"which is {now} now; remove() the handle and set it up again"
         )
 
@@ -361,5 +363,5 @@ class BackwardClipping(Handle):
 
 def _needs_norms(max_norm: object) -> str:
     end = " until its warm-up is over: before this, load a state for which it is (max_norm.load_state_dict(...)), or"
-    text = f"max_norm: {type_name(max_norm)} depends on all norms of a step, which aren't known in the backward pass"
+    text = f"max_norm: {max_norm} depends on all norms of a step, which aren't known in the backward pass"
     return f"{text}{',' + end if isinstance(max_norm, EMA) else ';'} {AT_THE_STEP}"

@@ -23,6 +23,7 @@ from ..distributed.shards import is_flattened
 from ..grad_scaler import ComponentClipGradScaler
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ def is_deepspeed(accelerator: Any) -> bool:
 
 def learner(max_norm: MaxNorm | None) -> Threshold | None:
     """The threshold whose caps change with the steps, so that checkpoints need its state; None for other caps."""
-    if isinstance(max_norm, Threshold) and type(max_norm).update_ is not Threshold.update_:
-        return max_norm
-    return None
+    policy = None if max_norm is None else settled(max_norm)
+    return policy if isinstance(policy, Threshold) and policy.learns else None
 
 
 @contextmanager

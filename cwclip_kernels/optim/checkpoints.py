@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..arguments import type_name, warn_caller
+from ..arguments import warn_caller
 from ..thresholds import Threshold
-from ..thresholds.base import learnt, load_learnt
+from ..thresholds.by_pattern import settled
+from ..thresholds.learning import learnt, load_learnt
 
 _OWN = ("max_norm", "correct_bias")  # entries of param groups that torch's AdamW doesn't have
 
@@ -60,10 +61,10 @@ class Loading:
 
     def warn(self) -> None:
         """Warns of a threshold that learns, and for which there was nothing to load."""
-        learner = next((t for t in self._thresholds if type(t).update_ is not Threshold.update_), None)
+        learner = next((t for t in self._thresholds if t.learns), None)
         if learner is not None and not self._learnt:
             warn_caller(
-                f"state_dict: has no 'clipping', so {type_name(learner)} goes on from what it has learnt here; of a "
+                f"state_dict: has no 'clipping', so {learner} goes on from what it has learnt here; of a "
                 "distributed checkpoint, which keeps torch's own entries alone, load max_norm's state beside it"
             )
 
@@ -82,5 +83,6 @@ class Loading:
 
 def _thresholds(groups: Sequence[Mapping[str, Any]]) -> list[Threshold]:
     """Each once, in the order of param groups."""
-    caps = {id(group["max_norm"]): group["max_norm"] for group in groups}
+    settled_caps = [settled(group["max_norm"]) for group in groups]
+    caps = {id(cap): cap for cap in settled_caps}
     return [cap for cap in caps.values() if isinstance(cap, Threshold)]

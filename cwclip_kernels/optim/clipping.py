@@ -18,6 +18,7 @@ from ..core.options import Options
 from ..core.session import ClipSession
 from ..distributed.shards import is_flat, originals_of
 from ..result import ClipResult
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 
 Names = nn.Module | Iterable[tuple[str, Tensor]] | None
@@ -180,6 +181,7 @@ def names_of(source: Names) -> dict[int, str]:
 
 def are_equal(a: MaxNorm, b: MaxNorm) -> bool:
     """Whether two ``max_norm`` are the same number, an equal mapping, or one object."""
+    a, b = settled(a), settled(b)
     if a is b:
         return True
     if type(a) is not type(b) or not isinstance(a, int | float | Mapping):

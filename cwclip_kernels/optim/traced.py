@@ -20,6 +20,7 @@ from ..core.options import Options
 from ..core.plan import Plans
 from ..result import ClipResult
 from ..thresholds import Threshold
+from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from .update import AdamWUpdate
 
@@ -59,12 +60,14 @@ def clip_adamw_(
         rates.append(lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device="cpu"))
         numbers += [*group["betas"], group["eps"], group["weight_decay"]]
         numbers += [float(group[flag]) for flag in ("amsgrad", "maximize", "correct_bias")]
-    threshold = max_norm if isinstance(max_norm, Threshold) else None
+    cap = settled(max_norm)
+    threshold = cap if isinstance(cap, Threshold) else None
     rule = options.rule
+    eps, exempt = traced.eps_of(cap, rule)
     norms, coefs, used = torch.ops.cwclip_kernels.component_clip_adamw_(
         states.grads,
         traced.in_words(components.only(present)),
-        *traced.caps_for(tensors, components, max_norm, options, scale, states.grads[0].device),
+        *traced.caps_for(tensors, components, cap, options, scale, states.grads[0].device),
         states.params,
         states.exp_avgs,
         states.exp_avg_sqs,
@@ -76,7 +79,8 @@ def clip_adamw_(
         scale.inverse,
         skip,
         rule.norm_type,
-        rule.eps if threshold is None or threshold.adds_eps else 0.0,
+        eps,
+        exempt,
         "error" if options.raise_nonfinite else rule.nonfinite,
         options.backend,
     )
@@ -106,6 +110,7 @@ def _component_clip_adamw_(
     found_inf: Tensor | None,
     norm_type: float,
     eps: float,
+    exempt: list[int],
     nonfinite: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +132,7 @@ def _component_clip_adamw_(
     fixed = (
         traced.policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
     )
+    fixed = traced.exempting(fixed, exempt, eps, len(plan.components.names))
     scale = LossScale.of(inv_scale, None)
     rule = ClipRule(norm_type, eps, nonfinite)
     norms, coefs, used = run.clip_(plan, found, fixed, rule, nonfinite == "error", scale.on(plan.device), update)

@@ -2,11 +2,14 @@
 
     Fixed           what ``max_norm`` takes anyway
     Schedule        a function of the step
+    RMS             caps the root mean square, whatever a component's size
     FromGlobal      a global budget shared out among the components
     ParamRelative   a share of the parameters' own norm (AGC)
     EMA             a little above a running mean of the component's norms (AdaGC)
     ZScore          outliers of a running mean and variance (ZClip)
     Percentile      a percentile of the norms so far (AutoClip)
+    ByPattern       another of these for each pattern: what a mapping becomes
+    Bounded         another's caps, with a floor and a ceiling
 
 State lies on the device, is updated without a host sync, and is saved by ``state_dict()``. A norm that is inf or NaN,
 or 0 because a component got no gradient, teaches nothing about that component; steps are counted all the same.
@@ -24,11 +27,16 @@ Example:
 
 from .adaptive import EMA, ParamRelative, Percentile, ZScore
 from .base import Setting, Threshold
+from .bounded import Bounded
+from .by_pattern import ByPattern
 from .constant import Fixed
-from .schedule import FromGlobal, Schedule
+from .schedule import RMS, FromGlobal, Schedule
 
 __all__ = [
     "EMA",
+    "RMS",
+    "Bounded",
+    "ByPattern",
     "Fixed",
     "FromGlobal",
     "ParamRelative",

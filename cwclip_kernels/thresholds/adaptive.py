@@ -10,10 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..arguments import checked_int, checked_number
+from ..arguments import check_type, check_word, checked_int, checked_number
 from ..core.formula import root
 from ..core.modes import is_recorded, is_traced
 from .base import Threshold, as_wide, observed
+from .constant import checked_cap
 
 
 class ParamRelative(Threshold):
@@ -148,12 +149,25 @@ class ZScore(Threshold):
 
     with n = min(||g_c||, cap_c), and the new mu_c in the last term. A component isn't clipped in its first
     ``warmup_steps`` steps; mu_c and sigma_c^2 start as the mean and variance of these norms. The authors' code has
-    1e-6 in place of 1e-6 mu_c. Gradients are clipped in two passes.
+    1e-6 in place of 1e-6 mu_c. Gradients are clipped in two passes, in one under ``mode="percentile"``.
+
+    The other arguments are those of the authors' code, except for ``clip_option="skip"``. As there, ``max_grad_norm``
+    has no part in mu_c and sigma_c: n is the norm before, clipped to the adaptive cap alone.
 
     Args:
         decay: alpha; 0.97 in the paper and in the authors' code.
         threshold: z_thresh; 2.5 in both.
         warmup_steps: 25 in the authors' code.
+        max_grad_norm: a ceiling of all caps, in force in the warm-up too; 1.0 in the authors' code. None for none.
+        mode: "zscore", the rule above; or "percentile": cap_c = mu_c + threshold * sigma_c at every step, which is
+            no percentile, but is called so in the authors' code.
+        clip_option: the cap of a spike, that is where z > threshold. "adaptive_scaling": the one above. "mean":
+            mu_c. "skip": 0, so that this step gets nothing from the component's gradient (caps and coefs of the
+            result are 0 there; the optimizer's momentum and weight decay go on). mu_c and sigma_c learn the largest
+            norm that is no spike, so that norms that stay high aren't skipped for ever. Under "percentile" a spike
+            is a norm above the cap, "adaptive_scaling" changes nothing, and "mean" can't be given.
+        clip_factor: times the whole cap of "adaptive_scaling" in mode "zscore"; 0.5 to 0.9 clip harder.
+        skip_update_on_spike: mu_c and sigma_c learn nothing from a spike. The gradient is clipped all the same.
 
     Example:
         >>> from cwclip_kernels import ComponentClipper, thresholds
@@ -168,31 +182,76 @@ class ZScore(Threshold):
 
     References:
         Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv 2504.02507: reciprocal
-        clipping. The authors' code, github.com/bluorion-com/ZClip (zclip 1.0.0), clips one global norm, and at every
-        step also to ``max_grad_norm`` = 1.0, which is left out here.
+        clipping. The authors' code, github.com/bluorion-com/ZClip (zclip 1.0.0), clips one global norm.
     """
 
-    needs_norms = True
-
-    def __init__(self, decay: float = 0.97, threshold: float = 2.5, warmup_steps: int = 25) -> None:
+    def __init__(
+        self,
+        decay: float = 0.97,
+        threshold: float = 2.5,
+        warmup_steps: int = 25,
+        *,
+        max_grad_norm: float | None = None,
+        mode: str = "zscore",
+        clip_option: str = "adaptive_scaling",
+        clip_factor: float = 1.0,
+        skip_update_on_spike: bool = False,
+    ) -> None:
         super().__init__()
         self._decay = checked_number(decay, "decay", high=1.0)
         self._threshold = checked_number(threshold, "threshold", above_low=True)
         self._warmup_steps = checked_int(warmup_steps, "warmup_steps", 1)
+        self._ceiling = math.inf if max_grad_norm is None else checked_cap(max_grad_norm, "max_grad_norm")
+        self._by_z = check_word(mode, "mode", "zscore", "percentile") == "zscore"
+        self._option = check_word(clip_option, "clip_option", "adaptive_scaling", "mean", "skip")
+        self._factor = checked_number(clip_factor, "clip_factor", above_low=True)
+        check_type(skip_update_on_spike, "skip_update_on_spike", bool, "a bool")
+        self._learns_spikes = not skip_update_on_spike
+        if not self._by_z and clip_option == "mean":
+            raise ValueError(
+                "clip_option: 'mean' is for mode='zscore'; under 'percentile' the cap is set by threshold"
+            )
+        if self._factor != 1.0 and not (self._by_z and clip_option == "adaptive_scaling"):
+            raise ValueError("clip_factor: is for mode='zscore' with clip_option='adaptive_scaling'")
+
+    @property
+    def needs_norms(self) -> bool:
+        return self._by_z or self._option == "skip"
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        assert norms is not None
         mean, variance, seen = self.allocate(device)
-        deviation = variance.sqrt()
-        z = (as_wide(norms) - mean) / (deviation + 1e-6 * mean)
-        # A norm of inf or NaN counts as infinitely far above the mean.
-        capped = mean + torch.where(z.isfinite(), self._threshold**2 / z, 0.0) * deviation
-        is_outlier = ((z > self._threshold) | ~norms.isfinite()) & (seen >= self._warmup_steps)
-        return torch.where(is_outlier, capped, math.inf)
+        if norms is None:  # where it makes no difference whether a norm is above the cap
+            caps = torch.where(seen >= self._warmup_steps, mean + self._threshold * variance.sqrt(), math.inf)
+        else:
+            is_spike, spike_cap = self._spikes(norms, mean, variance, seen)
+            if self._option == "skip":
+                spike_cap = torch.zeros_like(mean)
+            caps = torch.where(is_spike, spike_cap, math.inf)
+        return caps if self._ceiling == math.inf else caps.clamp(max=self._ceiling)
+
+    def _spikes(self, norms: Tensor, mean: Tensor, variance: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Where norms are spikes, and what is learnt from these, which they are clipped to if they aren't skipped."""
+        wide, deviation = as_wide(norms), variance.sqrt()
+        if self._by_z:
+            z = (wide - mean) / (deviation + 1e-6 * mean)
+            is_spike = z > self._threshold
+            # A norm of inf or NaN counts as infinitely far above the mean.
+            cap = (mean + torch.where(z.isfinite(), self._threshold**2 / z, 0.0) * deviation) * self._factor
+            if self._option == "mean":
+                cap = mean
+        else:
+            cap = mean + self._threshold * deviation
+            is_spike = wide > cap
+        if self._option == "skip":
+            cap = mean + self._threshold * (deviation + 1e-6 * mean)
+        return (is_spike | ~norms.isfinite()) & (seen >= self._warmup_steps), cap
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
         mean, variance, seen = self.allocate(norms.device)
-        clipped = as_wide(norms) * as_wide(coefs)
+        is_spike, cap = self._spikes(norms, mean, variance, seen)
+        # Not by ``coefs``, which a ceiling or a skipped spike has made smaller.
+        wide = as_wide(norms)
+        clipped = torch.where(is_spike, torch.minimum(cap, wide), wide)
         # In the warm-up the mean of all norms and of their squared distances from it (Welford's method).
         count = seen + 1.0
         first_mean = mean + (clipped - mean) / count
@@ -200,6 +259,8 @@ class ZScore(Threshold):
         later_mean = self._decay * mean + (1 - self._decay) * clipped
         later_variance = self._decay * variance + (1 - self._decay) * (clipped - later_mean) ** 2
         is_known, is_warm = observed(norms), seen >= self._warmup_steps
+        if not self._learns_spikes:
+            is_known = is_known & ~is_spike
         mean.copy_(torch.where(is_known, torch.where(is_warm, later_mean, first_mean), mean))
         variance.copy_(torch.where(is_known, torch.where(is_warm, later_variance, first_variance), variance))
         seen.copy_(torch.where(is_known, count, seen))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import some_of, type_name
 from ..components.naming import Aliases, are_same_names
-from ..core.formula import wide_dtype
+from ..core.formula import ClipRule, coefficients, wide_dtype
 
 
 class StepCaps(NamedTuple):
@@ -22,6 +22,12 @@ class StepCaps(NamedTuple):
     needs_norms: bool
     caps: Callable[[torch.device, Tensor | None], Tensor]
     update_: Callable[[Tensor, Tensor], None] | None = None  # None if nothing is learnt
+    # What is added to each norm, [K] on a device, where that differs; the kernels take one number for all.
+    eps: Callable[[torch.device], Tensor] | None = None
+
+    def coefficients(self, norms: Tensor, caps: Tensor, rule: ClipRule) -> Tensor:
+        """See ``core.formula``."""
+        return coefficients(norms, caps, rule, None if self.eps is None else self.eps(caps.device))
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Setting:
         spellings: the names as a pattern may write them too: with the prefix that parameters have lost; or ().
         aliases: names of tied components that don't count, each with the one that does.
         everywhere: names of the components of all ranks, where other ranks have others.
+        members: of each component, the positions in ``trained`` of the parameters that it has elements of; or ().
+        sizes: elements of each component, frozen parameters included; or ().
     """
 
     names: tuple[str, ...]
@@ -52,6 +60,36 @@ class Setting:
     spellings: tuple[str, ...] = ()
     aliases: Aliases = ()
     everywhere: tuple[str, ...] | None = None
+    members: tuple[tuple[int, ...], ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def only(
+        self,
+        components: Sequence[int],
+        parameter_norms: Callable[[], Tensor],
+        everywhere: tuple[str, ...] | None,
+    ) -> Setting:
+        """That of some of the components, by position; the last two arguments are theirs."""
+
+        def some(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in components) if values else ()
+
+        names, members = some(self.names), some(self.members)
+        positions = {p: i for i, p in enumerate(sorted({p for each in members for p in each}))}
+        trained = tuple(self.trained[p] for p in positions) if self.trained else ()
+        own = set(names)
+        return replace(
+            self,
+            names=names,
+            numels=some(self.numels),
+            parameter_norms=parameter_norms,
+            trained=() if all(trained) else trained,
+            spellings=some(self.spellings),
+            aliases=tuple((other, first) for other, first in self.aliases if first in own),
+            everywhere=everywhere,
+            members=tuple(tuple(positions[p] for p in each) for each in members),
+            sizes=some(self.sizes),
+        )
 
 
 class Threshold(ABC):
@@ -69,6 +107,8 @@ class Threshold(ABC):
     The clipper's ``eps`` is not added to these norms, unless ``adds_eps`` says so. Beside caps that follow the norms
     it would clip small gradients that are below their cap, and a threshold that learns the clipped norm would shrink
     it from step to step. Without it nothing depends on the loss scale. A norm of 0 has coefficient 1.
+
+    In a mapping of patterns it gets the components that its patterns match, and knows of no others.
 
     A threshold can be copied and pickled, with its state. The copy is bound by the clipper that uses it.
     """
@@ -95,12 +135,13 @@ class Threshold(ABC):
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
         self._on: dict[torch.device, Tensor] = {}  # caps by device, for those that stay the same
+        self.within: object = None  # the ``ByPattern`` that a mapping with this threshold has become
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't bound: the state goes along, and waits for a clipper.
         loaded, names = self._tensors(), self._names()
         unbound = {"_setting": None, "_state": {}, "_loaded": loaded, "_loaded_names": names, "_on": {}}
-        return {**self.__dict__, **unbound}
+        return {**self.__dict__, **unbound, "within": None}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in {**self._loaded, **self._state}.items()}
@@ -117,11 +158,7 @@ class Threshold(ABC):
 
     def bind(self, setting: Setting) -> None:
         """Called by a clipper that uses this threshold; ValueError if this, or its state, is for other components."""
-        kind = f"max_norm: this {type_name(self)}"
-        if (names := self._names()) is not None and not are_same_names(names, setting.names):
-            is_for = "has loaded the state of" if self._setting is None else "is in use for"
-            difference = _difference(names, setting.names)
-            raise ValueError(f"{kind} {is_for} other components{difference}; make one for each clipper")
+        self.check_fits(setting)
         before, self._setting = self._setting, setting
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
@@ -133,7 +170,7 @@ class Threshold(ABC):
                 for name in missing:
                     del self._state[name]
                 raise ValueError(
-                    f"{kind} has loaded a state without {some_of(missing)}. "
+                    f"max_norm: this {type_name(self)} has loaded a state without {some_of(missing)}. "
                     "torch.distributed.checkpoint fills the tensors that are in a state_dict(), and there are none "
                     "before a clipper has bound the threshold: make the clipper first, and load then"
                 )
@@ -141,12 +178,32 @@ class Threshold(ABC):
             self._setting = before
             raise
 
+    def check_fits(self, setting: Setting) -> None:
+        """Raises ValueError if this, or its state, is for other components."""
+        if (names := self._names()) is not None and not are_same_names(names, setting.names):
+            is_for = "has loaded the state of" if self._setting is None else "is in use for"
+            difference = difference_of(names, setting.names)
+            kind = f"max_norm: this {type_name(self)}"
+            raise ValueError(f"{kind} {is_for} other components{difference}; make one for each clipper")
+
     def is_bound_to(self, setting: Setting) -> bool:
         """Whether this is the last setting that it was bound to."""
         return self._setting is setting
 
     def allocate(self, device: torch.device) -> object:  # noqa: B027  # not every threshold has state
         """Makes all state that the threshold will need: later steps may be traced or captured."""
+
+    def adds_eps_to(self) -> tuple[bool, ...] | None:
+        """Of each component whether eps is added to its norm, where that differs; None where ``adds_eps`` says it."""
+        return None
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps change it, so that a checkpoint needs its state."""
+        return type(self).update_ is not Threshold.update_
+
+    def __str__(self) -> str:
+        return type_name(self)
 
     @property
     def needs_norms(self) -> bool:
@@ -202,6 +259,22 @@ class Threshold(ABC):
             TypeError, ValueError: not a state of such a threshold, or for other components; nothing is changed. If
                 the threshold isn't bound yet, shapes and components are compared when it is.
         """
+        self.check_state(state)
+        tensors, host = state["tensors"], state["host"]
+        names = None if state["components"] is None else tuple(state["components"])
+        missing = sorted(set(self._state) - set(tensors))
+        self._loaded_names = names
+        self.load_host_state(dict(host))
+        self._loaded = {name: tensor.clone() for name, tensor in tensors.items() if name not in self._state}
+        for name in missing:  # as before the first step
+            del self._state[name]
+        for name, tensor in self._state.items():
+            tensor.copy_(tensors[name])  # in place: a captured graph goes on reading it
+        if missing and self._setting is not None:
+            self.allocate(self._setting.device)
+
+    def check_state(self, state: object) -> None:
+        """Raises what ``load_state_dict`` would, and changes nothing."""
         if not isinstance(state, dict) or set(state) != {"policy", "components", "tensors", "host"}:
             raise TypeError("state: expected what state_dict() of a threshold returned")
         if state["policy"] != type_name(self):
@@ -214,22 +287,13 @@ class Threshold(ABC):
             raise TypeError(f"state: expected {sorted(self.host_state())} under 'host', not {host!r}")
         names = None if state["components"] is None else tuple(state["components"])
         if names is not None and self._setting is not None and not are_same_names(names, self._setting.names):
-            raise ValueError(f"state: of other components{_difference(names, self._setting.names)}")
+            raise ValueError(f"state: of other components{difference_of(names, self._setting.names)}")
         for name, tensor in tensors.items():
             if name in self._state:
                 self._check_shape(name, tensor.shape, self._state[name].shape)
         missing = sorted(set(self._state) - set(tensors))
         if missing and names is not None:  # without names the threshold had learnt nothing yet
             raise ValueError(f"state: has no {some_of(missing)}, which belong to a {type_name(self)}")
-        self._loaded_names = names
-        self.load_host_state(dict(host))
-        self._loaded = {name: tensor.clone() for name, tensor in tensors.items() if name not in self._state}
-        for name in missing:  # as before the first step
-            del self._state[name]
-        for name, tensor in self._state.items():
-            tensor.copy_(tensors[name])  # in place: a captured graph goes on reading it
-        if missing and self._setting is not None:
-            self.allocate(self._setting.device)
 
     def host_state(self) -> dict[str, int | float]:
         """What else belongs to the state: numbers on the host."""
@@ -239,29 +303,18 @@ class Threshold(ABC):
         """Takes over what ``host_state()`` returned."""
 
 
-def learnt(max_norm: object) -> dict[str, Any]:
-    """A clipper's ``state_dict()``: {"max_norm": ``Threshold.state_dict()``}, or {} where nothing is learnt."""
-    state = max_norm.state_dict() if isinstance(max_norm, Threshold) else {}
-    return {"max_norm": state} if state.get("tensors") or state.get("host") else {}
-
-
-def load_learnt(max_norm: object, state: Mapping[str, Any]) -> None:
-    """Loads what ``learnt`` returned into the ``max_norm`` of another clipper; raises if that is of another kind."""
-    expected = "state_dict: expected what state_dict() of a clipper returned, not"
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{expected} {type_name(state)}")
-    if not set(state) <= {"max_norm"}:
-        raise ValueError(f"{expected} keys {sorted(state)}")
-    if not state:
-        if learnt(max_norm):
-            raise ValueError(
-                f"state_dict: is empty, of a clipper whose caps don't learn as {type_name(max_norm)} does"
-            )
-    elif isinstance(max_norm, Threshold):
-        max_norm.load_state_dict(state["max_norm"])
-    else:
-        kind = type_name(max_norm)
-        raise ValueError(f"state_dict: of a clipper with a threshold as max_norm, but this one's is a {kind}")
+def caps_of(threshold: Threshold, device: torch.device, norms: Tensor | None, count: int) -> Tensor:
+    """What ``Threshold.caps`` returns, checked; ``count`` components."""
+    caps, wide = threshold.caps(device, norms), wide_dtype(device)
+    found = type_name(caps)
+    if isinstance(caps, Tensor):
+        if (caps.dtype, caps.device) == (wide, device) and caps.shape in ((), (count,)) and caps.is_contiguous():
+            return caps
+        found = f"{caps.dtype} of shape {list(caps.shape)} on {caps.device}"
+    raise TypeError(
+        f"max_norm: caps() of {threshold} has to return a contiguous {wide} tensor of shape [] or [{count}] on "
+        f"{device}, not {found}"
+    )
 
 
 def observed(norms: Tensor) -> Tensor:
@@ -274,7 +327,7 @@ def as_wide(norms: Tensor) -> Tensor:
     return norms.to(wide_dtype(norms.device))
 
 
-def _difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
+def difference_of(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
     """How two lists of component names differ, in a few words."""
     missing = [name for name in ours if name not in set(theirs)]
     extra = [name for name in theirs if name not in set(ours)]

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..arguments import check_float_tensor, check_type, checked_number
 from ..components.patterns import match_patterns
 from ..core.formula import wide_dtype
+from ..core.modes import is_traced
 from .base import Setting, Threshold
 
-MaxNorm: TypeAlias = float | Tensor | Mapping[str, float] | Threshold
+MaxNorm: TypeAlias = float | Tensor | Mapping[str, float | Threshold] | Threshold
 
 
 class Fixed(Threshold):
@@ -55,8 +56,8 @@ class Fixed(Threshold):
             wanted = f"[] or [{len(names)}] (one cap for each component)"
             raise ValueError(f"max_norm: expected shape {wanted}, not {list(self._cap.shape)}")
         if isinstance(self._cap, dict):
-            everywhere, others = setting.everywhere, (setting.aliases, setting.spellings)
-            self._matched = match_patterns(names, self._cap, math.inf, everywhere, *others)
+            found = match_patterns(names, self._cap, setting.everywhere, setting.aliases, setting.spellings)
+            self._matched = [found.get(name, math.inf) for name in names]
         super().bind(setting)
         self._on.clear()
 
@@ -80,18 +81,26 @@ def checked_cap(value: object, name: str) -> float:
     """A cap as float, or an error that names it."""
     kinds = "a number"
     if name == "max_norm":
-        kinds = "a number, a Tensor of shape [] or [K], a mapping of patterns to numbers, or one of thresholds"
+        patterns = "a mapping of patterns to numbers or thresholds"
+        kinds = f"a number, a Tensor of shape [] or [K], {patterns}, or one of thresholds"
+    elif name.startswith("max_norm["):
+        kinds = "a number or one of thresholds (Fixed for a tensor)"
     return checked_number(value, name, finite=False, kinds=kinds)
 
 
 def checked_caps(by_pattern: Mapping[str, float]) -> dict[str, float]:
     """The caps of a mapping, or an error that names the pattern."""
-    for pattern in by_pattern:
-        check_type(pattern, "max_norm", str, "strings as patterns")
+    check_patterns(by_pattern)
     return {pattern: checked_cap(cap, f"max_norm[{pattern!r}]") for pattern, cap in by_pattern.items()}
 
 
+def check_patterns(by_pattern: Mapping[str, object]) -> None:
+    """Raises TypeError unless all keys of a mapping are strings."""
+    for pattern in by_pattern:
+        check_type(pattern, "max_norm", str, "strings as patterns")
+
+
 def _check_values(cap: Tensor) -> None:
-    # On another device than the CPU reading values would be a host sync; there a bad cap gives NaN coefficients.
-    if cap.device.type == "cpu" and not bool((cap >= 0).all()):
+    # Where reading values would be a host sync, or can't be traced, a bad cap gives NaN coefficients.
+    if cap.device.type == "cpu" and not is_traced() and not bool((cap >= 0).all()):
         raise ValueError(f"max_norm: expected caps >= 0, not {cap.detach().min().item()}")

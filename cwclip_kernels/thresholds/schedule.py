@@ -1,4 +1,4 @@
-"""Caps that follow the step, or a budget that is shared out."""
+"""Caps that follow the step, or the sizes of components."""
 
 from __future__ import annotations
 
@@ -73,6 +73,51 @@ class Schedule(Threshold):
             self._cap = cap
             for tensor in self._on.values():
                 tensor.fill_(cap)
+
+
+class RMS(Threshold):
+    """Caps the root mean square of each component's gradient, so that large and small components are clipped alike.
+
+        cap_c = max_rms * n_c^(1/p)     max_rms * sqrt(n_c) for p = 2
+
+    with n_c the number of elements of the whole component, however many ranks hold it; what is frozen doesn't count.
+    For p = inf it caps the largest element. ``eps`` is added to norms, as for a number. Gradients are clipped in one
+    pass.
+
+    Args:
+        max_rms: t, the largest root mean square, a number >= 0.
+
+    Example:
+        >>> from cwclip_kernels import ComponentClipper, thresholds
+        >>> model = torch.nn.Linear(8, 2)
+        >>> ComponentClipper(model, thresholds.RMS(0.5)).clip_().caps
+        tensor([2.0000, 0.7071], dtype=torch.float64)
+
+    References:
+        ``optax.clip_by_block_rms`` (google-deepmind/optax), which has no eps; each leaf is a block there, as each
+        parameter is a component here.
+    """
+
+    adds_eps = True
+
+    def __init__(self, max_rms: float) -> None:
+        super().__init__()
+        self._max_rms = checked_cap(max_rms, "max_rms")
+
+    def bind(self, setting: Setting) -> None:
+        if not setting.norm_type > 0:
+            raise ValueError(f"max_norm: RMS needs norm_type > 0, not {setting.norm_type:g}")
+        super().bind(setting)
+        self._on.clear()
+
+    def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
+        if device not in self._on:
+            setting = self.setting
+            # A frozen component's own size, for when it is trained: in the backward pass nothing is bound again.
+            sizes = zip(setting.numels, setting.sizes or setting.numels, strict=True)
+            caps = [self._max_rms * max(n or size, 1) ** (1 / setting.norm_type) for n, size in sizes]
+            self._on[device] = torch.tensor(caps, dtype=wide_dtype(device), device="cpu").to(device)
+        return self._on[device]
 
 
 class FromGlobal(Threshold):

@@ -31,6 +31,7 @@ CAPS = {
     "EMA": lambda: thresholds.EMA(warmup_steps=3),
     "ZScore": lambda: thresholds.ZScore(warmup_steps=3),
     "Percentile": lambda: thresholds.Percentile(40.0, window=8),
+    "ByPattern": lambda: thresholds.ByPattern({"*weight": thresholds.Bounded(thresholds.EMA(), 0.01), "*": CAP}),
 }
 FOLLOW_NORMS = {
     "EMA": lambda: thresholds.EMA(warmup_steps=3, warmup_norm=math.inf),
@@ -38,7 +39,7 @@ FOLLOW_NORMS = {
     "ZScore": lambda: thresholds.ZScore(warmup_steps=3),
     "Percentile": lambda: thresholds.Percentile(40.0, window=8),
 }
-LEARN = ("Schedule", "EMA", "ZScore", "Percentile")
+LEARN = ("Schedule", "EMA", "ZScore", "Percentile", "ByPattern")
 
 
 class Model(nn.Module):
@@ -120,7 +121,7 @@ class Scaler(Way):
 
 
 class InBackward(Way):
-    refused = ("EMA", "ZScore", "Percentile")  # but EMA after its warm-up
+    refused = ("EMA", "ZScore", "Percentile", "ByPattern")  # but EMA after its warm-up
 
     def begin(self):
         self.handle = clip_in_backward(self.model, self.max_norm)

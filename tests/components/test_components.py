@@ -137,7 +137,7 @@ def test_used_up_generator_warns():
 
 def test_patterns_first_match_wins_exact_names_too():
     names = ("h.0.weight[q]", "h.0.weight[k]", "h.0.bias", "h.1.bias", "head")
-    caps = match_patterns(names, {"h.0.weight[q]": 1.0, "h.0.*": 2.0, "*.bias": 3.0}, default=9.0)
-    assert caps == [1.0, 2.0, 2.0, 3.0, 9.0]
+    caps = match_patterns(names, {"h.0.weight[q]": 1.0, "h.0.*": 2.0, "*.bias": 3.0})
+    assert [caps.get(name) for name in names] == [1.0, 2.0, 2.0, 3.0, None]
     with pytest.raises(ValueError, match=r"pattern 'H\.\*' matches none of the 5 components \('h.0.weight\[q\]'"):
-        match_patterns(names, {"head": 1.0, "H.*": 2.0}, default=9.0)
+        match_patterns(names, {"head": 1.0, "H.*": 2.0})

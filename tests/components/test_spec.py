@@ -57,6 +57,8 @@ CASES = [
     ((4, 6, 5), [("split", {"sizes": (2, 3), "dim": 2})]),
     ((5, 3, 2, 2), [("unitwise", {})]),
     ((5, 3), [("unitwise", {"dim": 1})]),
+    ((3, 4, 2, 2), [("unitwise", {"dim": (0, -3)})]),
+    ((3, 4, 5), [("unitwise", {"dim": [2, 0]}), ("split", {"sizes": 2, "dim": 1})]),
     ((0, 3), [("split", {"sizes": 1, "dim": 1})]),
 ]
 
@@ -330,6 +332,14 @@ def test_stacked_experts():
         (lambda: ComponentSpec().split("*", (1, 2), names="ab"), TypeError, "names: expected a sequence"),
         (lambda: ComponentSpec().split("*", 2, dim=None), TypeError, "dim: expected a whole number"),
         (lambda: ComponentSpec().unitwise("*", dim=1.0), TypeError, "dim: expected a whole number"),
+        (
+            lambda: ComponentSpec().unitwise("*", dim=(0, None)),
+            TypeError,
+            "dim: expected a whole number or a sequence",
+        ),
+        (lambda: ComponentSpec().unitwise("*", dim="01"), TypeError, "dim: .* or a sequence"),
+        (lambda: ComponentSpec().unitwise("*", dim=()), ValueError, "dim: expected at least one"),
+        (lambda: ComponentSpec().unitwise("*", dim=(1, 1)), ValueError, r"dim: expected distinct ones, not \(1, 1\)"),
     ],
 )
 def test_arguments(make, error, message):

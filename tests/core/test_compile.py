@@ -181,9 +181,9 @@ def test_opcheck():
     names = repr((("a", "b"), ("x", "y", "z"), ((0, 0, ()), (1, 1, ()), (2, 0, ()))))
     grads = [random_grad((4, 3)), random_grad((5,), torch.bfloat16), random_grad((2, 2))]
     caps = torch.tensor(0.5, device=DEVICE)
-    for arguments in ((caps, "", []), (None, "", [0.3]), (None, "['a']", [0.3])):
+    for *arguments, exempt in ((caps, "", [], []), (None, "", [0.3], [1]), (None, "['a']", [0.3], [])):
         torch.library.opcheck(
-            ops.component_clip_.default, (grads, names, *arguments, None, None, 2.0, 1e-6, "propagate", None)
+            ops.component_clip_.default, (grads, names, *arguments, None, None, 2.0, 1e-6, exempt, "propagate", None)
         )
     torch.library.opcheck(ops.component_norms.default, (grads, names, 2.0, None, None))
     # The matrix in two slices, and a loss scale.
@@ -191,5 +191,5 @@ def test_opcheck():
     cut = repr((("a", "b"), ("x", "y", "z"), members))
     scale, found = torch.tensor(0.5, device=DEVICE), torch.zeros((), device=DEVICE)
     torch.library.opcheck(
-        ops.component_clip_.default, (grads, cut, caps, "", [], scale, found, 2.0, 1e-6, "propagate", None)
+        ops.component_clip_.default, (grads, cut, caps, "", [], scale, found, 2.0, 1e-6, [], "propagate", None)
     )

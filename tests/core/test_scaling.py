@@ -272,7 +272,7 @@ def test_operators():
         torch.library.opcheck(ops.component_norms.default, (grads, words, 2.0, inv_scale, None))
         torch.library.opcheck(ops.component_norms_and_inf.default, (grads, words, 2.0, inv_scale, None, found))
         for caps, patterns, values in ((coefs, "", []), (None, "['a']", [0.3]), (None, "", [0.3])):
-            arguments = grads, words, coefs, caps, patterns, values, inv_scale, 2.0, 1e-6, "propagate", None
+            arguments = grads, words, coefs, caps, patterns, values, inv_scale, 2.0, 1e-6, [1], "propagate", None
             torch.library.opcheck(ops.component_clip_with_norms_.default, arguments)
 
 

@@ -303,7 +303,7 @@ def test_caps_are_those_of_the_plain_model(kind, threshold):
         "Percentile": lambda: thresholds.Percentile(50, window=3),
         "ParamRelative": lambda: thresholds.ParamRelative(0.02),
         "FromGlobal": lambda: thresholds.FromGlobal(0.5),
-        "mapping": lambda: {"*.bias": 0.05, "*": 0.2},
+        "mapping": lambda: {"*.bias": 0.05, "fi*": thresholds.RMS(0.01), "*": thresholds.EMA(1.1, warmup_steps=2)},
     }[threshold]
     engine = made(kind, lr=1e-2)
     clipping = attach(engine, make())

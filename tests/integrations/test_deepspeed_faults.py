@@ -211,14 +211,17 @@ def resumed(stage, precision, max_norm, folder, **options):
 )
 @on_ranks(2)
 def test_checkpoints_carry_what_caps_have_learnt(stage, precision):
+    def caps():
+        return {"*.bias": 0.5, "*": thresholds.EMA(1.1, warmup_steps=1)}
+
     (folder,) = set(everywhere(tempfile.mkdtemp() if dist.get_rank() == 0 else None)) - {None}
     engine = made(stage, precision)
-    clipping = attach(engine, thresholds.EMA(1.1, warmup_steps=1))
+    clipping = attach(engine, caps())
     for step in range(3):
         train(engine, step)
     with quiet():
         engine.save_checkpoint(folder, client_state={"epoch": 3})
-    again, twin, state = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder)
+    again, twin, state = resumed(stage, precision, caps(), folder)
     assert state["epoch"] == 3
     assert "cwclip_kernels" not in state
     assert same_state(twin.state_dict(), clipping.state_dict())
@@ -228,7 +231,7 @@ def test_checkpoints_carry_what_caps_have_learnt(stage, precision):
     torch.testing.assert_close(twin.last.caps, clipping.last.caps)
     # Of the weights alone caps know nothing.
     for weights in ({"load_module_only": True}, {"load_optimizer_states": False}):
-        _, other, _ = resumed(stage, precision, thresholds.EMA(1.1, warmup_steps=1), folder, **weights)
+        _, other, _ = resumed(stage, precision, caps(), folder, **weights)
         assert not same_state(other.state_dict(), kept)
     # Caps that don't learn have no use for it.
     constant, _, state = resumed(stage, precision, 1.0, folder)

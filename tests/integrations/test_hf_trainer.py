@@ -248,7 +248,11 @@ def test_everything_can_be_recorded(tmp_path):
     assert len(run.steps) == 6
 
 
-@pytest.mark.parametrize("policy", [lambda: thresholds.EMA(warmup_steps=2), lambda: thresholds.Percentile(50.0)])
+def mapping():
+    return thresholds.ByPattern({"*.bias": 0.05, "*": thresholds.Percentile(50.0)})
+
+
+@pytest.mark.parametrize("policy", [lambda: thresholds.EMA(warmup_steps=2), mapping])
 def test_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path, policy):
     def run(folder, resume=None, **changed):
         given = {"max_norm": policy()}
@@ -262,7 +266,9 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path, policy):
     assert half.state.global_step == 3
     resumed, relearnt = run(tmp_path / "b", resume=get_last_checkpoint(str(tmp_path / "b")))
     assert all(map(same_bits, resumed.model.parameters(), whole.model.parameters()))
+    learnt, relearnt = (one.get("thresholds", {}).get("*", one) for one in (learnt, relearnt))
     assert relearnt["host"] == learnt["host"]
+    assert learnt["tensors"]
     for name, tensor in learnt["tensors"].items():
         assert same_bits(relearnt["tensors"][name], tensor)
     assert logged(resumed, "grad_norm") == logged(whole, "grad_norm")

@@ -88,7 +88,7 @@ def test_accumulated_gradients_are_clipped_once_and_whole(way):
     assert same_bits(clip.last.norms, calls[-1])
 
 
-@pytest.mark.parametrize("cap", [0.02, "EMA"])
+@pytest.mark.parametrize("cap", [0.02, "patterns"])
 def test_several_optimizers_clip_what_each_owns(cap):
     gan, data = Gan(), torch.randn(6, 2, 3).double()
     plain = deepcopy(gan)
@@ -112,7 +112,7 @@ def test_several_optimizers_clip_what_each_owns(cap):
 
 
 def policy(cap):
-    return thresholds.EMA(warmup_steps=2, warmup_norm=0.05) if cap == "EMA" else cap
+    return {"*.bias": 0.1, "*": thresholds.EMA(warmup_steps=2, warmup_norm=0.05)} if cap == "patterns" else cap
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ ARGUMENTS = {
     "layers": lambda: {"components": "layer", "max_norm": {"layers.0": 0.1, "layers.1": math.inf}},
     "some alone": lambda: {"components": lambda name, p: None if p.ndim == 1 else name},
     "none alone": lambda: {"components": lambda name, p: None},
-    "EMA": lambda: {"max_norm": thresholds.EMA(warmup_steps=0)},
+    "patterns": lambda: {"max_norm": {"layers.0.*": thresholds.EMA(warmup_steps=0), "*": 0.3}, "clip_eps": 0.25},
     "foreach": lambda: {"backend": "foreach"},
 }
 
@@ -129,6 +129,6 @@ def test_the_operator_is_what_it_says():
     numbers = [0.9, 0.999, 1e-8, 0.01, 1.0, 0.0, 1.0]
     arguments = (
         *([p.grad for p in params], members, None, "", [0.5], [p.detach() for p in params], *columns),
-        *([torch.tensor(1e-3)], numbers, [0, 0], None, None, 2.0, 1e-6, "propagate", None),
+        *([torch.tensor(1e-3)], numbers, [0, 0], None, None, 2.0, 1e-6, [], "propagate", None),
     )
     torch.library.opcheck(torch.ops.cwclip_kernels.component_clip_adamw_, arguments)

@@ -27,7 +27,8 @@ ORDER = [
     components/naming components/grouping components/patterns components/membership components/parameters
     components/gradients
     components/spec
-    thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/__init__
+    thresholds/base thresholds/constant thresholds/schedule thresholds/adaptive thresholds/by_pattern
+    thresholds/bounded thresholds/learning thresholds/__init__
     distributed/shards components/resolve
     kernels/tile kernels/combine kernels/power_sums kernels/coefficients kernels/scale kernels/clip
     kernels/adamw kernels/adamw_single

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from ...arguments import type_name, warn_caller
+from ...arguments import warn_caller
 from ...components.parameters import named_tensors
 from ...components.resolve import resolve
 from ...core.caps import fixed_caps
 from ...core.options import ClipOptions
 from ...result import ClipResult
-from ...thresholds import Threshold
+from ...thresholds import ByPattern, Threshold
+from ...thresholds.by_pattern import settled
 from ...thresholds.constant import MaxNorm
 from .._common import ModelClipping, clipper_arguments, learner, learning_unless_skipped, refuse_double_clipping
 from ..deepspeed.clipping import EngineClipping, attached_to
@@ -43,7 +44,7 @@ class TrainerClipping(StepLog):
     ) -> None:
         super().__init__(log_norms, on_clip)
         self._arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
-        self._max_norm = max_norm
+        self._max_norm = None if max_norm is None else settled(max_norm)
         self._untrained: dict[str, Any] | None = None  # states of a threshold: before any run,
         self._at_start: dict[str, Any] | None = None  # and before this one
         self.start()
@@ -69,9 +70,11 @@ class TrainerClipping(StepLog):
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for arguments that would be wrong at the first step."""
         components = resolve(named_tensors(model), self._arguments.get("components"))
-        cap = self._cap(trainers_cap)
+        cap = settled(self._cap(trainers_cap))
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet
             fixed_caps(cap, components)
+        elif isinstance(cap, ByPattern):
+            cap.match(components.names, components.aliases, components.spellings)
         self.logged(components.names, components.aliases)
 
     def clip_(
@@ -150,7 +153,7 @@ class TrainerClipping(StepLog):
                     policy.load_state_dict(saved["max_norm"])
                     return
         warn_caller(
-            f"{' and '.join(map(str, folders))}: no {FILE} of this run, so what {type_name(policy)} had "
+            f"{' and '.join(map(str, folders))}: no {FILE} of this run, so what {policy} had "
             "learnt is lost and its caps begin anew; to load it from elsewhere call load_state_dict() of what you "
             "passed as max_norm"
         )
