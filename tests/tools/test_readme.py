@@ -1,4 +1,4 @@
-"""Every piece of Python in the README runs."""
+"""Every piece of Python in the README and in docs/ runs."""
 
 import re
 import types
@@ -12,11 +12,13 @@ from torch import nn
 from cwclip_kernels import ComponentClipper
 from helpers import DEVICE
 from libraries import LIBRARIES, stand_in
-from readme_blocks import PYTHON
+from readme_blocks import DOCS, PYTHON, blocks_of
 
 # Trainers' have models of their own: test_readme_trainers.py.
 THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed"
-BLOCKS = [block for block in PYTHON if not any(word in block for word in THEIRS)]
+OF_DOCS = [block for page in sorted(DOCS.glob("*.md")) for block in blocks_of(page)]
+# Pages repeat what the README has: each once.
+BLOCKS = [block for block in dict.fromkeys([*PYTHON, *OF_DOCS]) if not any(word in block for word in THEIRS)]
 D = 6
 
 
@@ -93,7 +95,7 @@ def test_block(number, tmp_path, monkeypatch, request):
     }
     before = [p.detach().clone() for p in model.parameters()]
     with torch._inductor.config.patch(compile_threads=1):  # leaves no processes behind
-        exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+        exec(compile(BLOCKS[number], f"README.md or docs, block {number}", "exec"), names)
     if re.search(r"optimizer\.step|optimizer=optimizer|scaler\.step", BLOCKS[number]):
         after = [getattr(p, "_local_tensor", p) for p in model.parameters()]  # one rank holds all
         assert any(not torch.equal(p, b) for p, b in zip(after, before, strict=True)), "nothing learnt"
