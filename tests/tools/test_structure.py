@@ -52,7 +52,8 @@ ORDER = [
     integrations/deepspeed/internals/checkpoints integrations/deepspeed/internals/experts
     integrations/deepspeed/internals/own_clipping integrations/deepspeed/internals/__init__
     integrations/deepspeed/clipping integrations/deepspeed/__init__ integrations/accelerate
-    integrations/transformers/step_log integrations/transformers/engine integrations/transformers/clipping
+    integrations/transformers/step_log integrations/transformers/reporters
+    integrations/transformers/engine integrations/transformers/clipping
     integrations/transformers/callback integrations/transformers/mixin integrations/transformers/log
     integrations/transformers/__init__
     integrations/lightning/clipping integrations/lightning/engine integrations/lightning/callback
