@@ -45,7 +45,8 @@ ORDER = [
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
     functional gradients grad_scaler
-    telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
+    telemetry/trackers telemetry/writers telemetry/to_host telemetry/live telemetry/recorder
+    telemetry/runs telemetry/plots telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/timm integrations/torchtitan
     integrations/deepspeed/internals/base integrations/deepspeed/internals/zero
     integrations/deepspeed/internals/whole integrations/deepspeed/internals/engine
