@@ -46,7 +46,7 @@ ORDER = [
     in_backward/__init__
     functional gradients grad_scaler
     telemetry/trackers telemetry/writers telemetry/to_host telemetry/live telemetry/recorder
-    telemetry/runs telemetry/plots telemetry/status telemetry/__init__
+    telemetry/runs telemetry/plots telemetry/caps telemetry/suggestion telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/timm integrations/torchtitan
     integrations/deepspeed/internals/base integrations/deepspeed/internals/zero
     integrations/deepspeed/internals/whole integrations/deepspeed/internals/engine
@@ -199,7 +199,7 @@ PUBLIC = [
 # Whose docstring needs neither an example nor fields.
 PLAIN = {"Threshold", "plot_run", "read_run"}
 # Examples use what is returned, or derived from, without naming it.
-UNNAMED = {"BackwardClipping", "ClipResult", "EngineClipping", "Run", "Setting"}
+UNNAMED = {"BackwardClipping", "ClipResult", "EngineClipping", "Run", "Setting", "SuggestedCap", "Suggestion"}
 
 
 def public_names(module):
