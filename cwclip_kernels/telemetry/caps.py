@@ -125,7 +125,7 @@ def suggest(run: str | Path | Run, rate: float = 0.01, *, by: str = "type", skip
     Example:
         >>> import torch
         >>> from cwclip_kernels.telemetry import Run, suggest
-        >>> norms = torch.arange(1.0, 201).reshape(100, 2).double()  # 100 steps of two layers
+        >>> norms = torch.arange(0.5, 200).reshape(100, 2).double()  # 100 steps of two layers
         >>> steps, caps = list(range(100)), torch.full_like(norms, torch.inf)
         >>> run = Run(("h.0.weight", "h.1.weight"), steps, norms, caps, torch.ones_like(norms))
         >>> suggestion = suggest(run, rate=0.05)

@@ -7,6 +7,7 @@ import math
 import sys
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class LiveLine:
     numbers are copied to the host, and shown by the first call that finds them arrived: no step waits for the device.
 
     It writes nothing where the output isn't a terminal or notebook. Beside an open tqdm bar, such as a Trainer's, or
-    another live display that doesn't share, each update is a line of its own, above the bar. Only one process should
-    have one, such as rank 0.
+    another live display that doesn't share, and in a notebook without ipywidgets, each update is a line of its own.
+    Only one process should have one, such as rank 0.
 
     Args:
         every: steps between updates, over which the clip rate is taken.
@@ -64,8 +65,11 @@ class LiveLine:
         self._console = get_console() if console is None else console
         if not callable(getattr(self._console, "print", None)) or not hasattr(self._console, "is_terminal"):
             raise TypeError(f"console: expected rich's Console or None, not {type(console).__qualname__}")
-        redraws = self._console.is_jupyter or (self._console.is_terminal and not self._console.is_dumb_terminal)
-        self._can_redraw, self._is_shown = redraws, redraws or force
+        if self._console.is_jupyter:  # rich only warns there without ipywidgets
+            self._can_redraw, self._is_shown = find_spec("ipywidgets") is not None, True
+        else:
+            self._can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
+            self._is_shown = self._can_redraw or force
         self._live: Any = None
         self._statistics = ClipStatistics()
         self._names: tuple[str, ...] = ()

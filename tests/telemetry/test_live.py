@@ -103,6 +103,19 @@ def test_beside_another_live_display():
     assert "step 0 | clip rate 75.0 %" in out.file.getvalue()
 
 
+def test_in_a_notebook_without_widgets(monkeypatch):
+    shown = []
+    module = type(sys)("IPython.display")
+    module.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", type(sys)("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("cwclip_kernels.telemetry.live.find_spec", lambda name: None)
+    with LiveLine(every=1, console=Console(force_jupyter=True)) as line:
+        line.record(clip([4.0, 3.0, 2.0, 0.5]))
+        line.record(clip([4.0, 3.0, 2.0, 0.5]))
+    assert [str(each.text).partition(" |")[0] for each in shown] == ["step 0", "step 1"]
+
+
 def test_no_step_waits_for_the_device():
     line = LiveLine(every=100, console=console())
     line.record(result())
