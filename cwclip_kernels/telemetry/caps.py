@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -205,10 +207,11 @@ def _mapping(caps: tuple[SuggestedCap, ...]) -> dict[str, float]:
     "h.*.weight" also matches "h.0.attn.weight", so it comes after "h.*.attn.weight".
     """
     own = {name: i for i, cap in enumerate(caps) for name in cap.components}
-    before = {i: _matched(cap.name, own) - {i} for i, cap in enumerate(caps)}  # what has to come before it
+    ordered = sorted(own)
+    before = {i: _matched(cap.name, own, ordered) - {i} for i, cap in enumerate(caps)}  # what has to come before it
     mapping: dict[str, float] = {}
     while before:
-        free = next((i for i, others in before.items() if not others & before.keys()), None)
+        free = next((i for i, others in before.items() if before.keys().isdisjoint(others)), None)
         if free is None:  # names with "*" or "?" of their own
             names = some_of([caps[i].name for i in before])
             raise ValueError(f"run: no order of patterns tells these components apart: {names}")
@@ -217,11 +220,24 @@ def _mapping(caps: tuple[SuggestedCap, ...]) -> dict[str, float]:
     return mapping
 
 
-def _matched(pattern: str, own: dict[str, int]) -> set[int]:
-    """The types of components that a pattern matches."""
-    if not set(pattern) & set("*?["):
-        return {own[pattern]} if pattern in own else set()
-    return {i for name, i in own.items() if matches(name, pattern)}
+def _matched(pattern: str, own: dict[str, int], ordered: list[str]) -> set[int]:
+    """The types of components that a pattern matches; ``ordered``: their names, sorted, to compare it with a few."""
+    found = {own[pattern]} if pattern in own else set()
+    start = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+    if start != pattern:
+        others = _that_start_with(start, ordered)
+        # Brackets, read as a character class, match a single character, which isn't another slice's bracket.
+        if not set(pattern) & set("*?"):
+            slices = _that_start_with(f"{start}[", ordered)
+            candidates = [*ordered[others.start : slices.start], *ordered[slices.stop : others.stop]]
+        else:
+            candidates = ordered[others]
+        found.update(own[name] for name in candidates if matches(name, pattern))
+    return found
+
+
+def _that_start_with(start: str, ordered: list[str]) -> slice:
+    return slice(bisect_left(ordered, start), bisect_left(ordered, start + chr(sys.maxunicode)))
 
 
 def _notes(run: Run, caps: tuple[SuggestedCap, ...], groups: dict[str, list[int]], rate: float) -> list[str]:
@@ -255,7 +271,7 @@ def _notes(run: Run, caps: tuple[SuggestedCap, ...], groups: dict[str, list[int]
         limits[members] = cap.cap
     above = (counted & (coefficients(run.norms, limits, ClipRule()) != 1)).sum(1)
     early = math.ceil(_EARLY * count)
-    if count >= 20 and above.sum() > 0 and above[:early].sum() > 0.5 * above.sum():
+    if count >= 20 and above.sum() >= 10 and above[:early].sum() > 0.5 * above.sum():
         share, skip = (above[:early].sum() / above.sum()).item(), steps[early] - steps[0]
         notes.append(
             f"{share:.0%} of the norms above these caps are in the first {skip} steps, as in a warm-up: skip {skip} "
