@@ -116,10 +116,10 @@ def test_the_first_pattern_that_matches_a_component_is_its_own(by):
         # Each its own number, so that another's would show.
         numbered = {pattern: float(i) for i, pattern in enumerate(suggestion.max_norm)}
         assert set(numbered) == {cap.name for cap in suggestion.caps}
-        found = match_patterns(names, numbered, math.nan)
+        found = match_patterns(names, numbered)
         for cap in suggestion.caps:
             for name in cap.components:
-                assert found[names.index(name)] == numbered[cap.name]
+                assert found[name] == numbered[cap.name]
 
 
 def test_slices_that_are_numbered_share_a_type():
@@ -190,7 +190,8 @@ def test_norms_that_are_not_finite_and_types_without_any():
     caps = {cap.name: cap for cap in found.caps}
     assert [(cap.counted, cap.nonfinite) for cap in found.caps] == [(197, 2), (0, 0), (0, 100)]
     assert caps["h.*.w"].rate == pytest.approx(0.05, abs=0.02)
-    assert match_patterns(run.names, found.max_norm, 0.0)[2:] == [math.inf, math.inf]
+    limits = match_patterns(run.names, found.max_norm)
+    assert (limits["h.0.a.w"], limits["bad"]) == (math.inf, math.inf)
     text = " ".join(found.notes)
     assert "Only zero or non-finite norms, so the cap is inf, which doesn't clip: 'h.*.a.w', 'bad'." in text
     assert "103 norms in 100 steps were inf or NaN" in text
