@@ -1,4 +1,7 @@
-"""``python -m cwclip_kernels`` prints versions and usable backends; ``plot RUN`` plots a recorded run."""
+"""``python -m cwclip_kernels`` prints versions and usable backends.
+
+``plot RUN`` plots a recorded run, ``suggest RUN`` suggests caps from it.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,12 @@ def main(arguments: Sequence[str]) -> int:
         from .telemetry import plots
 
         return plots.main(arguments[1:])
-    print(
-        f"unknown command {arguments[0]!r}; usage: python -m cwclip_kernels [plot RUN [--out DIR]]", file=sys.stderr
-    )
+    if arguments[0] == "suggest":
+        from .telemetry import suggestion
+
+        return suggestion.main(arguments[1:])
+    usage = "python -m cwclip_kernels [plot RUN [--out DIR] | suggest RUN [--rate 0.01] [...]]"
+    print(f"unknown command {arguments[0]!r}; usage: {usage}", file=sys.stderr)
     return 2
 
 

@@ -99,6 +99,11 @@ class ClipStatistics:
         """[] share of the components with a gradient that were clipped, over all steps of the window."""
         return _ratio(*self._counted()[:2].sum(1))
 
+    @property
+    def nonfinite(self) -> Tensor:
+        """[] how many norms were inf or NaN, over all steps of the window."""
+        return self._counted()[2].sum()
+
     def as_dict(self) -> dict[str, float]:
         """The window as Python floats, {} if it is empty; syncs with the device.
 
@@ -107,8 +112,8 @@ class ClipStatistics:
         """
         if self._counts is None or self._largest is None or not self._counts.numel():
             return {}
-        largest, nonfinite = self._largest.amax(1), self._counts[2].sum()
-        numbers = torch.stack([self.clip_rate.to(largest.dtype), *largest, nonfinite]).tolist()
+        largest = self._largest.amax(1)
+        numbers = torch.stack([self.clip_rate.to(largest.dtype), *largest, self.nonfinite]).tolist()
         names = "clip_rate", "component_norm_max", "clip_ratio_max", "component_norm_nonfinite"
         return dict(zip(names, numbers, strict=True))
 

@@ -88,6 +88,16 @@ def _plot(axis: Any, run: Run, values: Tensor, **style: Any) -> None:
     axis.plot(run.steps[shown], values[shown].tolist(), marker=None if last else ".", **style)
 
 
+def _clipped(run: Run) -> tuple[Tensor, Tensor]:
+    """Bool [S, K], twice: what was clipped, and what had a gradient, of which clip rates are a share."""
+    has_gradient = run.norms != 0
+    return (run.coefs != 1) & has_gradient, has_gradient
+
+
+def _share(clipped: Tensor, has_gradient: Tensor, dim: int) -> Tensor:
+    return clipped.sum(dim) / has_gradient.sum(dim).clamp(min=1)
+
+
 def _draw_norms(figure: Any, run: Run, types: _Types) -> None:
     from matplotlib import colormaps
 
@@ -116,11 +126,12 @@ def _draw_norms(figure: Any, run: Run, types: _Types) -> None:
 def _draw_clip_rate(figure: Any, run: Run, types: _Types) -> None:
     figure.set_size_inches(8, 4)
     axis = figure.subplots()
-    clipped = (run.coefs != 1).double()
-    _plot(axis, run, clipped.mean(1), color="black", label="all components")
+    clipped, has_gradient = _clipped(run)
+    _plot(axis, run, _share(clipped, has_gradient, 1), color="black", label="all components")
     for kind, members in list(types.items())[:6]:
         if 1 < len(members) < len(run.names):
-            rate = clipped[:, [i for _, i in members]].mean(1)
+            own = [i for _, i in members]
+            rate = _share(clipped[:, own], has_gradient[:, own], 1)
             _plot(axis, run, rate, linewidth=0.8, alpha=0.7, label=_short(kind))
     if run.nonfinite.any():
         steps = [run.steps[i] for i in run.nonfinite.any(1).nonzero()]
@@ -132,7 +143,7 @@ def _draw_clip_rate(figure: Any, run: Run, types: _Types) -> None:
 def _draw_heat_map(figure: Any, run: Run, types: _Types) -> None:
     layers = list(dict.fromkeys(layer for members in types.values() for layer, _ in members if layer)) or [""]
     kinds = [kind for kind, members in types.items() if any(layer for layer, _ in members)] or list(types)
-    rate = (run.coefs != 1).double().mean(0).tolist()
+    rate = _share(*_clipped(run), 0).tolist()
     table = [[math.nan] * len(kinds) for _ in layers]
     for x, kind in enumerate(kinds):
         for layer, i in types[kind]:

@@ -55,7 +55,10 @@ def read_run(path: str | Path) -> Run:
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     else:
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a recorded run, but some binary file") from None
         lines = text[: text.rfind("\n") + 1].splitlines()
         names, steps = (_read_csv if path.suffix == ".csv" else _read_json_lines)(path, lines)
     no_gradient = (0.0, math.nan, 1.0)
@@ -102,7 +105,9 @@ def _read_csv(path: Path, lines: list[str]) -> tuple[tuple[str, ...], _Steps]:
 def _read_status_files(folder: Path) -> tuple[tuple[str, ...], _Steps]:
     files = [*folder.glob("status_*.json"), *folder.glob("gradClipMemoryJsons/status_*.json")]
     if not files:
-        raise FileNotFoundError(f"{folder}: holds no status_*.json")
+        has_events = any(folder.glob("events.out.tfevents.*"))
+        hint = "; TensorBoard's files have no norms of components: record as jsonl or csv, too" if has_events else ""
+        raise FileNotFoundError(f"{folder}: holds no status_*.json{hint}")
     steps: _Steps = {}
     for file in files:
         try:

@@ -16,15 +16,12 @@ from collections.abc import Sequence
 from itertools import islice
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
 
-import torch
+from .trackers import RATE, EventWriter, Row, Tracker
 
 FORMAT = "cwclip_kernels.run"
 CSV_COLUMNS = ("step", "component", "norm", "cap", "coef", "clipped", "nonfinite")
-Row = tuple[int, Sequence[list[float]]]  # a step's number; its norms, caps and coefficients
 _JSON_NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-_RATE = "clip/rate"  # TensorBoard's tag that every step has
 
 
 class _TextFile(ABC):
@@ -121,19 +118,17 @@ class Csv(_TextFile):
         return text.getvalue()
 
 
-class TensorBoard:
+class TensorBoard(EventWriter):
     """Event files in the folder ``path``: clip rate, non-finite norms, median and largest norm, a histogram."""
-
-    next_step: int | None = None
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RuntimeError(f"formats: TensorBoard is missing ({error}): pip install tensorboard") from None
+        super().__init__(None)
         self._make = SummaryWriter
         self._path = path
-        self.events: Any = None
 
     def look(self) -> None:
         """Finds ``next_step`` by reading all event files: slow, so only where no other file tells it."""
@@ -145,29 +140,17 @@ class TensorBoard:
         for file in files:
             # The last step in the newest file, so that a return to an earlier step counts.
             for event in EventFileLoader(str(file)).Load():
-                if any(value.tag == _RATE for value in event.summary.value):
+                if any(value.tag == RATE for value in event.summary.value):
                     self.next_step = event.step + 1
 
     def begin(self) -> None:
         """Starts a new event file."""
         self.events = self._make(str(self._path))
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Appends steps, and the histogram of the last of them."""
-        for step, (norms, _, coefs) in rows:
-            finite = sorted(filter(math.isfinite, norms))
-            self.events.add_scalar(_RATE, sum(coef != 1 for coef in coefs) / max(1, len(coefs)), step)
-            self.events.add_scalar("clip/nonfinite", len(norms) - len(finite), step)
-            if finite:
-                self.events.add_scalar("clip/median_norm", finite[len(finite) // 2], step)
-                self.events.add_scalar("clip/max_norm", finite[-1], step)
-        if finite:
-            self.events.add_histogram("clip/norms", torch.tensor(finite), step)
-        self.events.flush()
 
-
-Writer = JsonLines | Csv | TensorBoard
-WRITERS: dict[str, type[Writer]] = {"jsonl": JsonLines, "csv": Csv, "tensorboard": TensorBoard}
+FileWriter = JsonLines | Csv | TensorBoard
+Writer = FileWriter | Tracker
+WRITERS: dict[str, type[FileWriter]] = {"jsonl": JsonLines, "csv": Csv, "tensorboard": TensorBoard}
 
 
 def _append(path: Path, text: bytes) -> None:

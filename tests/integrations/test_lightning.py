@@ -92,7 +92,8 @@ def test_accumulated_gradients_are_clipped_once_and_whole(way):
 def test_several_optimizers_clip_what_each_owns(cap):
     gan, data = Gan(), torch.randn(6, 2, 3).double()
     plain = deepcopy(gan)
-    clip = ComponentClip(policy(cap))
+    results = []
+    clip = ComponentClip(policy(cap), on_clip=results.append)
     trainer(clip).fit(gan, data)
     clipper = ComponentClipper(plain, policy(cap))
     optimizers = plain.configure_optimizers()
@@ -109,6 +110,8 @@ def test_several_optimizers_clip_what_each_owns(cap):
     assert same_parameters(gan, plain)
     assert clip.last.names[0] == "generator.0.weight"
     assert clip.last.norms.count_nonzero() == 4
+    assert [result.norms.count_nonzero() for result in results] == 9 * [4]
+    assert results[-1] is clip.last
 
 
 def policy(cap):

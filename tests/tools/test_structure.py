@@ -45,14 +45,16 @@ ORDER = [
     in_backward/checks in_backward/passes in_backward/hooks in_backward/steps in_backward/clipping
     in_backward/__init__
     functional gradients grad_scaler
-    telemetry/writers telemetry/recorder telemetry/runs telemetry/plots telemetry/status telemetry/__init__
+    telemetry/trackers telemetry/writers telemetry/to_host telemetry/live telemetry/recorder
+    telemetry/runs telemetry/plots telemetry/caps telemetry/suggestion telemetry/status telemetry/__init__
     integrations/_common integrations/_patch integrations/timm integrations/torchtitan
     integrations/deepspeed/internals/base integrations/deepspeed/internals/zero
     integrations/deepspeed/internals/whole integrations/deepspeed/internals/engine
     integrations/deepspeed/internals/checkpoints integrations/deepspeed/internals/experts
     integrations/deepspeed/internals/own_clipping integrations/deepspeed/internals/__init__
     integrations/deepspeed/clipping integrations/deepspeed/__init__ integrations/accelerate
-    integrations/transformers/step_log integrations/transformers/engine integrations/transformers/clipping
+    integrations/transformers/step_log integrations/transformers/reporters
+    integrations/transformers/engine integrations/transformers/clipping
     integrations/transformers/callback integrations/transformers/mixin integrations/transformers/log
     integrations/transformers/__init__
     integrations/lightning/clipping integrations/lightning/engine integrations/lightning/callback
@@ -197,7 +199,7 @@ PUBLIC = [
 # Whose docstring needs neither an example nor fields.
 PLAIN = {"Threshold", "plot_run", "read_run"}
 # Examples use what is returned, or derived from, without naming it.
-UNNAMED = {"BackwardClipping", "ClipResult", "EngineClipping", "Run", "Setting"}
+UNNAMED = {"BackwardClipping", "ClipResult", "EngineClipping", "Run", "Setting", "SuggestedCap", "Suggestion"}
 
 
 def public_names(module):

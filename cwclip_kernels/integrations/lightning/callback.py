@@ -59,6 +59,8 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
             together before clipping, and ``clip_rate``, the components clipped divided by those with a gradient, both
             summed over the steps since the last log; "components" also ``grad_2.0_norm/NAME`` and ``clip_rate/NAME``
             of each. It calls ``LightningModule.log`` when the Trainer's loggers are due, without a host sync.
+        on_clip: called with each ``ClipResult``, such as ``ClipRecorder.record``; with several optimizers at each of
+            their steps, where what others own has norm 0.
         options: ``components``, ``eps``, ``nonfinite``, ``process_group`` and ``backend`` of
             ``fused_component_clip_``. Names are those of the ``LightningModule``; FSDP's process group is found.
 
@@ -101,6 +103,7 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         error_if_nonfinite: bool = False,
         *,
         log: bool | str = False,
+        on_clip: Callable[[ClipResult], object] | None = None,
         **options: Unpack[ClipOptions],
     ) -> None:
         self._arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
@@ -109,6 +112,7 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         self.max_norm = max_norm
         self.last: ClipResult | None = None
         self._log = log
+        self._on_clip = on_clip
         self._statistics = ClipStatistics()
         self._clipping: FitClipping | EngineFit | None = None
         self._batches = 0
@@ -147,6 +151,8 @@ class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into L
         if self._log:
             self._statistics.add(result, source)
             self._is_log_due = True
+        if self._on_clip is not None:
+            self._on_clip(result)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -20,6 +20,7 @@ from ..accelerate import check_gradients_are_here
 from ..deepspeed.internals.engine import engine_around
 from .clipping import TrainerClipping
 from .engine import check_configuration
+from .reporters import begin_reporting, end_reporting
 from .step_log import warn_of_max_grad_norm
 
 
@@ -31,9 +32,10 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     that. Under DeepSpeed, whose engine clips and steps before Trainer measures, neither happens; ``max_grad_norm``
     should be 0 there if the configuration has ``"gradient_clipping": "auto"``.
 
-    ``trainer.state.log_history`` and callbacks that come later get the same numbers as with the mixin; the Trainer's
-    own reporters (TensorBoard, ...) come earlier. What caps have learnt is saved with each checkpoint, and loaded
-    when training resumes from ``args.resume_from_checkpoint`` or a checkpoint in ``args.output_dir``.
+    The Trainer's log gets the same numbers as with the mixin, in ``trainer.state.log_history`` and in the ``on_log``
+    of every callback, so that TensorBoard, W&B, MLflow and the others of ``args.report_to`` have them. What caps have
+    learnt is saved with each checkpoint, and loaded when training resumes from ``args.resume_from_checkpoint`` or a
+    checkpoint in ``args.output_dir``.
 
     Args:
         max_norm: as for ``ComponentClipper``: a number, a mapping, a tensor, or one of ``thresholds``.
@@ -104,6 +106,7 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
         is_again = args.auto_find_batch_size and self._begins_again(state)
         self._clipping.start(again=is_again, anew=state.is_hyper_param_search)
         self._batch_size = state.train_batch_size
+        begin_reporting(self._clipping)
         if has_engine:
             self._clipping.attach(engine_around(model, innermost(optimizer)))
         else:
@@ -132,11 +135,12 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Ends the run, so that the next one is another."""
         self._batch_size = None
+        end_reporting(self._clipping)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Adds the numbers of the steps since the last log."""
+        """Adds the numbers of the steps since the last log, if the Trainer's log hasn't got them before."""
         self._clipping.add_to(logs, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from ...core.optimizers import clipping_optimizer
 from ...result import ClipResult
 from .._common import innermost, is_deepspeed
 from ..accelerate import check_gradients_are_here
+from .reporters import begin_reporting, end_reporting
 from .step_log import StepLog, warn_of_max_grad_norm
 
 
@@ -88,6 +89,11 @@ class ComponentClipLogCallback(TrainerCallback):  # type: ignore[misc]  # mypy d
             )
         warn_of_max_grad_norm(args)
         self._log.begin()
+        begin_reporting(self._log)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Ends the run."""
+        end_reporting(self._log)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Adds what the step found and did."""
@@ -100,7 +106,7 @@ class ComponentClipLogCallback(TrainerCallback):  # type: ignore[misc]  # mypy d
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Adds the numbers of the steps since the last log."""
+        """Adds the numbers of the steps since the last log, if the Trainer's log hasn't got them before."""
         self._log.add_to(logs, state)
 
 

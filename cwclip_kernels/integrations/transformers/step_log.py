@@ -36,6 +36,7 @@ class StepLog:
         """Begins a run."""
         self.last: ClipResult | None = None
         self.steps = 0
+        self._is_logged = True  # whether the last step has been, or there was none
         self._statistics = ClipStatistics()
 
     def add(self, result: ClipResult) -> None:
@@ -44,6 +45,7 @@ class StepLog:
             self._statistics.reset()
         self.last = result
         self.steps += 1
+        self._is_logged = False
         self._statistics.add(result)
         if self._on_clip is not None:
             self._on_clip(result)
@@ -58,9 +60,13 @@ class StepLog:
         return found
 
     def add_to(self, logs: MutableMapping[str, Any] | None, state: TrainerState) -> None:
-        """Adds the numbers to a log of steps, and to the Trainer's history, which has a copy of it."""
-        if logs is not None and "loss" in logs and "learning_rate" in logs:
+        """Adds the numbers to a log of steps, and to the Trainer's history, which has a copy of it.
+
+        Logs of evaluations, and those without a step since the last one, stay as they are.
+        """
+        if not self._is_logged and logs is not None and "loss" in logs and "learning_rate" in logs:
             numbers = self.numbers()
+            self._is_logged = True
             logs.update(numbers)
             state.log_history[-1].update(numbers)
 
