@@ -1,6 +1,7 @@
 """``python -m cwclip_kernels`` prints versions and usable backends.
 
-``plot RUN`` plots a recorded run, ``suggest RUN`` suggests caps from it.
+``doctor`` says what is missing and what to do, ``bench`` measures this machine, ``plot RUN`` plots a recorded run,
+``suggest RUN`` suggests caps from it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -15,23 +17,26 @@ import torch
 from . import __version__
 from .backends.registry import BACKENDS, ELSEWHERE, PREFERENCE
 
+# Where each command is.
+COMMANDS = {
+    "doctor": "commands.doctor",
+    "bench": "commands.bench",
+    "plot": "telemetry.plots",
+    "suggest": "telemetry.suggestion",
+}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a command, by default ``report``; returns the exit status."""
     if not arguments:
         report()
         return 0
-    if arguments[0] == "plot":
-        from .telemetry import plots
-
-        return plots.main(arguments[1:])
-    if arguments[0] == "suggest":
-        from .telemetry import suggestion
-
-        return suggestion.main(arguments[1:])
-    usage = "python -m cwclip_kernels [plot RUN [--out DIR] | suggest RUN [--rate 0.01] [...]]"
-    print(f"unknown command {arguments[0]!r}; usage: {usage}", file=sys.stderr)
-    return 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        usage = "python -m cwclip_kernels [doctor | bench | plot RUN | suggest RUN]; each but doctor has --help"
+        print(f"unknown command {name!r}; usage: {usage}", file=sys.stderr)
+        return 2
+    return int(import_module(f".{COMMANDS[name]}", __package__).main(rest))
 
 
 def report() -> None:

@@ -59,6 +59,7 @@ ORDER = [
     integrations/transformers/__init__
     integrations/lightning/clipping integrations/lightning/engine integrations/lightning/callback
     integrations/lightning/__init__
+    commands/__init__ commands/bench commands/doctor
     __init__ __main__
 """.splitlines()
     for name in line.split()
