@@ -33,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("builds")
 
 
+def pytest_collection_finish() -> None:
+    """gc.collect(), which a Trainer calls several times, looks at what tests make, not at all that was imported."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """So that modules in C++ that count what is left at the end have nothing to complain about."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     # Another stream for every test, so that none depends on which ran before it.
@@ -50,11 +60,9 @@ def needs_triton() -> None:
 
 
 @pytest.fixture
-def own_garbage() -> Iterator[None]:
-    """For tests that call gc.collect(): it looks at what the test made alone, not at all that there is (2 s)."""
+def own_garbage() -> None:
+    """For tests that call gc.collect(): it looks at what the test made alone."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
