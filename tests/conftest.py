@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 # Before torch starts threads: where processes share few cores, threads that spin while they wait hold up those that
@@ -18,6 +20,13 @@ if not torch.cuda.is_available():
 import pytest
 
 from seed import SEED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder of what is compiled once for all of xdist's workers, which inherit its name."""
+    if "CWCLIP_TEST_BUILT" not in os.environ:
+        os.environ["CWCLIP_TEST_BUILT"] = folder = tempfile.mkdtemp(prefix="cwclip_test_built")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_report_header() -> str:
