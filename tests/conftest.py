@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 # Before torch starts threads: where processes share few cores, threads that spin while they wait hold up those that
@@ -20,6 +22,13 @@ import pytest
 from seed import SEED
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder of what is compiled once for all of xdist's workers, which inherit its name."""
+    if "CWCLIP_TEST_BUILT" not in os.environ:
+        os.environ["CWCLIP_TEST_BUILT"] = folder = tempfile.mkdtemp(prefix="cwclip_test_built")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
 def pytest_report_header() -> str:
     return f"cwclip_kernels: random inputs from CWCLIP_TEST_SEED={SEED} (set it to repeat a run)"
 
@@ -31,6 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("backend") in ("cuda", "triton"):
             item.add_marker("builds")
+
+
+def pytest_collection_finish() -> None:
+    """gc.collect(), which a Trainer calls several times, looks at what tests make, not at all that was imported."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """So that modules in C++ that count what is left at the end have nothing to complain about."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +69,9 @@ def needs_triton() -> None:
 
 
 @pytest.fixture
-def own_garbage() -> Iterator[None]:
-    """For tests that call gc.collect(): it looks at what the test made alone, not at all that there is (2 s)."""
+def own_garbage() -> None:
+    """For tests that call gc.collect(): it looks at what the test made alone."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """The CUDA backend on CPU tensors: its kernels compiled by g++, their threads as fibers: native/."""
 
+import fcntl
 import functools
 import importlib.util
 import os
 import shutil
-import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -15,47 +15,41 @@ from unittest import mock
 
 import pytest
 
+from compiled import CXX, link, objects_of
 from cwclip_kernels.backends import cuda, native
 from cwclip_kernels.backends.served import unserved
 
 ROOT = Path(__file__).parents[2]
-CXX = os.environ.get("CXX", "g++").split()[0]
-CSRC = [ROOT / "csrc" / name for name in ("common/pieces.cpp", "cuda/program.cpp", "cuda/step.cpp")]
-KERNELS = ["-x", "c++", ROOT / "csrc/cuda/launch.cu"]
+NATIVE = ROOT / "tests/_support/native"
+CSRC = [ROOT / "csrc" / name for name in ("common/pieces.cpp", "cuda/program.cpp", "cuda/step.cpp", "cuda/launch.cu")]
 # So that a component of a few tiles is one that all workers add up.
 FLAGS = [
     "-DCWCLIP_MANY_PARTIALS=6",
     "-std=c++20",
-    "-g",
+    "-g1",  # lines, which is all that reports of sanitizers name
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
+    f"-I{NATIVE}",
 ]
 
 FORMS = (1, 2)  # two launches, one launch
 
 
-def compile_(*arguments: object) -> None:
-    """Hands these to the C++ compiler, and the kernels after them."""
-    command = [CXX, *FLAGS, f"-I{ROOT / 'tests/_support/native'}", *map(str, arguments), *map(str, KERNELS)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "sanitize" in " ".join(command) and "cannot find" in done.stderr:
-        pytest.skip("this compiler came without sanitizers")
-    assert done.returncode == 0, done.stderr
-
-
 def build(target: Path) -> None:
     """Compiles the stand-in for cwclip_kernels._C (10 s)."""
-    native = [ROOT / "tests/_support/native" / name for name in ("cuda_on_host.cpp", "blocks_as_fibers.cpp")]
-    csrc = [
+    sources = [
+        *(NATIVE / name for name in ("cuda_on_host.cpp", "blocks_as_fibers.cpp")),
         *CSRC,
         *(ROOT / "csrc/common" / f"{name}.cpp" for name in ("python", "signature", "tensor_calls", "tensor_list")),
         *(ROOT / "csrc" / name for name in ("common/torch_objects.cpp", "cuda/clip.cpp")),
     ]
     python = ["-DPy_LIMITED_API=0x030a0000", f"-I{sysconfig.get_path('include')}"]
-    compile_("-O2", "-fPIC", "-shared", *python, *native, *csrc, "-o", target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = objects_of(sources, [*FLAGS, "-O2", "-fPIC", *python], Path(folder))
+        link(objects, ["-shared"], target)
 
 
 def load(target: Path) -> Any:
@@ -70,13 +64,17 @@ def load(target: Path) -> Any:
 
 @functools.cache
 def module() -> Any:
-    """The stand-in, built once a session."""
+    """The stand-in, built once for all processes of a run."""
     if shutil.which(CXX) is None:
         pytest.skip("no C++ compiler for the CUDA kernels")
-    with tempfile.TemporaryDirectory(prefix="cwclip_cuda_on_host") as folder:
-        target = Path(folder) / "cwclip_cuda_on_host.so"
-        build(target)
-        return load(target)
+    folder = Path(os.environ["CWCLIP_TEST_BUILT"])  # conftest.py makes it
+    target = folder / "cwclip_cuda_on_host.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            build(folder / "unfinished.so")
+            (folder / "unfinished.so").rename(target)
+    return load(target)
 
 
 @contextmanager

@@ -191,18 +191,24 @@ def one_step(rng, own, program, signature, places, doubles, count, clips):
     return "stepped"
 
 
+WANTED = ("worked", "worked at once", "stepped", "others", "RuntimeError", "TypeError", "ValueError")
+
+
 def main(seconds, seed):
+    """For so many seconds; for more where the machine has come to too few of each outcome."""
     assert native.unavailable() is None, native.unavailable()
     rng = random.Random(seed)
-    ends = time.monotonic() + seconds
+    begun = time.monotonic()
     outcomes = Counter()
-    while time.monotonic() < ends:
+    while (passed := time.monotonic() - begun) < seconds or (
+        passed < 10 * seconds and min(outcomes[outcome] for outcome in WANTED) <= 20
+    ):
         try:
             outcomes[one_call(rng)] += 1
         except (RuntimeError, TypeError, ValueError, AttributeError, OverflowError, BufferError) as error:
             outcomes[type(error).__name__] += 1
     print(dict(outcomes))
-    for outcome in ("worked", "worked at once", "stepped", "others", "RuntimeError", "TypeError", "ValueError"):
+    for outcome in WANTED:
         assert outcomes[outcome] > 20, outcome
 
 

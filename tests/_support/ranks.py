@@ -6,15 +6,19 @@
 
 A test fails if it fails on any rank. Its ranks are then ended, since they may wait for each other, and started anew
 for the next test. ``CWCLIP_RANKS="8"`` runs those tests that take several sizes on eight ranks too.
+
+The ranks but for the last are forked from a process that has imported what takes seconds to import.
 """
 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 import warnings
@@ -24,6 +28,13 @@ from multiprocessing.connection import Connection, wait
 import pytest
 
 SECONDS = 120  # what a test may take before its ranks count as stuck
+# Takes seconds to import: the ranks are forked from a process that has what the tests at hand use.
+LARGE = {
+    "torch": ("torch", "torch.distributed.fsdp", "torch.distributed.tensor.debug", "pytest"),
+    "deepspeed": ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3"),
+    "transformers": ("accelerate", "transformers.trainer"),
+    "lightning": ("lightning",),
+}
 
 _pools: dict[int, "Pool"] = {}
 
@@ -32,7 +43,7 @@ def on_ranks(*sizes: int):
     """Marks a test whose body runs on every rank of groups of these sizes, one after another."""
 
     if len(sizes) > 1:
-        sizes += tuple(map(int, os.environ.get("CWCLIP_RANKS", "").split()))
+        sizes = tuple(dict.fromkeys((*sizes, *map(int, os.environ.get("CWCLIP_RANKS", "").split()))))
 
     def decorate(test):
         @functools.wraps(test)
@@ -97,13 +108,18 @@ class Pool:
             pytest.fail("\n".join([*failures, *(f"--- rank {rank} got stuck" for rank in stuck)]), pytrace=False)
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        contexts = [multiprocessing.get_context(method) for method in ("forkserver", "spawn")]
+        contexts[0].set_forkserver_preload([name for key in LARGE if key in sys.modules for name in LARGE[key]])
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.size):
+            # The last by itself, with another seed of its hashes: not all ranks have the same order of a set.
+            context = contexts[rank > 0 and rank == self.size - 1]
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.size, store), daemon=True)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo and CPU tensors, whatever the machine
+                patch.setenv("DS_ACCELERATOR", "cpu")
+                patch.setenv("TRITON_INTERPRET", "1")
                 process.start()
             theirs.close()
             self.processes.append(process)
@@ -122,7 +138,6 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS // 2)
     )
@@ -133,7 +148,10 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
         except EOFError:
             return
         try:
-            test = getattr(importlib.import_module(module), name).__wrapped__
+            if module not in sys.modules:
+                importlib.import_module(module)
+                gc.freeze()  # gc.collect() and its like look at what tests make, not at all that was imported
+            test = getattr(sys.modules[module], name).__wrapped__
             torch.manual_seed(seed)
             test(**arguments)
             pipe.send(None)

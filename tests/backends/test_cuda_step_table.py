@@ -1,20 +1,16 @@
-"""What the CUDA backend keeps on the device between steps of an optimizer, what it refuses, and races of blocks."""
+"""What the CUDA backend keeps on the device between steps of an optimizer, and what it refuses."""
 
 import copy
-import shutil
-import subprocess
 from unittest import mock
 
 import pytest
 import torch
 
-import cuda_on_host
 from cwclip_kernels.backends import cuda
 from cwclip_kernels.core.adamw import AdamWRule, AdamWStep
 from cwclip_kernels.core.bucket import Bucket
 from cwclip_kernels.optim import ComponentClipAdamW
 from helpers import DEVICE, random_grad, same_bits
-from seed import SEED
 from stepping import assert_stepped_alike, give_gradients, twins
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="about a machine that a GPU isn't; see test_cuda_gpu.py")
@@ -270,17 +266,3 @@ def test_native_calls_are_checked_before_anything_is_launched(gpu):
     with pytest.raises(TypeError, match=r"expected cuda_clip_adamw\(program"):
         gpu.cuda_clip_adamw(program)
     assert gpu.launches() == launches
-
-
-@pytest.mark.skipif(shutil.which(cuda_on_host.CXX) is None, reason="no C++ compiler")
-@pytest.mark.parametrize(("sanitizer", "cases"), [("thread", 60), ("address,undefined", 60)])
-def test_blocks_step_without_races(sanitizer, cases, tmp_path):
-    program = tmp_path / "step_races"
-    own = cuda_on_host.ROOT / "tests/_support/native"
-    cuda_on_host.compile_(
-        *("-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DCWCLIP_BLOCKS_AS_THREADS", "-pthread"),
-        *(own / "step_races.cpp", own / "blocks_as_threads.cpp", *cuda_on_host.CSRC, "-o", program),
-    )
-    done = subprocess.run([program, str(SEED), str(cases)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"{cases} cases\n"

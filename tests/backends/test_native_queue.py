@@ -1,6 +1,5 @@
 """The CPU's queues by themselves, without torch: random work by several threads, under sanitizers."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,63 +7,69 @@ from pathlib import Path
 
 import pytest
 
+from compiled import CXX, link, objects_of
 from helpers import DEVICE
-from seed import SEED
+from seed import LONGER, SEED
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*(ROOT / "csrc/cpu" / name for name in ("queue.cpp", "step_queue.cpp")), *ROOT.glob("csrc/cpu/simd/*.cpp")]
-CXX = os.environ.get("CXX", "g++").split()[0]
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
 
 
-@pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler")
 # Races; then memory errors and undefined behaviour; then what users run, as fast as it goes.
-@pytest.mark.parametrize("flags", ["-O1 -fsanitize=thread", "-O1 -fsanitize=address,undefined", "-O3"])
-@pytest.mark.parametrize("queue", ["queue", "step"])
-def test_random_work_by_several_threads(queue, flags, tmp_path):
-    program = tmp_path / "stress"
-    sanitized = "sanitize" in flags
-    command = [
-        CXX,
-        "-std=c++17",
-        "-g",
-        *flags.split(),
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-psabi",
-    ]
-    built = subprocess.run(
-        [*command, ROOT / f"tests/_support/native/{queue}_stress.cpp", *SOURCES, "-pthread", "-o", program],
-        capture_output=True,
-        text=True,
-    )
-    if built.returncode and sanitized and "cannot find" in built.stderr:
-        pytest.skip("this compiler came without sanitizers")
-    assert built.returncode == 0, built.stderr
-    rounds = (80 if sanitized else 300) if queue == "queue" else 25
-    done = subprocess.run([program, str(SEED), str(rounds)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"{rounds} cases\n"
+@pytest.fixture(scope="module", params=["-O1 -fsanitize=thread", "-O1 -fsanitize=address,undefined", "-O3"])
+def run(request, tmp_path_factory):
+    """Runs a program, of queues and kernels that are compiled once for both."""
+    flags = [*request.param.split(), "-pthread"]
+    compiled = [*["-std=c++17", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"], *flags]
+    folder = tmp_path_factory.mktemp("queues")
+    queues = objects_of(SOURCES, compiled, folder)
+
+    def run(program, rounds):
+        own = objects_of([ROOT / f"tests/_support/native/{program}.cpp"], compiled, folder)
+        link([*own, *queues], flags, folder / program)
+        rounds = int(rounds * LONGER)
+        done = subprocess.run([folder / program, str(SEED), str(rounds)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == f"{rounds} cases\n"
+
+    return run
+
+
+@needs_compiler
+def test_random_work_by_several_threads(run, request):
+    run("queue_stress", 150 if "-O3" in request.node.name else 40)
+
+
+@needs_compiler
+def test_random_steps_by_several_threads(run):
+    run("step_stress", 15)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="about CPU kernels")
 def test_every_instruction_set_gives_the_same_bits():
     """What the suite shows of the widest set that this machine has, it shows of the others."""
-    digests = {}
-    for isa in ("baseline", "avx2", "avx512", None):
-        environment = {**os.environ, "CWCLIP_CPU_ISA": isa} if isa else os.environ
-        command = [sys.executable, "-c", DIGEST, str(SEED)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        digests[isa] = done.stdout
-    assert len(set(digests.values())) == 1, digests
+    done = subprocess.run([sys.executable, "-c", DIGEST, str(SEED)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    digests = done.stdout.splitlines()
+    assert len(digests) == 3
+    assert len(set(digests)) == 1, digests
 
 
+# The set is chosen at the first call, which is one of a process forked when all is imported.
 DIGEST = """
-import hashlib, math, sys, torch
+import hashlib, math, os, sys, torch
 from cwclip_kernels import ComponentClipper
 from cwclip_kernels.optim import ComponentClipAdamW
+for isa in ("baseline", "avx2", None):  # None: the widest
+    if not os.fork():
+        if isa:
+            os.environ["CWCLIP_CPU_ISA"] = isa
+        break
+    if os.wait()[1]:
+        sys.exit(f"{isa}: ended with an error")
+else:
+    sys.exit()
 torch.manual_seed(int(sys.argv[1]))
 digest = hashlib.sha256()
 every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)

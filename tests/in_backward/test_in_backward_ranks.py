@@ -125,6 +125,8 @@ def test_found_though_the_collector_does_not_show_it():
         handle.remove()
     finally:
         gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 @on_ranks(2)

@@ -27,8 +27,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*((options, torch.float32) for options in OPTIONS), ({}, torch.float64), (OPTIONS[-1], torch.float64)],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_clipping_and_then_torchs_step(backend, options, dtype):
     ours, theirs = twins(SHAPES, dtype)
@@ -71,8 +74,8 @@ def test_components(backend, grouping):
         results.append(clipper.clip_())
         plain.step()
 
-    run(5, (ours, optimizer.step), (theirs, clip_and_step))
-    assert_stepped_alike(ours, theirs, 5, LR)
+    run(3, (ours, optimizer.step), (theirs, clip_and_step))
+    assert_stepped_alike(ours, theirs, 3, LR)
     assert optimizer.last.names == results[-1].names
     assert_norms(optimizer.last.norms, results[-1].norms, torch.float32)
     torch.testing.assert_close(optimizer.last.coefs, results[-1].coefs, rtol=2e-6, atol=0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cwclip_kernels.optim import ComponentClipAdamW
-from experiment_setup import CPU, on_one_thread, settings_for, tiny_model
-from stability import models, report, tasks
+from experiment_setup import CPU, items, on_one_thread, settings_for, tiny_model
+from stability import models, names, report, tasks
 from stability.arms import parse
 from stability.optimizer import AdamW
 from stability.problem import Problem
@@ -18,6 +18,11 @@ from stability.train import Trainer
 
 _on_one_thread = pytest.fixture(scope="module", autouse=True)(on_one_thread)
 LR = 0.01
+
+
+@pytest.fixture(autouse=True)
+def _collected_once(monkeypatch):
+    monkeypatch.setattr(names, "collect", items)  # which takes a while
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,9 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainer(model_folder):
     settings = settings_for(model_folder, "--lr", "0.01")[0]
-    return Trainer(settings, tasks.load(settings), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "collect", items)  # which takes a while
+        return Trainer(settings, tasks.load(settings), CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------
