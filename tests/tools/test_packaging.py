@@ -7,6 +7,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -107,6 +108,19 @@ print(cwclip_kernels.fused_component_clip_([p], 1.0, backend="cpu").item(), p.gr
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "5.0 tensor([0.6000, 0.8000])"
+
+
+def test_an_sdist_has_all_sources_whatever_this_machine_can_build(source, tmp_path):
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+    variables = {**os.environ, "CWCLIP_BUILD": "none"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert ours <= names
+    assert {"setup.py", "pyproject.toml", "cwclip_kernels/_C.pyi", "cwclip_kernels/py.typed", "LICENSE"} <= names
 
 
 def test_without_extension_the_wheel_is_pure_and_says_so(source):
