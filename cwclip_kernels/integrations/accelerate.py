@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from ..components.parameters import Parameters, as_items, named_tensors
+from ..components.parameters import Parameters, named_tensors
 from ..core.optimizers import parameters_of
 from ..core.options import ClipOptions
+from ..distributed.units import units_of
 from ..thresholds.constant import MaxNorm
 from ._common import (
     ClipCall,
     clipper_arguments,
-    group_of,
     is_deepspeed,
     learning_unless_skipped,
     refuse_double_clipping,
-    without_whole_frozen,
 )
 from .deepspeed.clipping import attached_to
 
@@ -63,8 +62,8 @@ def clip_grad_norm_(
         unless caps that learn have to know whether a loss scaler will skip the step.
 
     Raises:
-        TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
-            several, or some that are sharded beside some that aren't; or, under DeepSpeed, others than were attached.
+        TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model; or,
+            under DeepSpeed, others than were attached.
         RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; Megatron-LM or XLA clip
             them; nothing is attached to DeepSpeed's engine; or a clipper is attached to the optimizer, or it clips in
             its own step (``ComponentClipAdamW``). No gradient is changed.
@@ -95,10 +94,9 @@ def clip_grad_norm_(
         arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
         return _norm_of_step(accelerator, parameters, max_norm, arguments)
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
-    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and options.get("process_group") is None:
-        parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-        parameters, _ = without_whole_frozen(parameters)
-        options["process_group"] = group_of(named_tensors(parameters), accelerator._models)
+    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2:
+        models = [*accelerator._models, *([parameters] if isinstance(parameters, nn.Module) else [])]
+        options["process_group"] = cast(Any, units_of(models, options.get("process_group")))
     call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options)
     call.caps()  # raises before anything is unscaled
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
