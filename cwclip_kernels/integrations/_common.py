@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from ..arguments import type_name, warn_caller
 from ..clipper import ComponentClipper
-from ..components.parameters import Parameters
+from ..components.parameters import Parameters, named_tensors
 from ..core.cache import session_for
-from ..core.optimizers import attached_clippers, clipping_optimizer
+from ..core.optimizers import OptimizerParts, attached_clippers, clipping_optimizer, parameters_of
 from ..core.options import ClipOptions, Options, check_options
+from ..core.parameter_clipper import ParameterClipper
 from ..distributed.units import known_group
 from ..grad_scaler import ComponentClipGradScaler
 from ..thresholds import Threshold
@@ -120,6 +121,37 @@ class ModelClipping:
         return self._given.other_than(max_norm, arguments) is None
 
 
+class OptimizersClipping(ModelClipping):
+    """The same with a part for each optimizer, which have all of their parameters in the model; ``hint`` says how."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_norm: MaxNorm,
+        arguments: dict[str, Any],
+        wrapped: nn.Module,
+        is_scaled: bool,
+        hint: str,
+    ) -> None:
+        super().__init__(model, max_norm, arguments, wrapped, is_scaled)
+        known = {id(p) for p in named_tensors(model).tensors}
+        self._parts = OptimizerParts(self.clipper, partial(_check_known, known, hint))
+
+    def part_of(self, optimizer: Optimizer) -> ParameterClipper:
+        """A clipper of what the optimizer owns. ValueError if it owns what the model doesn't have."""
+        return self._parts.of(optimizer).clipper
+
+
+def _check_known(known: set[int], hint: str, optimizer: Optimizer) -> None:
+    """Raises ValueError unless the ids of all parameters of the optimizer are known."""
+    for p in parameters_of(optimizer):
+        if id(p) not in known:
+            raise ValueError(
+                f"optimizer: {type_name(optimizer)} owns a parameter of shape {list(p.shape)} that the module "
+                f"doesn't have, or didn't when clipping began, and that would go unclipped; {hint}"
+            )
+
+
 def _as_given(max_norm: MaxNorm) -> MaxNorm:
     if isinstance(max_norm, Mapping):
         return dict(max_norm)  # which may change
@@ -128,7 +160,10 @@ def _as_given(max_norm: MaxNorm) -> MaxNorm:
 
 def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside a trainer's wrappers, which is the one that a ``GradScaler`` knows."""
-    while any(kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer") for kind in type(optimizer).__mro__):
+    while any(
+        kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
+        for kind in type(optimizer).__mro__
+    ):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
@@ -136,6 +171,21 @@ def innermost(optimizer: Optimizer) -> Optimizer:
 def is_deepspeed(accelerator: Any) -> bool:
     """Whether an ``Accelerator``, or its ``state``, is DeepSpeed's, whose engine steps within ``backward``."""
     return bool(accelerator.distributed_type.value == "DEEPSPEED")
+
+
+def refuse_lightning_strategy(strategy: object, ours: str) -> None:
+    """Raises RuntimeError if gradients aren't complete where Lightning clips, or only the strategy knows them."""
+    for kind in type(strategy).__mro__:
+        if kind.__name__ in _ELSEWHERE:
+            raise RuntimeError(f"{ours}(strategy=...): {_ELSEWHERE[kind.__name__]}")
+
+
+_ELSEWHERE = {
+    "XLAFSDPStrategy": "XLA's FSDP keeps a part of each gradient on each device, and only XLA knows their norms: "
+    "leave clipping to Lightning",
+    "XLAStrategy": "XLA sums gradients over devices in the optimizer's step, after they would be clipped: use one "
+    "device, or another strategy",
+}
 
 
 def learner(max_norm: MaxNorm | None) -> Threshold | None:
