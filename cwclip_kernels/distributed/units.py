@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .elsewhere import check_model
 from .groups import RankGroup, as_group
 from .shards import LocalShard, is_dtensor, is_flat, is_flattened, shard_of
 
@@ -164,10 +165,11 @@ def known_group(parameters: object, process_group: object) -> Any:
     """What is known of who shares ``parameters``: their units with the user's group; just that if they have no units.
 
     Raises:
-        ValueError: ``process_group`` is given for gradients of which every rank has all.
+        ValueError: ``process_group`` is given for gradients of which every rank has all; or as ``check_model``.
     """
     if isinstance(process_group, Units) or not isinstance(parameters, nn.Module):
         return process_group
+    check_model(parameters)
     if process_group is not None and isinstance(parameters, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "process_group: each rank has all gradients of a DistributedDataParallel, which would count once for "

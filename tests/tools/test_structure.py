@@ -36,7 +36,7 @@ ORDER = [
     reference backends/foreach backends/programs backends/cpu backends/cuda_step backends/cuda
     backends/triton_tables backends/triton backends/triton_step backends/registry
     core/options core/plan core/run
-    distributed/groups distributed/units distributed/reduction distributed/local
+    distributed/elsewhere distributed/groups distributed/units distributed/reduction distributed/local
     distributed/partitions distributed/reduction_plan distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/traced_scaling core/parameter_clipper
     core/differentiable core/partitioned_clipper core/optimizers
