@@ -310,6 +310,18 @@ def test_tensors_alone_do_not_tell(use_orig_params):
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_gradients_that_are_still_accumulated(use_orig_params):
+    """Under no_sync each rank has its own, whole."""
+    _, model = made("SHARD_GRAD_OP", use_orig_params)
+    clipper = ComponentClipper(model, 0.1)
+    with model.no_sync():
+        backward(model)
+    with pytest.raises(ValueError, match=r"not that of this rank's shard .* outside of no_sync\(\)"):
+        clipper.clip_()
+
+
+@on_ranks(2)
 def test_what_lies_in_no_unit_that_is_given():
     """A module inside of the one that FSDP returned, whose parameters the outer one shards."""
     _, model = made("SHARD_GRAD_OP", True)
