@@ -19,7 +19,7 @@ from .core.modes import is_traced
 from .core.options import check_norms, check_options, checked_coefs
 from .core.parameter_clipper import ParameterClipper
 from .core.session import ClipSession
-from .distributed.units import known_group
+from .distributed.units import Units, known_group
 from .result import ClipResult
 from .thresholds.constant import MaxNorm
 
@@ -238,7 +238,8 @@ class ComponentClipper(ParameterClipper):
     # -------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._session.reductions is not None or self._session.ranks != (None, None):
+        units = self._session.ranks[0]
+        if self._session.reductions is not None or (isinstance(units, Units) and units.is_needed):
             raise TypeError(
                 "a ComponentClipper of sharded parameters can't be pickled or copied, since process groups can't be: "
                 "make one on each rank, and hand on what it has learnt with state_dict()"

@@ -52,6 +52,11 @@ class Units:
     held: tuple[tuple[int, Held], ...] = ()
     explicit: Any = None
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether parameters alone, as in a copy, wouldn't tell as much."""
+        return bool(self.held) and dist.get_world_size() > 1
+
     def shards(self, tensors: Sequence[Tensor], names: Sequence[str]) -> list[LocalShard | None]:
         """What this rank holds of each tensor: DTensors, too. None if that is all, or if nothing is known of it."""
         held, group = dict(self.held), as_group(self.explicit, "process_group")
@@ -205,14 +210,17 @@ def repeated_on_ranks(tensors: Sequence[Tensor], names: Sequence[str], units: Un
         return None
     looks = group.gather([_look(tensor) for _, tensor in asked])
     for (name, _), *theirs in zip(asked, *looks, strict=True):
-        first: dict[object, int] = {}
+        holders: dict[object, list[int]] = {}
         for rank, look in zip(group.ranks, theirs, strict=True):
-            if look is not None and first.setdefault(look, rank) != rank:
-                return (
-                    f"parameters: ranks {first[look]} and {rank} hold the same of {name!r}, as with "
-                    "ShardingStrategy.NO_SHARD or between replicas, so it would count twice in a sum over "
-                    "process_group; pass the module that FullyShardedDataParallel returned, without process_group"
-                )
+            if look is not None:
+                holders.setdefault(look, []).append(rank)
+        if holders and all(len(ranks) > 1 for ranks in holders.values()):  # as copies come; parts may look alike, too
+            one, other = next(iter(holders.values()))[:2]
+            return (
+                f"parameters: ranks {one} and {other} hold the same of {name!r}, as with ShardingStrategy.NO_SHARD "
+                "or between replicas, so it would count twice in a sum over process_group; pass the module that "
+                "FullyShardedDataParallel returned, without process_group"
+            )
     return None
 
 

@@ -310,6 +310,15 @@ def test_tensors_alone_do_not_tell(use_orig_params):
 
 
 @on_ranks(2)
+def test_parts_that_look_alike_are_no_copies():
+    """Nine ones, of which a rank has five and the other four."""
+    model = unit(nn.LayerNorm(9, bias=False), FULL, True)
+    model(torch.arange(9.0)).square().sum().backward()
+    expected = component_norms(model)
+    torch.testing.assert_close(component_norms(list(model.parameters()), process_group=dist.group.WORLD), expected)
+
+
+@on_ranks(2)
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_gradients_that_are_still_accumulated(use_orig_params):
     """Under no_sync each rank has its own, whole."""
