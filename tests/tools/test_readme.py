@@ -15,7 +15,7 @@ from libraries import LIBRARIES, stand_in
 from readme_blocks import PYTHON
 
 # Trainers' have models of their own: test_readme_trainers.py.
-THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed"
+THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed", "integrations.fabric"
 BLOCKS = [block for block in PYTHON if not any(word in block for word in THEIRS)]
 D = 6
 
