@@ -19,7 +19,7 @@ from .core.modes import is_traced
 from .core.options import check_norms, check_options, checked_coefs
 from .core.parameter_clipper import ParameterClipper
 from .core.session import ClipSession
-from .distributed.groups import check_process_group
+from .distributed.units import Units, known_group
 from .result import ClipResult
 from .thresholds.constant import MaxNorm
 
@@ -86,9 +86,9 @@ class ComponentClipper(ParameterClipper):
         backend: str | None = None,
     ) -> None:
         options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
-        check_process_group(parameters, process_group)
+        group = known_group(parameters, process_group)
         named = named_tensors(parameters)
-        session = ClipSession.of(named, components, process_group, pp_mesh, options.in_words(max_norm, pp_mesh))
+        session = ClipSession.of(named, components, group, pp_mesh, options.in_words(max_norm, pp_mesh))
         super().__init__(named.tensors, session, max_norm, options)
         if (
             isinstance(parameters, nn.Module) and session.reductions is None
@@ -238,7 +238,8 @@ class ComponentClipper(ParameterClipper):
     # -------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._session.reductions is not None:
+        units = self._session.ranks[0]
+        if self._session.reductions is not None or (isinstance(units, Units) and units.is_needed):
             raise TypeError(
                 "a ComponentClipper of sharded parameters can't be pickled or copied, since process groups can't be: "
                 "make one on each rank, and hand on what it has learnt with state_dict()"

@@ -77,9 +77,12 @@ def fused_component_clip_(
             parameter that belongs to no component keeps its scale.
         found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is, as
             ``torch.amp.GradScaler`` uses it.
-        process_group: for plain tensors of which each rank holds a part (``FullyShardedDataParallel``, ZeRO
-            partitions): the ranks that together hold all. DTensors work without it, with norms and slices of the
-            logical gradient. Not for ``DistributedDataParallel``, where each rank has all.
+        process_group: for plain tensors of which each rank holds a part (ZeRO partitions; parameters of
+            ``FullyShardedDataParallel`` that come without it): the ranks that together hold all. DTensors work
+            without it, with norms and slices of the logical gradient. So does the module that
+            ``FullyShardedDataParallel`` returned: each of its units says how and over which ranks it shards, and a
+            group that is given has to be the same. What it ignores counts once, with this rank's gradient, which all
+            ranks should have alike. Not for ``DistributedDataParallel``, where each rank has all.
         pp_mesh: ranks that hold different parameters of one model, such as stages of a pipeline. Components that
             several of them have parts of are added up over it; all others cause no traffic.
         backend: None for the best available, or "cuda", "triton", "cpu", "foreach", "reference": used or refused.

@@ -150,7 +150,7 @@ def outcome_of(params, max_norm, norm_type, options, inv_scale, backend, way="wh
         if way == "gradients":
             return clip_gradients_(grads, *arguments, **options), found.item()
         if way == "graph":
-            grads = {name: None if g is None else g.requires_grad_() * 1.0 for name, g in grads.items()}
+            grads = {name: None if g is None else g.requires_grad_().clone() for name, g in grads.items()}
         new, norms = clip_gradients(grads, *arguments, **options)
         for name, p in params:
             if p.grad is not None:

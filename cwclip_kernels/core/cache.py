@@ -22,8 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..backends.native import form_of
 from ..components.parameters import NamedTensors, Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
-from ..distributed.groups import as_group, check_process_group
+from ..distributed.groups import as_group
 from ..distributed.local import local_value
+from ..distributed.units import Units, known_group
 from .session import ClipSession
 
 
@@ -74,7 +75,8 @@ def session_for(
     form = None
     if key is not None:
         # Not by the ids of meshes: mesh["pp"] is another object each time, and an id may be that of a later one.
-        key = key, as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
+        ranks = process_group if isinstance(process_group, Units) else as_group(process_group, "process_group")
+        key = key, ranks, as_group(pp_mesh, "pp_mesh")
         form = form_of(given)
         with _lock:
             entry = _entries.get(key)
@@ -85,9 +87,8 @@ def session_for(
             tensors = given if is_all else [given[i] for i in entry.positions]
             if entry.is_for(tensors, form):
                 return tensors, entry.session
-    check_process_group(source, process_group)
     named = named_tensors(source)
-    session = ClipSession.of(named, grouping, process_group, pp_mesh, settings())
+    session = ClipSession.of(named, grouping, known_group(source, process_group), pp_mesh, settings())
     if key is not None:
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(given)))}
         module = storage = None

@@ -30,7 +30,7 @@ class ClipOptions(TypedDict, total=False):
         components: as for :func:`cwclip_kernels.fused_component_clip_`, like all of these.
         eps: 1e-6 unless given.
         nonfinite: "propagate" unless given.
-        process_group: none unless given; trainers' ways find FSDP's.
+        process_group: none unless given; FSDP's is found.
         backend: the best available unless given.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..arguments import type_name
@@ -71,15 +71,6 @@ def in_order(groups: Iterable[RankGroup]) -> list[RankGroup]:
     """Each set of ranks once, by the same handle on all ranks and in the same order."""
     by_ranks = {group.ranks: group for group in sorted(groups, key=lambda group: str(group.handles[0].group_name))}
     return sorted(by_ranks.values(), key=lambda group: group.order)
-
-
-def check_process_group(parameters: object, process_group: object) -> None:
-    """Raises ValueError if ``process_group`` is given for gradients of which every rank has all."""
-    if process_group is not None and isinstance(parameters, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "process_group: each rank has all gradients of a DistributedDataParallel, which would count once for "
-            "each of them; leave it out"
-        )
 
 
 def as_group(value: object, name: str) -> RankGroup | None:

@@ -17,7 +17,6 @@ from .groups import RankGroup, group_over, in_order
 from .local import LocalGradients, Shards, gradients_of, is_wide, local_value, member_numels
 from .partitions import Partitions
 from .reduction import Indices, Reduction, decode, encode
-from .shards import LocalShard
 
 
 class Stages(NamedTuple):
@@ -100,7 +99,7 @@ class ReductionPlan:
 
         # One row for each component and set of ranks that holds parts of it; rows of one set are sent together.
         over = cache(group_over)
-        groups = [_holders(s, group) if s is None or s.mesh is None else over(s.mesh, s.mesh_dims) for s in shards]
+        groups = [group if s is None else s.group if s.mesh is None else over(s.mesh, s.mesh_dims) for s in shards]
         by_ranks = {each.ranks: each for each in (*groups, group) if each is not None}
         rows: dict[tuple[int, tuple[int, ...] | None], int] = {}
         members: list[Member] = []
@@ -212,7 +211,3 @@ class ReductionPlan:
             shown = f"{len(group.ranks)} ranks ({some_of(group.ranks, 8)})"
             lines.append(f"  one all-reduce of {len(rows.host)} sums over {shown}")
         return "\n".join(lines) or "  no communication between ranks"
-
-
-def _holders(shard: LocalShard | None, group: RankGroup | None) -> RankGroup | None:
-    return group if shard is None or shard.group is None else shard.group

@@ -17,7 +17,8 @@ from .groups import RankGroup, as_group, groups_along, in_order
 from .local import Shards, is_wide
 from .partitions import Partitions
 from .reduction_plan import ReductionPlan, compare_stages
-from .shards import LocalShard, is_dtensor, is_flattened, shard_of
+from .shards import LocalShard, is_flat, is_flattened
+from .units import as_units, repeated_on_ranks
 
 
 def plan_reductions(
@@ -39,15 +40,15 @@ def plan_reductions(
     Raises:
         TypeError, ValueError: a wrong argument; on all ranks, if parameters can't be clipped or ranks differ.
     """
-    group, stage_group = as_group(process_group, "process_group"), as_group(pp_mesh, "pp_mesh")
+    units, names = as_units(process_group), components.tensor_names
+    group, stage_group = as_group(units.explicit, "process_group"), as_group(pp_mesh, "pp_mesh")
     if partitions is None:
-        shards = [shard_of(tensor, name) for tensor, name in zip(tensors, components.tensor_names, strict=True)]
+        shards, of_units = units.shards(tensors, names), units.problems(tensors, names)
     else:
-        components, shards = partitions.laid_flat(components), partitions.shards(components.tensor_names)
-    cut, has_flattened = components.cut, any(map(is_flattened, tensors))
-    problem, frozen = None, []
-    for i, (name, tensor, shard) in enumerate(zip(components.tensor_names, tensors, shards, strict=True)):
-        found = None if partitions is not None else _problem(name, tensor, shard, i in cut, group, has_flattened)
+        components, shards, of_units = partitions.laid_flat(components), partitions.shards(names), []
+    cut, problem, frozen = components.cut, None, []
+    for i, (name, tensor, shard) in enumerate(zip(names, tensors, shards, strict=True)):
+        found = None if partitions is not None else of_units[i] or _problem(name, tensor, shard, i in cut, group)
         if found is not None and tensor.requires_grad:
             problem = problem or found
         elif found is not None:
@@ -76,6 +77,8 @@ def plan_reductions(
             problem = problem or found
         stages = compare_stages(stage_group, components, is_wide(tensors))
         problem = _compare([*neighbours, stage_group], {}, settings, problem or stages.problem)
+    if problem is None and partitions is None:
+        problem = repeated_on_ranks(tensors, names, units)
     if problem is not None:
         raise ValueError(problem)
     return components, ReductionPlan(components, tensors, shards, group, neighbours, stages, partitions)
@@ -86,13 +89,15 @@ Groups: TypeAlias = Mapping[tuple[int, ...], RankGroup]  # by their ranks
 
 def _groups_of(shard: LocalShard | None, along: Callable[[Any], Groups], of_plain: Groups) -> Groups:
     """The groups of ranks that have the same parameter, or other parts of it."""
-    if shard is None or (shard.mesh is None and shard.group is None):
+    if shard is None:
         return of_plain
-    return along(shard.mesh) if shard.group is None else {shard.group.ranks: shard.group}
+    if shard.mesh is not None:
+        return along(shard.mesh)
+    return {} if shard.group is None else {shard.group.ranks: shard.group}
 
 
 def _problem(
-    name: str, tensor: Tensor, shard: LocalShard | None, is_cut: bool, group: RankGroup | None, has_flattened: bool
+    name: str, tensor: Tensor, shard: LocalShard | None, is_cut: bool, group: RankGroup | None
 ) -> str | None:
     """Why a tensor can't be clipped, perhaps on this rank alone."""
     if shard is not None and shard.problem is not None:
@@ -102,25 +107,8 @@ def _problem(
             f"parameters: {name!r} belongs to DeepSpeed, which keeps its gradient in partitions elsewhere; it would "
             "go unclipped; call cwclip_kernels.integrations.deepspeed.attach(engine, ...)"
         )
-    no_shard = "under ShardingStrategy.NO_SHARD, where each rank keeps all, use DistributedDataParallel instead"
-    if is_flattened(tensor) and dist.get_world_size() > 1:
-        if group is None:
-            return (
-                f"parameters: FullyShardedDataParallel keeps a part of {name!r} on each rank; pass "
-                f"process_group=model.process_group ({no_shard})"
-            )
-        # A shard of a flat parameter is shorter than the whole, and a view of it has one dimension.
-        if tensor.ndim > 1 or (shard is not None and shard.local_shape >= shard.shape):
-            return (
-                f"parameters: {name!r} of FullyShardedDataParallel is whole here, while its gradient is sharded; "
-                f"leave summon_full_params() first ({no_shard})"
-            )
-    elif group is not None and has_flattened and not is_flattened(tensor) and not is_dtensor(tensor):
-        return (
-            f"parameters: {name!r} isn't sharded by FullyShardedDataParallel, as others are, and would count several "
-            "times in a sum over process_group; clip what it ignores in a call without process_group"
-        )
-    if group is not None and shard is None and is_cut:
+    is_view = shard is not None and is_flattened(tensor) and not is_flat(tensor)
+    if is_cut and (is_view or (group is not None and shard is None)):
         return (
             f"components: {name!r} can't be cut: where this rank's part (process_group) lies in the whole is "
             "unknown; DTensors can be cut, and FullyShardedDataParallel with use_orig_params=False"

@@ -2,8 +2,9 @@
 
 A DTensor's ``Shard`` placement cuts a dimension as ``torch.chunk`` does. ``_StridedShard``, which FSDP2 uses over
 tensor parallelism, cuts it into ``split_factor`` pieces first and takes a chunk of each. A ``FlatParameter`` of
-``FullyShardedDataParallel`` (FSDP1) is a range of its original parameters laid end to end. What an optimizer with
-partitions holds (``partitions``) is a range of one parameter laid flat.
+``FullyShardedDataParallel`` (FSDP1) is a range of its original parameters laid end to end. An original
+parameter of FSDP1 (``units``) is a range of one parameter laid flat, as is what an optimizer with partitions holds
+(``partitions``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and length of consecutive
 
 @dataclass(eq=False)
 class LocalShard:
-    """What this rank holds of a DTensor, of a ``FlatParameter``, or of a parameter laid flat in a partition."""
+    """What this rank holds of a DTensor, of a ``FlatParameter``, or of a parameter that was laid flat."""
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
@@ -36,7 +37,7 @@ class LocalShard:
     mesh_dims: tuple[int, ...] = ()  # dimensions of the mesh, of more than one rank, over which it is sharded
     problem: str | None = None  # why its gradient can't be clipped
     grad_spec: Any = None  # of the last gradient that was found to have the parameter's placements
-    group: Any = None  # the ``RankGroup`` that shares a parameter laid flat in partitions
+    group: Any = None  # of what isn't a DTensor: the ``RankGroup`` that holds it; None if this rank has all
 
     @property
     def local_shape(self) -> tuple[int, ...]:

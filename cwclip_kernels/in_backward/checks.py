@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import type_name
+from ..distributed.elsewhere import check_model
 from ..distributed.shards import is_dtensor, is_flattened
 
 AT_THE_STEP = "clip at the step instead: ComponentClipper.attach(optimizer)"
@@ -17,6 +18,8 @@ AT_THE_STEP = "clip at the step instead: ComponentClipper.attach(optimizer)"
 
 def check_parameters(module: nn.Module | None, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     """Raises ValueError for parameters whose gradients other ranks add to after the hooks, or that have none."""
+    if module is not None:
+        check_model(module)
     for part in () if module is None else module.modules():
         # By name, so that nothing has to be imported.
         kinds = {kind.__name__ for kind in type(part).__mro__}

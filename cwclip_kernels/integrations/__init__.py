@@ -4,6 +4,7 @@
     accelerate     ``clip_grad_norm_`` in place of ``Accelerator.clip_grad_norm_``
     deepspeed      ``attach``, after which an engine's steps clip, also those that the other trainers make
     timm           ``dispatch_clip_grad`` in place of ``timm.utils.dispatch_clip_grad``
+    fabric         ``clip_gradients`` in place of Lightning's ``Fabric.clip_gradients``
     lightning      ``ComponentClip``, a callback; ``configure_gradient_clipping`` for the hook of that name
     transformers   ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` for ``Trainer``
 

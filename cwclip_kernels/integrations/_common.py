@@ -1,4 +1,4 @@
-"""What integrations share: calls that clip, optimizers, skipped steps, who else clips, FSDP 1."""
+"""What integrations share: calls that clip, optimizers, skipped steps, who else clips."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..arguments import type_name, warn_caller
 from ..clipper import ComponentClipper
-from ..components.parameters import NamedTensors, Parameters, named_tensors
+from ..components.parameters import Parameters, named_tensors
 from ..core.cache import session_for
-from ..core.optimizers import attached_clippers, clipping_optimizer
+from ..core.optimizers import OptimizerParts, attached_clippers, clipping_optimizer, parameters_of
 from ..core.options import ClipOptions, Options, check_options
-from ..distributed.groups import RankGroup
-from ..distributed.shards import is_flattened
+from ..core.parameter_clipper import ParameterClipper
+from ..distributed.units import known_group
 from ..grad_scaler import ComponentClipGradScaler
 from ..thresholds import Threshold
 from ..thresholds.base import StepCaps
 from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 _OPTIONS = frozenset(ClipOptions.__annotations__)
 
@@ -110,10 +106,8 @@ class ModelClipping:
         self, model: nn.Module, max_norm: MaxNorm, arguments: dict[str, Any], wrapped: nn.Module, is_scaled: bool
     ) -> None:
         self._given = Given(max_norm, arguments)
-        source, self._left_out = without_whole_frozen(model)
-        group = arguments.get("process_group")
-        group = group_of(named_tensors(source), [wrapped]) if group is None else group
-        self.clipper = ComponentClipper(source, max_norm, **{**arguments, "process_group": group})
+        group = known_group(wrapped, arguments.get("process_group"))
+        self.clipper = ComponentClipper(model, max_norm, **{**arguments, "process_group": group})
         self.clipped = self.clipper.parameters
         self.clipper.check_not_in_backward(self.clipped)
         if is_scaled and self.clipper.raises_nonfinite:
@@ -123,10 +117,39 @@ class ModelClipping:
             )
 
     def is_for(self, max_norm: MaxNorm, arguments: dict[str, Any]) -> bool:
-        """Whether it serves these arguments; not if a frozen parameter that it leaves out is trained by now."""
-        return self._given.other_than(max_norm, arguments) is None and not any(
-            p.requires_grad for p in self._left_out
-        )
+        """Whether it serves these arguments."""
+        return self._given.other_than(max_norm, arguments) is None
+
+
+class OptimizersClipping(ModelClipping):
+    """The same with a part for each optimizer, which have all of their parameters in the model; ``hint`` says how."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_norm: MaxNorm,
+        arguments: dict[str, Any],
+        wrapped: nn.Module,
+        is_scaled: bool,
+        hint: str,
+    ) -> None:
+        super().__init__(model, max_norm, arguments, wrapped, is_scaled)
+        known = {id(p) for p in named_tensors(model).tensors}
+        self._parts = OptimizerParts(self.clipper, partial(_check_known, known, hint))
+
+    def part_of(self, optimizer: Optimizer) -> ParameterClipper:
+        """A clipper of what the optimizer owns. ValueError if it owns what the model doesn't have."""
+        return self._parts.of(optimizer).clipper
+
+
+def _check_known(known: set[int], hint: str, optimizer: Optimizer) -> None:
+    """Raises ValueError unless the ids of all parameters of the optimizer are known."""
+    for p in parameters_of(optimizer):
+        if id(p) not in known:
+            raise ValueError(
+                f"optimizer: {type_name(optimizer)} owns a parameter of shape {list(p.shape)} that the module "
+                f"doesn't have, or didn't when clipping began, and that would go unclipped; {hint}"
+            )
 
 
 def _as_given(max_norm: MaxNorm) -> MaxNorm:
@@ -137,7 +160,10 @@ def _as_given(max_norm: MaxNorm) -> MaxNorm:
 
 def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside a trainer's wrappers, which is the one that a ``GradScaler`` knows."""
-    while any(kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer") for kind in type(optimizer).__mro__):
+    while any(
+        kind.__name__ in ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
+        for kind in type(optimizer).__mro__
+    ):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
@@ -145,6 +171,21 @@ def innermost(optimizer: Optimizer) -> Optimizer:
 def is_deepspeed(accelerator: Any) -> bool:
     """Whether an ``Accelerator``, or its ``state``, is DeepSpeed's, whose engine steps within ``backward``."""
     return bool(accelerator.distributed_type.value == "DEEPSPEED")
+
+
+def refuse_lightning_strategy(strategy: object, ours: str) -> None:
+    """Raises RuntimeError if gradients aren't complete where Lightning clips, or only the strategy knows them."""
+    for kind in type(strategy).__mro__:
+        if kind.__name__ in _ELSEWHERE:
+            raise RuntimeError(f"{ours}(strategy=...): {_ELSEWHERE[kind.__name__]}")
+
+
+_ELSEWHERE = {
+    "XLAFSDPStrategy": "XLA's FSDP keeps a part of each gradient on each device, and only XLA knows their norms: "
+    "leave clipping to Lightning",
+    "XLAStrategy": "XLA sums gradients over devices in the optimizer's step, after they would be clipped: use one "
+    "device, or another strategy",
+}
 
 
 def learner(max_norm: MaxNorm | None) -> Threshold | None:
@@ -211,49 +252,3 @@ def refuse_double_clipping(
                 f"optimizer: a clipper is attached to {type_name(optimizer)}, and would clip the gradient of "
                 f"{shared[0][1]!r} again after {ours}; call remove() on what attach() returned, or leave out {ours}"
             )
-
-
-def without_whole_frozen(parameters: Parameters) -> tuple[Parameters, list[Tensor]]:
-    """Leaves out frozen parameters that are whole beside sharded ones, as where FSDP wraps only some modules.
-
-    Returns the others, or ``parameters`` (no iterator) if nothing is left out; and those left out, which can't be
-    clipped together with the others should they be trained later.
-    """
-    named = named_tensors(parameters)
-    left_out = [p for p in named.tensors if not (p.requires_grad or is_flattened(p))]
-    if not left_out or not any(map(is_flattened, named.tensors)):
-        return parameters, []
-    kept = [(n, p) for n, p in zip(named.names, named.tensors, strict=True) if p.requires_grad or is_flattened(p)]
-    return kept if named.named else [p for _, p in kept], left_out
-
-
-def group_of(parameters: NamedTensors, models: Sequence[nn.Module]) -> ProcessGroup | None:
-    """The ranks over which ``FullyShardedDataParallel`` shards these parameters of one model; None if it doesn't."""
-    sharded = {id(t) for t in parameters.tensors if is_flattened(t)}
-    if not sharded:
-        return None
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy  # slow to import
-
-    for name, tensor in zip(parameters.names, parameters.tensors, strict=True):
-        if id(tensor) not in sharded:
-            raise ValueError(
-                f"parameters: {name!r} is whole on each rank, and others are sharded by FullyShardedDataParallel; "
-                "wrap its module, too, or clip whole parameters in a call of their own"
-            )
-    trees = [FullyShardedDataParallel.fsdp_modules(model, root_only=True) for model in models]
-    trees = [[root for root in roots if not sharded.isdisjoint(map(id, root.parameters()))] for roots in trees]
-    owners = [roots for roots in trees if roots]
-    if len(owners) != 1:
-        raise ValueError(
-            f"parameters: they belong to {len(owners)} prepared models; clip each model's in a call of its own, or "
-            "pass process_group"
-        )
-    if any(root.sharding_strategy is ShardingStrategy.NO_SHARD for root in owners[0]):
-        return None  # refused later, with what to use instead
-    groups = {RankGroup.of(root.process_group).ranks: root.process_group for root in owners[0]}
-    if len(groups) > 1:
-        raise ValueError(
-            f"parameters: they are sharded over {len(groups)} different sets of ranks; clip each in a call of "
-            "its own, with its process_group"
-        )
-    return next(iter(groups.values()))

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from ..components.parameters import Parameters, as_items, named_tensors
+from ..components.parameters import Parameters, named_tensors
 from ..core.optimizers import parameters_of
 from ..core.options import ClipOptions
+from ..distributed.elsewhere import check_model
+from ..distributed.units import units_of
 from ..thresholds.constant import MaxNorm
 from ._common import (
     ClipCall,
     clipper_arguments,
-    group_of,
     is_deepspeed,
     learning_unless_skipped,
     refuse_double_clipping,
-    without_whole_frozen,
 )
 from .deepspeed.clipping import attached_to
 
@@ -63,11 +65,11 @@ def clip_grad_norm_(
         unless caps that learn have to know whether a loss scaler will skip the step.
 
     Raises:
-        TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model, of
-            several, or some that are sharded beside some that aren't; or, under DeepSpeed, others than were attached.
-        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; Megatron-LM or XLA clip
-            them; nothing is attached to DeepSpeed's engine; or a clipper is attached to the optimizer, or it clips in
-            its own step (``ComponentClipAdamW``). No gradient is changed.
+        TypeError, ValueError: as ``fused_component_clip_``; or, under FSDP 1, parameters of no prepared model; or,
+            under DeepSpeed, others than were attached.
+        RuntimeError: as ``fused_component_clip_``; or gradients are still being accumulated; Megatron-LM, XLA or
+            SageMaker's model parallelism clip them; nothing is attached to DeepSpeed's engine; or a clipper is
+            attached to the optimizer, or it clips in its own step (``ComponentClipAdamW``). No gradient is changed.
 
     Example:
         >>> import torch
@@ -95,10 +97,13 @@ def clip_grad_norm_(
         arguments = clipper_arguments(norm_type, error_if_nonfinite, options)
         return _norm_of_step(accelerator, parameters, max_norm, arguments)
     is_fsdp2 = getattr(accelerator, "is_fsdp2", False)  # unknown to Accelerate before 1.6
-    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2 and options.get("process_group") is None:
-        parameters = parameters if isinstance(parameters, nn.Module) else as_items(parameters)
-        parameters, _ = without_whole_frozen(parameters)
-        options["process_group"] = group_of(named_tensors(parameters), accelerator._models)
+    if accelerator.distributed_type.value == "FSDP" and not is_fsdp2:
+        models = [*accelerator._models, *([parameters] if isinstance(parameters, nn.Module) else [])]
+        options["process_group"] = cast(Any, units_of(models, options.get("process_group")))
+    for model in getattr(accelerator, "_models", ()):
+        if model not in _checked:  # once, as it takes a walk through the model
+            check_model(model)
+            _checked.add(model)
     call = ClipCall(parameters, max_norm, norm_type, error_if_nonfinite, options)
     call.caps()  # raises before anything is unscaled
     optimizers, scaler = getattr(accelerator, "_optimizers", ()), getattr(accelerator, "scaler", None)
@@ -106,6 +111,9 @@ def clip_grad_norm_(
     accelerator.unscale_gradients()
     with learning_unless_skipped(max_norm, scaler, _owners(call.tensors, optimizers)):
         return call.total_norm(call.clip_())
+
+
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _owners(tensors: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
@@ -145,6 +153,8 @@ def _norm_of_step(
 def check_gradients_are_here(accelerator: Any) -> None:
     """Raises RuntimeError if an ``Accelerator``, or its ``state``, is of a kind that clips by itself alone."""
     kind = accelerator.distributed_type.value
+    if "smdistributed.modelparallel.torch" in sys.modules:  # transformers imports it if it is used
+        kind = "SAGEMAKER"
     if kind in _ELSEWHERE:
         raise RuntimeError(f"accelerator: {_ELSEWHERE[kind]}")
 
@@ -152,5 +162,7 @@ def check_gradients_are_here(accelerator: Any) -> None:
 _ELSEWHERE = {
     "MEGATRON_LM": "Megatron-LM clips in its own step, all by one norm: set its gradient_clipping "
     "(MegatronLMPlugin(gradient_clipping=...)), or use FSDP 2 to clip by component",
+    "SAGEMAKER": "SageMaker's model parallelism keeps parts of parameters on other ranks, and clips in "
+    "optimizer.clip_master_grads(), all by one norm; use that, or FSDP 2 to clip by component",
     "XLA": "XLA's gradients are summed over devices only in Accelerate's own clip_grad_norm_; use that",
 }

@@ -20,6 +20,7 @@ from ..core.options import Options, check_options
 from ..core.parameter_clipper import ParameterClipper
 from ..core.run import nonfinite_message
 from ..core.session import ClipSession
+from ..distributed.units import known_group
 from ..result import ClipResult
 from ..thresholds.base import StepCaps
 from ..thresholds.constant import MaxNorm
@@ -67,6 +68,7 @@ class ComponentClipAdamW(AdamW):
         state_dtype: ``torch.float32`` keeps the running means of half-precision parameters in float32; None in the
             parameter's dtype, as torch does.
         named_parameters: a module or (name, parameter) pairs, for names of parameters that ``params`` gives none.
+            The module that ``FullyShardedDataParallel`` returned also says which ranks share each of them.
         maximize: whether to step uphill.
         foreach, fused: accepted for the sake of code and checkpoints that have them; ``backend`` chooses what runs.
         capturable: as for torch. On GPUs ``step`` is on the device with it or without.
@@ -134,7 +136,8 @@ class ComponentClipAdamW(AdamW):
             raise ValueError("differentiable: this step can't be differentiated; use torch.optim.AdamW")
         self._own_defaults = {"max_norm": max_norm, "correct_bias": correct_bias}
         self._state_dtype = state_dtype
-        self._clipping = Clipping(options, components, process_group, pp_mesh, names_of(named_parameters))
+        group = known_group(named_parameters, process_group)
+        self._clipping = Clipping(options, components, group, pp_mesh, names_of(named_parameters))
         super().__init__(
             params,
             lr,

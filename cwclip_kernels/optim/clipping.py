@@ -17,6 +17,7 @@ from ..components.spec import Grouping
 from ..core.options import Options
 from ..core.session import ClipSession
 from ..distributed.shards import is_flat, originals_of
+from ..distributed.units import each_by_itself
 from ..result import ClipResult
 from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
@@ -139,7 +140,7 @@ class Clipping:
         self, components: Components, inside: list[int], tensors: list[Tensor], owner: list[int], *, clips: bool
     ) -> Unit:
         own = tuple(tensors[i] for i in inside)
-        group, mesh = (self.process_group, self.pp_mesh) if clips else (None, None)
+        group, mesh = (self.process_group, self.pp_mesh) if clips else (each_by_itself(own), None)
         session = ClipSession(_compact(components.only(inside)), own, group, mesh, self.options.in_words())
         return Unit(own, tuple(owner[i] for i in inside), session, clips)
 

@@ -91,26 +91,26 @@ def test_slices_of_flat_parameters():
 
 @on_ranks(2)
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_without_its_group_a_flattened_model_is_refused(use_orig_params):
-    model = wrapped(Model(), use_orig_params=use_orig_params)
+def test_flattened_parameters_without_their_module_or_group_are_refused(use_orig_params):
+    parameters = list(wrapped(Model(), use_orig_params=use_orig_params).parameters())
     with pytest.raises(
         ValueError, match=r"FullyShardedDataParallel keeps a part .* process_group=model.process_group"
     ):
-        ComponentClipper(model, 0.1)
+        ComponentClipper(parameters, 0.1)
     with pytest.raises(ValueError, match="process_group=model.process_group"):
-        component_norms(list(model.parameters()))
+        component_norms(parameters)
     with pytest.raises(ValueError, match=r"keeps a part of '0' .* clip at the step instead"):
-        clip_in_backward(list(model.parameters()), 0.1)
+        clip_in_backward(parameters, 0.1)
 
 
 @on_ranks(2)
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_a_flattened_model_that_is_whole_here_is_refused(use_orig_params):
+def test_flattened_parameters_that_are_whole_here_are_refused(use_orig_params):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch advises as we do
         model = wrapped(Model(), use_orig_params=use_orig_params, sharding_strategy=ShardingStrategy.NO_SHARD)
-    with pytest.raises(ValueError, match=r"is whole here, .*summon_full_params\(\) first .*DistributedDataParallel"):
-        ComponentClipper(model, 0.1, process_group=model.process_group)
+    with pytest.raises(ValueError, match=r"is whole here.* summon_full_params\(\) first; .* pass the module"):
+        ComponentClipper(model.named_parameters(), 0.1, process_group=model.process_group)
 
 
 @on_ranks(2)
@@ -120,7 +120,7 @@ def test_what_a_flattened_model_ignores_is_not_added_up(use_orig_params):
     model = wrapped(model, use_orig_params=use_orig_params, ignored_modules=[model.head])
     own = [(n, p) for n, p in model.named_parameters() if "head" not in n]
     with pytest.raises(
-        ValueError, match=r"'head.weight' isn't sharded by Fully.* clip what it ignores in a call without"
+        ValueError, match=r"'head.weight' isn't sharded by Fully.* clip what it ignores in a call of its own"
     ):
         ComponentClipper(model, 0.1, process_group=model.process_group)
     ComponentClipper(own, 0.1, process_group=model.process_group).clip_()

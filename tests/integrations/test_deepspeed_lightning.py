@@ -8,18 +8,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cwclip_kernels import thresholds
+from cwclip_kernels import fused_component_clip_, thresholds
 from helpers import same_bits
 from ranks import on_ranks
 
 pytest.importorskip("lightning")
 pytest.importorskip("deepspeed")
 
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DeepSpeedStrategy as FabricDeepSpeedStrategy
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from cwclip_kernels.integrations.deepspeed import attach
+from cwclip_kernels.integrations.fabric import clip_gradients
 from cwclip_kernels.integrations.lightning import ComponentClip, configure_gradient_clipping
 from deepspeed_trainers import assert_same, launched, one_folder, whole
 from lightning_models import THEIRS, Lit, Manual, trainer
@@ -174,3 +177,49 @@ def test_other_caps_and_other_clipping():
     fit(lit, strategy_of(2), clip, data=batches(1))  # another engine
     with pytest.raises(RuntimeError, match="engine: clipping is attached to it already"):
         fit(Attached(Model().float(), sgd), strategy_of(2), ComponentClip(CAP), data=batches(1))
+
+
+class CpuFabricStrategy(FabricDeepSpeedStrategy):
+    """The same of Fabric's."""
+
+    root_device = torch.device("cpu", 0)
+
+    def setup_environment(self):
+        super(FabricDeepSpeedStrategy, self).setup_environment()
+
+    def _setup_distributed(self):
+        reset_seed()
+        self._set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+@on_ranks(2)
+def test_fabric():
+    """Its call is refused, and says what to call instead."""
+    plain, model, data = Model().float(), Model().float(), batches(2)
+    model.load_state_dict(plain.state_dict())
+    with with_lightning():
+        strategy = CpuFabricStrategy(stage=2, process_group_backend="gloo")
+        strategy.config.update(gradient_clipping=0, train_micro_batch_size_per_gpu=2)
+        fabric = Fabric(
+            accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, plugins=[TorchElasticEnvironment()]
+        )
+        fabric.launch()
+        model, optimizer = fabric.setup(model, sgd(model.parameters()))
+        with pytest.raises(RuntimeError, match=r"deepspeed.attach\(fabric.strategy.model, max_norm\)"):
+            clip_gradients(fabric, model, optimizer, CAP)
+        clipping = attach(fabric.strategy.model, CAP)
+        for tokens in data:
+            fabric.backward(model(tokens).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        found = whole(model.module)
+    optimizer = sgd(plain.parameters())
+    for tokens in data:
+        plain(tokens).square().sum().backward()
+        fused_component_clip_(plain, CAP)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert list(clipping.last.names) == list(found)
+    assert clipping.last.clipped.any()
+    assert_same(found, dict(plain.named_parameters()), 1e-4)

@@ -1,7 +1,6 @@
 """The callback for transformers' Trainer: the plain loop's bits, scales, checkpoints, and who else clips."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from helpers import same_bits
 pytest.importorskip("transformers")
 
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 
 from cwclip_kernels.integrations.transformers import ComponentClipCallback
@@ -147,16 +145,6 @@ def test_the_checkpoint_of_another_run_is_not_taken(tmp_path):
 def test_a_checkpoint_without_the_optimizer_has_nothing_of_ours(tmp_path):
     trained(tmp_path, learning(), save_strategy="steps", save_steps=3, save_only_model=True)
     assert not list(tmp_path.rglob("component_clipping.pt"))
-
-
-def test_megatron_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
-    state = SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM)
-    args, callback, message = arguments(tmp_path), ComponentClipCallback(0.05), "Megatron-LM clips in its own step"
-    with pytest.raises(RuntimeError, match=message):  # added after the Trainer was made
-        callback.on_train_begin(args, None, None, model=None, optimizer=SimpleNamespace(accelerator_state=state))
-    monkeypatch.setattr("cwclip_kernels.integrations.transformers.callback.AcceleratorState", lambda: state)
-    with pytest.raises(RuntimeError, match=message):
-        Trainer(encoder(), args, train_dataset=examples(), callbacks=[callback])
 
 
 def test_wrong_arguments_are_named_before_the_first_step(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from cwclip_kernels import fused_component_clip_, thresholds
 from helpers import same_bits
@@ -90,6 +91,43 @@ def test_fully_shard(tmp_path, kind, accumulate):
         trainer.train()
         assert type(trainer.model_wrapped).__name__.startswith("FSDP")
         assert_is_the_whole(trainer, accumulate)
+
+
+def tensor_parallel(model):
+    """As a ``tp_plan`` leaves it: DTensors on one mesh, and plain tensors that all ranks have alike."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.bert.encoder.layer:
+        plan = {"intermediate.dense": ColwiseParallel(), "output.dense": RowwiseParallel()}
+        parallelize_module(layer, mesh, plan)
+    model.config.distributed_config = SimpleNamespace(dp_replicate_size=1)
+    model._is_distributed_loading_by_transformers = True
+    return model
+
+
+@on_ranks(2)
+def test_tensor_parallelism(tmp_path):
+    """Accelerate has it on accelerators alone, so each batch comes twice: both ranks see the same ones."""
+    data = examples()
+    twice = [one for start in range(0, len(data), 4) for one in 2 * data[start : start + 4]]
+    with launched():
+        trainer = ClippingTrainer(
+            tensor_parallel(encoder().double()),
+            arguments(tmp_path),
+            train_dataset=twice,
+            component_clipping={"max_norm": CAP},
+        )
+        trainer.train()
+    totals = []
+
+    def clip(model):
+        totals.append(total_norm(model).item())
+        fused_component_clip_(model, CAP)
+
+    expected = plain_loop(encoder().double(), clip)
+    assert logged(trainer, "grad_norm") == pytest.approx(totals, rel=1e-9)
+    ours = {name: full(p.detach()) for name, p in trainer.model.named_parameters()}
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(ours[name], p.detach(), rtol=1e-8, atol=1e-12)
 
 
 @on_ranks(2)

@@ -4,7 +4,6 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from cwclip_kernels.integrations.transformers import ComponentClipCallback, ComponentClipTrainerMixin
@@ -68,12 +67,6 @@ def test_another_trainer_than_it_is_made_for_is_refused_by_name(tmp_path):
         match="nothing was clipped: .*: Elsewhere, ClippingTrainer, .*, Trainer; use",
     ):
         trainer.train()
-
-
-def test_megatron_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.MEGATRON_LM)
-    with pytest.raises(RuntimeError, match="Megatron-LM clips in its own step.*use FSDP 2 to clip by component"):
-        ClippingTrainer(encoder(), arguments(tmp_path))
 
 
 def test_gradients_that_are_used_up_in_backward(tmp_path):

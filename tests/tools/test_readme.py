@@ -15,7 +15,7 @@ from libraries import LIBRARIES, stand_in
 from readme_blocks import DOCS, PYTHON, blocks_of
 
 # Trainers' have models of their own: test_readme_trainers.py.
-THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed"
+THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed", "integrations.fabric"
 OF_DOCS = [block for page in sorted(DOCS.glob("*.md")) for block in blocks_of(page)]
 # Pages repeat what the README has: each once.
 BLOCKS = [block for block in dict.fromkeys([*PYTHON, *OF_DOCS]) if not any(word in block for word in THEIRS)]

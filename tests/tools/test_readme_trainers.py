@@ -107,6 +107,19 @@ def test_lightning_with_an_optimizer_that_clips(lightning):
     assert trainer.callback_metrics["clip_rate"] == trainer.optimizers[0].last.clipped.float().mean() > 0
 
 
+@pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)")
+def test_fabric():
+    pytest.importorskip("lightning")
+    from lightning.fabric import Fabric
+
+    fabric, model = Fabric(accelerator="cpu", devices=1), nn.Linear(4, 2)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    names = {"fabric": fabric, "model": model, "optimizer": optimizer, "batch": torch.ones(3, 4)}
+    exec(block("fabric.backward"), names)
+    assert all(p.grad.norm() <= 0.05 for p in model.parameters())
+    assert names["total_norm"] > 1.0
+
+
 def test_accelerate_with_an_optimizer_that_clips():
     accelerate = pytest.importorskip("accelerate")
     state = accelerate.state.AcceleratorState

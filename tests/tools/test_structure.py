@@ -16,7 +16,7 @@ from package_imports import faults_of, files_of, name_of
 from readme_blocks import README
 
 PACKAGE = Path(cwclip_kernels.__file__).parent
-TRAINERS = ("accelerate", "deepspeed", "lightning", "timm", "torchtitan", "transformers")
+TRAINERS = ("accelerate", "deepspeed", "fabric", "lightning", "timm", "torchtitan", "transformers")
 
 # The package, read from the bottom: a file may import those above it in this list, and no other.
 ORDER = [
@@ -36,8 +36,8 @@ ORDER = [
     reference backends/foreach backends/programs backends/cpu backends/cuda_step backends/cuda
     backends/triton_tables backends/triton backends/triton_step backends/registry
     core/options core/plan core/run
-    distributed/groups distributed/reduction distributed/local distributed/partitions distributed/reduction_plan
-    distributed/set_up distributed/run
+    distributed/elsewhere distributed/groups distributed/units distributed/reduction distributed/local
+    distributed/partitions distributed/reduction_plan distributed/set_up distributed/run
     core/caps core/session core/cache core/traced core/traced_scaling core/parameter_clipper
     core/differentiable core/partitioned_clipper core/optimizers
     handle attachment clipper
@@ -53,6 +53,7 @@ ORDER = [
     integrations/deepspeed/internals/checkpoints integrations/deepspeed/internals/experts
     integrations/deepspeed/internals/own_clipping integrations/deepspeed/internals/__init__
     integrations/deepspeed/clipping integrations/deepspeed/__init__ integrations/accelerate
+    integrations/fabric
     integrations/transformers/step_log integrations/transformers/reporters
     integrations/transformers/engine integrations/transformers/clipping
     integrations/transformers/callback integrations/transformers/mixin integrations/transformers/log
@@ -200,7 +201,10 @@ PUBLIC = [
 # Whose docstring needs neither an example nor fields.
 PLAIN = {"Threshold", "plot_run", "read_run"}
 # Examples use what is returned, or derived from, without naming it.
-UNNAMED = {"BackwardClipping", "ClipResult", "EngineClipping", "Run", "Setting", "SuggestedCap", "Suggestion"}
+UNNAMED = {
+    *("BackwardClipping", "ClipResult", "EngineClipping", "FabricClipping", "Run", "Setting", "SuggestedCap"),
+    "Suggestion",
+}
 
 
 def public_names(module):

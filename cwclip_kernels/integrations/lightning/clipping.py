@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ...arguments import type_name
-from ...components.parameters import named_tensors
 from ...core.loss_scale import UNSCALED
-from ...core.optimizers import OptimizerParts, parameters_of
 from ...result import ClipResult
 from ...thresholds.constant import MaxNorm
-from .._common import ModelClipping, innermost, learning_unless_skipped, refuse_double_clipping, warn_already_clipped
+from .._common import (
+    OptimizersClipping,
+    innermost,
+    learning_unless_skipped,
+    refuse_double_clipping,
+    refuse_lightning_strategy,
+    warn_already_clipped,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-class FitClipping(ModelClipping):
+class FitClipping(OptimizersClipping):
     """A clipper of a whole module for one fit, with a part for each optimizer."""
 
     def __init__(
         self, trainer: Trainer, module: LightningModule, max_norm: MaxNorm, arguments: dict[str, Any]
     ) -> None:
-        for kind in type(trainer.strategy).__mro__:
-            if kind.__name__ in _ELSEWHERE:
-                raise RuntimeError(f"Trainer(strategy=...): {_ELSEWHERE[kind.__name__]}")
-        super().__init__(module, max_norm, arguments, trainer.strategy.model, _scaler_of(trainer) is not None)
-        known = {id(p) for p in named_tensors(module).tensors}
-        self._parts = OptimizerParts(self.clipper, partial(_check_known, known))
+        refuse_lightning_strategy(trainer.strategy, "Trainer")
+        is_scaled = _scaler_of(trainer) is not None
+        hint = "make it an attribute of the module in __init__ or configure_model"
+        super().__init__(module, max_norm, arguments, trainer.strategy.model, is_scaled, hint)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,26 +52,9 @@ class FitClipping(ModelClipping):
         optimizer = innermost(optimizer)
         if scaler is not None and not _is_unscaled(scaler, trainer, module, optimizer):
             return None
-        part = self._parts.of(optimizer)
+        part = self.part_of(optimizer)
         with learning_unless_skipped(self.clipper.max_norm, scaler, [optimizer]):
-            return part.clipper.clip(UNSCALED)
-
-
-def _check_known(known: set[int], optimizer: Optimizer) -> None:
-    """Raises ValueError unless the ids of all parameters of the optimizer are known."""
-    for p in parameters_of(optimizer):
-        if id(p) not in known:
-            raise ValueError(
-                f"optimizer: {type_name(optimizer)} owns a parameter of shape {list(p.shape)} that the module "
-                "doesn't have, or didn't when the fit began, and that would go unclipped; make it an attribute of "
-                "the module in __init__ or configure_model"
-            )
-
-
-_ELSEWHERE = {
-    "XLAFSDPStrategy": "XLA's FSDP keeps a part of each gradient on each device, and only XLA knows their norms: use "
-    "Trainer(gradient_clip_val=...)",
-}
+            return part.clip(UNSCALED)
 
 
 def _scaler_of(trainer: Trainer) -> Any:

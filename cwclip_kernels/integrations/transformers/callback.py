@@ -51,10 +51,10 @@ class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy does
 
     Raises:
         TypeError, ValueError: a wrong argument.
-        RuntimeError: when the Trainer is made, or training begins, if Megatron-LM or XLA clip the gradients, or
-            DeepSpeed's engine is set to clip, too, or isn't served; at a step, if a clipper is attached to the
-            optimizer, or it clips in its own step (``ComponentClipAdamW``, with which ``ComponentClipLogCallback``
-            goes).
+        RuntimeError: when the Trainer is made, or training begins, if Megatron-LM, XLA or SageMaker's model
+            parallelism clip the gradients, or DeepSpeed's engine is set to clip, too, or isn't served; at a step, if
+            a clipper is attached to the optimizer, or it clips in its own step (``ComponentClipAdamW``, with which
+            ``ComponentClipLogCallback`` goes).
 
     Example:
         >>> import tempfile, torch

@@ -18,6 +18,7 @@ from ...components.parameters import named_tensors
 from ...components.resolve import resolve
 from ...core.caps import fixed_caps
 from ...core.options import ClipOptions
+from ...distributed.elsewhere import check_model
 from ...result import ClipResult
 from ...thresholds import ByPattern, Threshold
 from ...thresholds.by_pattern import settled
@@ -69,6 +70,7 @@ class TrainerClipping(StepLog):
 
     def check(self, model: nn.Module, trainers_cap: float | None) -> None:
         """Raises TypeError or ValueError now for arguments that would be wrong at the first step."""
+        check_model(model)
         components = resolve(named_tensors(model), self._arguments.get("components"))
         cap = settled(self._cap(trainers_cap))
         if not isinstance(cap, Threshold):  # which would settle on a device, and that isn't known yet

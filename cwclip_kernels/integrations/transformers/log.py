@@ -40,8 +40,8 @@ class ComponentClipLogCallback(TrainerCallback):  # type: ignore[misc]  # mypy d
     Raises:
         TypeError: a wrong argument; or, when training begins, an optimizer that doesn't clip.
         ValueError: at the first step, ``log_norms`` matches no component.
-        RuntimeError: Megatron-LM or XLA keep the gradients to themselves; or DeepSpeed gives the optimizer
-            partitions, which ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` clip.
+        RuntimeError: Megatron-LM, XLA or SageMaker's model parallelism keep the gradients to themselves; or DeepSpeed
+            gives the optimizer partitions, which ``ComponentClipTrainerMixin`` and ``ComponentClipCallback`` clip.
 
     Example:
         >>> import tempfile, torch

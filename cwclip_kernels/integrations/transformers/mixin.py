@@ -58,10 +58,10 @@ class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't lo
 
     Raises:
         TypeError, ValueError: ``component_clipping`` is wrong, or doesn't fit the model.
-        RuntimeError: this version of transformers has another Trainer than this class is made for; Megatron-LM or XLA
-            clip the gradients; DeepSpeed's configuration has a number as ``gradient_clipping``, or its engine isn't
-            served; or, at a step, a clipper is attached to the optimizer, or it clips in its own step
-            (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
+        RuntimeError: this version of transformers has another Trainer than this class is made for; Megatron-LM, XLA
+            or SageMaker's model parallelism clip the gradients; DeepSpeed's configuration has a number as
+            ``gradient_clipping``, or its engine isn't served; or, at a step, a clipper is attached to the optimizer,
+            or it clips in its own step (``ComponentClipAdamW``, with which ``ComponentClipLogCallback`` goes).
 
     Example:
         >>> import tempfile, torch
