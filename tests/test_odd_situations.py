@@ -151,6 +151,7 @@ def test_explain_passes_over_what_never_has_a_gradient():
     assert "2 float32" in ComponentClipper(model, 1.0).explain()
 
 
+@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.skipif(DEVICE != "cpu", reason="about the extension")
 def test_the_extension_is_loaded_once_by_many_threads():
     native._load.cache_clear()

@@ -206,6 +206,7 @@ def test_tied_weights_count_once():
     torch.testing.assert_close(model[0].weight.grad, grad * (0.1 / (grad.norm() + 1e-6)))
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_threads_with_models_of_their_own():
     failures = []
 
@@ -226,6 +227,7 @@ def test_threads_with_models_of_their_own():
     assert not failures
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_explain_names_backend_and_reason():
     model = model_with_grads()
     text = ComponentClipper(model, 1.0).explain()
@@ -238,6 +240,7 @@ def test_explain_names_backend_and_reason():
     assert "'foreach' (asked for by name)" in ComponentClipper(model, 1.0, backend="foreach").explain()
 
 
+@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.skipif(DEVICE != "cpu", reason="the native functions serve CPU tensors")
 class TestNativeCalls:
     def program(self, **change):
@@ -323,6 +326,7 @@ class TestNativeCalls:
             thread.join()
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_few_frames_between_a_clipper_and_the_kernel():
     """What Python does at every call: counted, so that nothing creeps in."""
     params = parameters([(3,)] * 5)

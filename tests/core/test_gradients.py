@@ -267,6 +267,7 @@ def test_what_transforms_refuse():
             call()
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_what_graphs_refuse():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="gradient of 'a' has a graph"):
@@ -307,6 +308,7 @@ def test_wrong_arguments(grads, error, words):
             call(grads, torch.ones(3) if "shape" in words else 1.0)
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_sessions_are_kept_and_hold_no_gradient():
     cache._entries.clear()
     for _ in range(3):

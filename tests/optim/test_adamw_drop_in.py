@@ -204,6 +204,7 @@ def test_several_caps_and_an_error_leave_every_bit():
     assert all(map(same_bits, params, before))
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_a_gradient_that_cant_be_stepped_in_the_second_group_leaves_the_first():
     params, before = twins(SHAPES)
     groups = [{"params": params[:1], "max_norm": 1.0}, {"params": params[1:]}]
@@ -326,6 +327,7 @@ def test_for_a_scaler_inf_is_no_error_and_nothing_is_learnt_from_a_skipped_step(
     assert all(torch.equal(after[name], state[name]) for name in state)
 
 
+@pytest.mark.usefixtures("needs_extension")
 def test_a_step_that_fails_under_a_scaler_leaves_no_scale_behind():
     params, before = twins(SHAPES)
     optimizer = ComponentClipAdamW(params, max_norm=math.inf, backend=FUSED[0])

@@ -312,6 +312,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "error"}], ids=str)
 def test_needs_no_memory_beyond_the_states(options):
     if DEVICE != "cpu":

@@ -286,6 +286,8 @@ def test_a_picture_of_many_types(tmp_path):
 
 
 def test_errors_of_the_command(recorded_run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
     (tmp_path / "text.jsonl").write_text("some text\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "board").mkdir()
