@@ -73,14 +73,12 @@ def cell_of(interpreter: Path, wheel: Path, hidden: tuple[str, ...]) -> str:
         shutil.copy(ROOT / "pyproject.toml", folder)
         install = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "installed"]
         subprocess.run([*install, wheel], check=True)
-        # A finder that comes first, in every process that the tests start as well.
+        # As if they weren't installed, in every process that the tests start as well.
         (folder / "installed/sitecustomize.py").write_text(
-            "import importlib.abc, sys\n"
-            "class Hidden(importlib.abc.MetaPathFinder):\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            f"        if name in {hidden!r}:\n"
-            "            raise ModuleNotFoundError(f'No module named {name!r}: hidden', name=name)\n"
-            "sys.meta_path.insert(0, Hidden())\n"
+            "from functools import partial\n"
+            "from importlib.machinery import PathFinder\n"
+            f"def find_spec(find, name, *rest): return None if name in {hidden!r} else find(name, *rest)\n"
+            "PathFinder.find_spec = partial(find_spec, PathFinder.find_spec)\n"
         )
         command = [interpreter, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
         marked = [*command, "-m", "not slow and not ranks and not builds"]
