@@ -78,10 +78,7 @@ def session_for(
         ranks = process_group if isinstance(process_group, Units) else as_group(process_group, "process_group")
         key = key, ranks, as_group(pp_mesh, "pp_mesh")
         form = form_of(given)
-        with _lock:
-            entry = _entries.get(key)
-            if entry is not None:
-                _entries.move_to_end(key)
+        entry = _recalled(key)
         if entry is not None:
             is_all = len(entry.positions) == len(given)
             tensors = given if is_all else [given[i] for i in entry.positions]
@@ -110,10 +107,7 @@ def session_for_gradients(
         # With the looks, so that two lists without names don't take each other's place.
         looks = form if isinstance(form, bytes) else None
         key = "gradients", grouping, named.names, named.named, named.lost_prefix, looks
-        with _lock:
-            entry = _entries.get(key)
-            if entry is not None:
-                _entries.move_to_end(key)
+        entry = _recalled(key)
         if entry is not None and entry.form == form:
             return entry.session
     session = ClipSession.of(replace(named, tensors=tuple(leaves())), grouping, None, None, settings())
@@ -127,6 +121,14 @@ def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
     if type(first) not in (Tensor, nn.Parameter) or first.layout != torch.strided or first.is_nested:
         return None
     return StorageWeakRef(first.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _recalled(key: Hashable) -> _Entry | None:
+    with _lock:
+        entry = _entries.get(key)
+        if entry is not None:
+            _entries.move_to_end(key)
+        return entry
 
 
 def _remember(key: Hashable, entry: _Entry) -> None:

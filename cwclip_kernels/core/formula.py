@@ -46,6 +46,12 @@ def _xpu_has_float64(index: int | None) -> bool:
     return bool(getattr(torch.xpu.get_device_properties(index), "has_fp64", True))
 
 
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """On a device, in ``wide_dtype`` or another, without a graph; the host waits only for what comes to it."""
+    # A copy to the host must be complete before it is read.
+    return tensor.detach().to(device, dtype or wide_dtype(device), non_blocking=device.type != "cpu")
+
+
 def merged(sums: Tensor, norm_type: float) -> Tensor:
     """Power sums of disjoint parts, along the last dimension, as one: added in a fixed order; NaN wins."""
     if math.isinf(norm_type):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_float_tensor, check_type, checked_number
-from .formula import wide_dtype
+from .formula import moved, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LossScale:
         if isinstance(inverse, Tensor):
             if inverse.device.type == "cpu":  # elsewhere reading the value would be a host sync
                 _checked_number(inverse.item())
-            inverse = inverse.detach().reshape(()).to(device, wide_dtype(device), non_blocking=device.type != "cpu")
+            inverse = moved(inverse.reshape(()), device)
         elif inverse is not None:
             inverse = torch.full((), inverse, dtype=wide_dtype(device), device=device)
         if found is not None:

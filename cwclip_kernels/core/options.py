@@ -49,11 +49,15 @@ class Options:
     raise_nonfinite: bool
     backend: str | None
 
+    @property
+    def nonfinite(self) -> str:
+        """The non-finite policy, "error" included."""
+        return "error" if self.raise_nonfinite else self.rule.nonfinite
+
     def in_words(self, max_norm: MaxNorm = math.inf, pp_mesh: object = None) -> str:
         """The arguments that all ranks must have alike; stages of a pipeline may have other caps."""
         rule = self.rule
-        policy = "error" if self.raise_nonfinite else rule.nonfinite
-        text = f"norm_type={rule.norm_type:g}, eps={rule.eps:g}, nonfinite={policy!r}"
+        text = f"norm_type={rule.norm_type:g}, eps={rule.eps:g}, nonfinite={self.nonfinite!r}"
         if pp_mesh is not None:
             return text
         max_norm = settled(max_norm)

@@ -201,18 +201,13 @@ def coefficients_of(
 
 def known_norms(norms: Tensor, plan: ClipPlan) -> Tensor:
     """Norms [K] that the caller gave, as a call with this plan measures them; more precise ones stay so."""
-    return _moved(norms, plan.device, torch.promote_types(norms.dtype, plan.norm_dtype))
+    return formula.moved(norms, plan.device, torch.promote_types(norms.dtype, plan.norm_dtype))
 
 
 def factors_of(coefs: Tensor, count: int, device: torch.device, loss_scale: LossScale) -> Tensor:
     """What gradients on the device are multiplied by, [count], from coefficients [] or [count] and the loss scale."""
-    wide = _moved(coefs, device, wide_dtype(device)).expand(count).contiguous()
+    wide = formula.moved(coefs, device).expand(count).contiguous()
     return loss_scale.on(device).factors(wide)
-
-
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # A copy to the host must be complete before it is read.
-    return tensor.detach().to(device, dtype, non_blocking=device.type != "cpu")
 
 
 def nonfinite_message(bad: Sequence[str], count: int, norm_type: float) -> str:

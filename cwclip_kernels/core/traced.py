@@ -26,7 +26,7 @@ from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
 from .options import Options
-from .plan import Plans, home_of
+from .plan import ClipPlan, Plans, home_of
 
 
 def clip_(
@@ -79,15 +79,12 @@ def clip_present_(
         caps, patterns, values = caps_for(tensors, components, cap, options, scale, device)
         if grads:
             eps, exempt = eps_of(cap, rule)
-            policy = "error" if options.raise_nonfinite else rule.nonfinite
             scaled = inverse_of(scale, device), scale.found_inf
             norms, coefs, used = torch.ops.cwclip_kernels.component_clip_(
-                grads, text, caps, patterns, values, *scaled, rule.norm_type, eps, exempt, policy, backend
+                grads, text, caps, patterns, values, *scaled, rule.norm_type, eps, exempt, options.nonfinite, backend
             )
         else:
-            norms = no_norms(tensors, components)
-            coefs = torch.ones_like(norms)
-            used = torch.full((), math.inf, dtype=wide_dtype(device), device=device)
+            norms, coefs, used = no_outcome(tensors, components)
         if threshold is not None:
             threshold.update_(norms, coefs)
     return norms, coefs, used
@@ -132,7 +129,7 @@ def norms_of(
     """Norms [K] of the tensors' unscaled gradients."""
     grads, text = present(tensors, components)
     if not grads:
-        return no_norms(tensors, components)
+        return no_outcome(tensors, components)[0]
     with torch.no_grad():
         inverse = inverse_of(scale, grads[0].device)
         arguments = grads, text, norm_type, inverse, backend
@@ -202,9 +199,11 @@ def in_words(own: Components) -> str:
     return repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
 
 
-def no_norms(tensors: Sequence[Tensor], components: Components) -> Tensor:
-    """The norms [K] where there is no gradient."""
-    return torch.zeros(len(components.names), device=home_of(tensors), dtype=torch.float32)
+def no_outcome(tensors: Sequence[Tensor], components: Components) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms, coefficients and caps where there is no gradient."""
+    home = home_of(tensors)
+    norms = torch.zeros(len(components.names), device=home, dtype=torch.float32)
+    return norms, torch.ones_like(norms), torch.full((), math.inf, dtype=wide_dtype(home), device=home)
 
 
 # The operators themselves, which Dynamo doesn't look into.
@@ -225,8 +224,7 @@ def _component_clip_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, found = plans_for(grads, components).get(list(grads), grads, norm_type, backend)
-    policy = policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
-    policy = exempting(policy, exempt, eps, len(plan.components.names))
+    policy = policy_of(components, plan, caps, patterns, values, eps, exempt)
     scale = LossScale.of(inv_scale, found_inf)
     scale_here = scale.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
@@ -235,13 +233,22 @@ def _component_clip_(
     return norms, coefs, used.clone()  # an operator may not return what is kept
 
 
-def exempting(policy: StepCaps, exempt: Sequence[int], eps: float, count: int) -> StepCaps:
-    """The same, with nothing added to the norms of some components."""
+def policy_of(
+    components: str,
+    plan: ClipPlan,
+    caps: Tensor | None,
+    patterns: str,
+    values: Sequence[float],
+    eps: float,
+    exempt: Sequence[int],
+) -> StepCaps:
+    """The caps that an operator got from ``caps_for`` and ``eps_of``."""
+    policy = _policy(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
     if not exempt:
         return policy
     without = set(exempt)
-    values = [0.0 if i in without else eps for i in range(count)]
-    return policy._replace(eps=lambda device: torch.tensor(values, dtype=wide_dtype(device), device=device))
+    added = [0.0 if i in without else eps for i in range(len(plan.components.names))]
+    return policy._replace(eps=lambda device: torch.tensor(added, dtype=wide_dtype(device), device=device))
 
 
 def _fake_component_clip_(
@@ -304,7 +311,7 @@ def _plans(components: str, device: torch.device, dtype: torch.dtype, shape: tor
 
 
 @lru_cache(maxsize=64)
-def policy_for(components: str, patterns: str, values: tuple[float, ...]) -> StepCaps:
+def _policy(components: str, patterns: str, values: tuple[float, ...]) -> StepCaps:
     """The caps that ``caps_for`` has split, where they aren't a tensor."""
     max_norm = dict(zip(literal_eval(patterns), values, strict=True)) if patterns else values[0]
     return fixed_caps(max_norm, read(components))

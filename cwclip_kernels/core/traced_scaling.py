@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +12,7 @@ from ..thresholds import Threshold
 from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from . import run, traced
-from .caps import fixed_caps
-from .formula import ClipRule, wide_dtype
+from .formula import ClipRule
 from .loss_scale import LossScale
 from .options import Options
 from .plan import home_of
@@ -51,10 +49,8 @@ def clip_with_norms_(
         norms = norms.detach()
         caps, patterns, values = traced.caps_for(tensors, components, cap, options, scale, device, norms.to(device))
         if not grads:
-            zeros = traced.no_norms(tensors, components)
-            return zeros, torch.ones_like(zeros), torch.full((), math.inf, dtype=wide_dtype(device), device=device)
+            return traced.no_outcome(tensors, components)
         eps, exempt = traced.eps_of(cap, rule)
-        policy = "error" if options.raise_nonfinite else rule.nonfinite
         norms, coefs, used = torch.ops.cwclip_kernels.component_clip_with_norms_(
             grads,
             text,
@@ -66,7 +62,7 @@ def clip_with_norms_(
             rule.norm_type,
             eps,
             exempt,
-            policy,
+            options.nonfinite,
             options.backend,
         )
         if threshold is not None:
@@ -106,11 +102,8 @@ def _component_clip_with_norms_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, found = traced.plans_for(grads, components).get(list(grads), grads, norm_type, backend)
-    policy = (
-        traced.policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
-    )
+    policy = traced.policy_of(components, plan, caps, patterns, values, eps, exempt)
     rule, names = ClipRule(norm_type, eps, nonfinite), plan.components.names
-    policy = traced.exempting(policy, exempt, eps, len(names))
     norms = run.known_norms(norms, plan)
     coefs, used = run.coefficients_of(norms, names, policy, rule, nonfinite == "error")
     factors = run.factors_of(coefs, len(names), plan.device, LossScale.of(inv_scale, None))

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..components.membership import Components, unclipped
 from ..core import run, traced
 from ..core.adamw import AdamWRule
-from ..core.caps import fixed_caps
 from ..core.checks import check_gradients
 from ..core.formula import ClipRule, wide_dtype
 from ..core.loss_scale import LossScale
@@ -81,7 +80,7 @@ def clip_adamw_(
         rule.norm_type,
         eps,
         exempt,
-        "error" if options.raise_nonfinite else rule.nonfinite,
+        options.nonfinite,
         options.backend,
     )
     if threshold is not None:
@@ -129,10 +128,7 @@ def _component_clip_adamw_(
         update.prepare(plan.buckets, found)
         calls.append((plan, found))
     (plan, found), rest = calls
-    fixed = (
-        traced.policy_for(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
-    )
-    fixed = traced.exempting(fixed, exempt, eps, len(plan.components.names))
+    fixed = traced.policy_of(components, plan, caps, patterns, values, eps, exempt)
     scale = LossScale.of(inv_scale, None)
     rule = ClipRule(norm_type, eps, nonfinite)
     norms, coefs, used = run.clip_(plan, found, fixed, rule, nonfinite == "error", scale.on(plan.device), update)

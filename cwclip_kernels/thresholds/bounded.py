@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_float_tensor
-from ..core.formula import wide_dtype
+from ..core.formula import moved, wide_dtype
 from ..core.modes import is_traced
 from .base import Setting, Threshold, caps_of
 from .by_pattern import settled
@@ -145,5 +145,4 @@ def _read(bound: float | Tensor) -> float | None:
 def _on(bound: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(bound, Tensor):
         return torch.full((), bound, dtype=wide_dtype(device), device=device)
-    # A copy to the host must be complete before it is read.
-    return bound.detach().to(device, wide_dtype(device), non_blocking=device.type != "cpu")
+    return moved(bound, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_float_tensor, check_type, checked_number
 from ..components.patterns import match_patterns
-from ..core.formula import wide_dtype
+from ..core.formula import moved, wide_dtype
 from ..core.modes import is_traced
 from .base import Setting, Threshold
 
@@ -65,8 +65,7 @@ class Fixed(Threshold):
         cap = self._cap
         if isinstance(cap, Tensor):
             _check_values(cap)
-            # A copy to the host must be complete before it is read.
-            return cap.detach().to(device, wide_dtype(device), non_blocking=device.type != "cpu").contiguous()
+            return moved(cap, device).contiguous()
         caps = self._on.get(device)
         if caps is None:
             if isinstance(cap, dict):
