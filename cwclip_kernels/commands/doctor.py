@@ -114,13 +114,17 @@ def _cuda() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     """Packages of the extras: which are there. A version that isn't supported is wrong."""
-    from packaging.requirements import Requirement  # comes with none of ours, but with nearly every torch
+    try:
+        from packaging.requirements import Requirement
 
+        lines, names = requires("cwclip_kernels"), metadata("cwclip_kernels").get_all("Provides-Extra")
+    except (ImportError, PackageNotFoundError) as error:  # not installed, as in a checkout; neither is needed to clip
+        yield Finding(None, "extras", f"not looked at: {error}")
+        return
     wanted: dict[str, Requirement] = {}
-    for line in requires("cwclip_kernels") or []:
+    for line in lines or []:
         requirement = Requirement(line)
-        names = metadata("cwclip_kernels").get_all("Provides-Extra") or []
-        own = {extra for extra in names if requirement.marker and requirement.marker.evaluate({"extra": extra})}
+        own = {extra for extra in names or [] if requirement.marker and requirement.marker.evaluate({"extra": extra})}
         if own & {"transformers", "lightning", "accelerate", "deepspeed", "tensorboard", "plot"}:
             wanted[requirement.name] = requirement
     for name, requirement in sorted(wanted.items()):

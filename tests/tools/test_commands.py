@@ -24,6 +24,7 @@ def test_the_doctor_finds_nothing_to_mend_here(capsys):
     [
         (["cwclip_kernels._C"], ["!!  extension          not there", "CWCLIP_BUILD=cpu pip install"]),
         (["triton"], ["nothing to mend"]),
+        (["packaging"], ["--  extras             not looked at", "nothing to mend"]),
     ],
 )
 def test_the_doctor_where_something_is_missing(hidden, words):
