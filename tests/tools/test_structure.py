@@ -13,7 +13,7 @@ import torch
 
 import cwclip_kernels
 from package_imports import faults_of, files_of, name_of
-from readme_blocks import README
+from pages import PAGES
 
 PACKAGE = Path(cwclip_kernels.__file__).parent
 TRAINERS = ("accelerate", "deepspeed", "fabric", "lightning", "timm", "torchtitan", "transformers")
@@ -221,11 +221,11 @@ def test_every_public_thing_has_an_example_or_fields_and_is_shown(name):
     names = set(public_names(module)) - {"__version__"}
     assert names
     examples = [line for path in files_of(PACKAGE) for line in path.read_text().splitlines() if ">>> " in line]
-    shown = set(re.findall(r"\w+", "\n".join([*examples, README.read_text()])))
+    shown = set(re.findall(r"\w+", "\n".join([*examples, *(page.read_text() for page in PAGES)])))
     for public in names:
         doc = inspect.getdoc(getattr(module, public)) or ""
         assert public in PLAIN or any(mark in doc for mark in (">>> ", "Example:", "Attributes:")), public
-        assert public in UNNAMED or public in shown, f"{public} is neither in the README nor in an example"
+        assert public in UNNAMED or public in shown, f"{public} is neither on a page nor in an example"
 
 
 def test_files_stay_readable():

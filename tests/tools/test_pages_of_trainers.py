@@ -1,4 +1,4 @@
-"""The README's pieces of Python for Trainers, of Hugging Face and Lightning, and Accelerate: they clip."""
+"""The pieces of Python in docs/trainers.md: they clip."""
 
 import functools
 
@@ -8,14 +8,16 @@ from torch import nn
 
 from cwclip_kernels import component_norms
 from cwclip_kernels.optim import ComponentClipAdamW
+from pages import DOCS, blocks_of
 from ranks import on_ranks
-from readme_blocks import DOCS, PYTHON, blocks_of
+
+BLOCKS = blocks_of(DOCS / "trainers.md")
 
 
 def block(word):
     """The one piece in which it is."""
-    (found,) = [text for text in PYTHON if word in text]
-    return compile(found, f"README.md, {word}", "exec")
+    (found,) = [text for text in BLOCKS if word in text]
+    return compile(found, f"docs/trainers.md, {word}", "exec")
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_hugging_face(hf, word, cap, tmp_path):
 
 @pytest.fixture
 def lightning():
-    """Names of the README's blocks, and the norms that an optimizer's steps found."""
+    """Names of the page's blocks, and the norms that an optimizer's steps found."""
     pl = pytest.importorskip("lightning.pytorch")
 
     class Model(pl.LightningModule):
@@ -146,10 +148,10 @@ def test_deepspeed():
             return types.SimpleNamespace(loss=loss_of(super().forward, tokens))
 
     (page,) = blocks_of(DOCS / "deepspeed.md")
-    (readme,) = [text for text in PYTHON if "deepspeed" in text]
+    (short,) = [text for text in BLOCKS if "deepspeed" in text]
     assert "engine.step()" in page
-    assert "engine.step()" not in readme
-    for block in (page, readme):
+    assert "engine.step()" not in short
+    for block in (page, short):
         model = WithLoss()
         names = {
             "deepspeed": started(),
@@ -159,7 +161,7 @@ def test_deepspeed():
         }
         with quiet():
             exec(compile(block, "deepspeed", "exec"), names)
-            if block is readme:
+            if block is short:
                 names["engine"].backward(names["engine"](names["loader"][0]).loss)
                 names["engine"].step()
         found = names["engine"]._cwclip_clipping.last

@@ -12,13 +12,13 @@ from torch import nn
 from cwclip_kernels import ComponentClipper
 from helpers import DEVICE
 from libraries import LIBRARIES, stand_in
-from readme_blocks import DOCS, PYTHON, blocks_of
+from pages import PAGES, blocks_of
 
-# Trainers' have models of their own: test_readme_trainers.py.
+# Trainers' have models of their own: test_pages_of_trainers.py.
 THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed", "integrations.fabric"
-OF_DOCS = [block for page in sorted(DOCS.glob("*.md")) for block in blocks_of(page)]
-# Pages repeat what the README has: each once.
-BLOCKS = [block for block in dict.fromkeys([*PYTHON, *OF_DOCS]) if not any(word in block for word in THEIRS)]
+# Pages repeat each other here and there: each block once.
+FOUND = dict.fromkeys(block for page in PAGES for block in blocks_of(page))
+BLOCKS = [block for block in FOUND if not any(word in block for word in THEIRS)]
 D = 6
 
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Names as in the README's examples; a call returns an object with a loss, as in transformers."""
+    """Names as in the examples; a call returns an object with a loss, as in transformers."""
 
     def __init__(self):
         super().__init__()
