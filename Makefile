@@ -52,9 +52,9 @@ wheel: $(VENV)/built
 release-wheel: $(VENV)/built $(VENV)/release
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/release.py
 
-# The quick part of the suite beside other versions of torch, from their wheels: several GB each.
+# The suite beside other versions of torch (or, by ARGS, of trainers): docs/versions.md. Several GB a row.
 matrix: wheel
-	$(BIN)/python .ci/matrix.py $(ARGS)
+	$(BIN)/python .ci/matrix.py $(or $(ARGS),torch 2.10 2.11 2.12 2.13 2.14)
 
 # ruff comes before torch and the build, so that what isn't formatted fails within a minute.
 lint: ruff $(VENV)/built

@@ -25,6 +25,7 @@ from hf import (
     encoder,
     examples,
     logged,
+    losses_divided_by,
     on_one_thread,
     total_norm,
     weights_of,
@@ -64,8 +65,9 @@ def plain(model, clip, accumulate=1):
     rest = [p for p in model.parameters() if all(p is not other for other in free)]
     groups = [{"params": rest, "weight_decay": DECAY}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR)
+    divisor = losses_divided_by(accumulate)
     for i, batch in enumerate(batches(examples())):
-        model(**batch).loss.backward()
+        (model(**batch).loss / divisor).backward()
         if (i + 1) % accumulate == 0:
             clip(model)
             optimizer.step()

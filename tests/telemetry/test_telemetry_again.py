@@ -8,12 +8,12 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper
 from cwclip_kernels.telemetry import ClipRecorder, read_run, writers
+from numpys import INTEGERS, of_numpy
 from recorded_runs import KILLED, NAMES, check_run, recorded, result
 
 FILES = ["jsonl", "csv"]
@@ -350,7 +350,7 @@ def test_a_converted_models_steps_are_written_at_the_end_of_the_program(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-@pytest.mark.parametrize("number", [int, np.int64, np.uint8, np.array, torch.tensor, lambda i: torch.tensor([i])])
+@pytest.mark.parametrize("number", [int, *INTEGERS, torch.tensor, lambda i: torch.tensor([i])])
 def test_steps_of_every_integer_type(tmp_path, kind, number):
     results = [result() for _ in range(3)]
     with ClipRecorder(tmp_path / "run", every=2, formats=(kind,)) as recorder:
@@ -361,7 +361,8 @@ def test_steps_of_every_integer_type(tmp_path, kind, number):
 
 
 @pytest.mark.parametrize(
-    "step", [0.5, 1.0, np.float32(1), torch.tensor(1.0), torch.tensor([1, 2]), "1", True, torch.tensor(True), [1]]
+    "step",
+    [0.5, 1.0, *of_numpy("float32", 1), *map(torch.tensor, (1.0, [1, 2], True)), "1", True, [1]],
 )
 def test_a_step_that_is_no_whole_number_is_refused_and_nothing_else_lost(tmp_path, step):
     results = [result() for _ in range(2)]
