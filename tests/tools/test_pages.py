@@ -12,7 +12,7 @@ from torch import nn
 from cwclip_kernels import ComponentClipper
 from helpers import DEVICE
 from libraries import LIBRARIES, stand_in
-from pages import PAGES, blocks_of
+from pages import DOCS, PAGES, README, blocks_of
 
 # Trainers' have models of their own: test_pages_of_trainers.py.
 THEIRS = "Trainer", "LightningModule", "accelerator.prepare", "deepspeed", "integrations.fabric"
@@ -62,6 +62,24 @@ def only_rank():
 
 def test_there_are_blocks():
     assert len(BLOCKS) >= 10
+
+
+def anchors_of(page):
+    """Of its headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [README, README.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if not path.startswith("https://"):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or target.name == "api.md" or anchor in anchors_of(target), link
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of inductor
