@@ -12,9 +12,10 @@ for needed in ("numpy", "rich", "matplotlib", "tokenizers", "transformers"):
 
 from tiny_bert import save_tiny_bert  # noqa: E402
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-if str(EXAMPLES) not in sys.path:
-    sys.path.append(str(EXAMPLES))
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+for folder in (BENCHMARKS, BENCHMARKS.parent / "examples"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 from stability import names, options  # noqa: E402
 

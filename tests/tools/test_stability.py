@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from experiment_setup import EXAMPLES, items, made, on_one_thread, tiny_model
+from experiment_setup import BENCHMARKS, items, made, on_one_thread, tiny_model
 from finetune_stability import main
 from stability import figures, names, options
 from stability.arms import parse
@@ -215,7 +215,7 @@ def test_several_processes_make_the_same_runs(experiment, model_folder, tmp_path
     given = ["--model", model_folder, "--limit", 32, "--epochs", 1, "--device", "cpu", "--arms", "none", "--seeds", 2]
     given += ["--processes", 2, "--threads", 1, "--evaluations", 1, "--out", "two", "--calibration-seeds", 1]
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "finetune_stability.py"), *map(str, given)],
+        [sys.executable, str(BENCHMARKS / "finetune_stability.py"), *map(str, given)],
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80", "PYTHONWARNINGS": "default"},
         capture_output=True,

