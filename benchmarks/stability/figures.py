@@ -1,4 +1,4 @@
-"""The paper's figures, of all runs: scores, norms per layer and parameter type, clip rate over steps."""
+"""The paper's figures, of all runs: scores, norms per layer and parameter type, clip rate, what is held back."""
 
 from __future__ import annotations
 
@@ -105,6 +105,39 @@ def clip_rate(runs: Runs) -> bytes:
         axis.set_ylim(-0.03, 1.03)
     figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle("Clipping over the steps, median run", fontsize=11)
+    return _png(figure)
+
+
+def held_back(runs: Runs) -> bytes:
+    """For each arm the coefficient of each component, the median over runs and steps: layers below, types beside."""
+    names = next(iter(runs.values()))[0]["components"]
+    layered: dict[str, dict[int, int]] = defaultdict(dict)
+    for i, name in enumerate(names):
+        parts = name.split(".")
+        at = next((k for k in reversed(range(len(parts))) if parts[k].isdigit()), None)
+        if at is None:
+            layered[".".join(parts[-3:])][0] = i
+        else:
+            layered[".".join(parts[at + 1 :])][int(parts[at])] = i
+    layers = 1 + max(layer for members in layered.values() for layer in members)
+    size = (1.2 + 3.2 + len(runs) * 0.42 * layers, 1.2 + 0.21 * len(layered))
+    figure = Figure(figsize=size, layout="constrained")
+    for axis, (arm, own) in zip(
+        figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items(), strict=True
+    ):
+        norms = np.concatenate([np.array(run["norms"], dtype=float) for run in own])
+        coefs = np.nanmedian(np.minimum(1.0, own[0]["cap"] / np.maximum(norms, 1e-12)), axis=0)
+        table = np.full((len(layered), layers), np.nan)
+        for row, members in enumerate(layered.values()):
+            for layer, i in members.items():
+                table[row, layer] = coefs[i]
+        image = axis.imshow(table, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+        axis.set_title(arm, fontsize=10)
+        axis.set_xlabel("layer")
+        axis.set_xticks(range(layers))
+        axis.set_yticks(range(len(layered)), list(layered), fontsize=7)
+    figure.colorbar(image, ax=figure.axes, label="coefficient (1: not clipped)", pad=0.01)
+    figure.suptitle("What each component keeps: median over steps and runs", fontsize=11)
     return _png(figure)
 
 

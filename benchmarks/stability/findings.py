@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import statistics
+from . import significance, statistics
 from .arms import Arm
 from .runs import Run
 
@@ -39,7 +39,14 @@ def gather(arms: list[Arm], runs: dict[str, list[Run]]) -> Findings:
                 "control": control.label,
                 **(statistics.difference(runs[arm.label], runs[control.label]) or {}),
             }
-    found = {"baseline": baseline.label, "arms": summaries, "against_baseline": against, "against_control": controls}
+    pairs = {(label, one["control"]): (runs[label], runs[one["control"]]) for label, one in controls.items()}
+    found = {
+        "baseline": baseline.label,
+        "arms": summaries,
+        "against_baseline": against,
+        "against_control": controls,
+        "tests": significance.of_pairs(pairs),
+    }
     return {**found, "sentences": _sentences(found)}
 
 
@@ -57,6 +64,7 @@ def _sentences(found: Findings) -> list[str]:
             said.append(
                 f"{_compared(label, difference['control'], difference)} (The median step of `{label}` {kept}.)"
             )
+    said += [_tested(row) for row in found["tests"]]
     if arms[base]["failed"] == 0:
         said.append(f"No run of `{base}` failed: there is nothing here for clipping to mend.")
     if found["against_baseline"] and not found["against_control"]:
@@ -73,6 +81,17 @@ def _sentences(found: Findings) -> list[str]:
     elif len(found["against_baseline"]) > 1:
         said.append("Each interval stands alone; of twenty of them one may well be off.")
     return said
+
+
+def _tested(row: dict[str, Any]) -> str:
+    """A test in words."""
+    verdict = "differs from chance" if row["holm"] <= significance.LEVEL else "doesn't differ from chance"
+    if row["of"] == "failures":
+        own, other = row["alone"]
+        what = f"{own} seeds failed under `{row['arm']}` alone and {other} under `{row['control']}` alone"
+    else:
+        what = f"the mean difference of scores between `{row['arm']}` and `{row['control']}`, {row['mean']:+.3f}"
+    return f"Test, {row['seeds']} seeds: {what}: {verdict} (p = {row['p']:.3g}, by Holm {row['holm']:.3g})."
 
 
 def _compared(label: str, other: str, difference: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The report of an experiment: report.md, report.json, three pictures, and a table on the terminal."""
+"""The report of an experiment: report.md, report.json, pictures, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 import cwclip_kernels
 
-from . import figures
+from . import figures, significance
 from .arms import Arm
 from .findings import Findings, gather
 from .runs import Run, write_whole
@@ -73,6 +73,8 @@ def write(
         "norms.png": figures.norms(runs, _shown(baseline, arms, runs)),
         "clip_rate.png": figures.clip_rate(runs),
     }
+    if capped := _capped(arms, found):
+        pictures["held_back.png"] = figures.held_back({label: runs[label] for label in capped})
     for name, picture in pictures.items():
         write_whole(folder / name, picture)
     brief = (
@@ -107,6 +109,11 @@ def _shown(baseline: str, arms: list[Arm], runs: dict[str, list[Run]]) -> list[s
     return [baseline, *best]
 
 
+def _capped(arms: list[Arm], found: Findings) -> list[str]:
+    """The arms with one cap for all components."""
+    return [arm.label for arm in arms if arm.kind == "component" and arm.label in found["arms"]]
+
+
 def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, Any], command: str) -> str:
     """The whole report."""
     settings = about["settings"]
@@ -134,16 +141,19 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
         "\n".join(f"- {sentence}" for sentence in found["sentences"]),
         "## Arms",
         _arms_table(found, about),
-        "Failed: runs, share, 95 % interval (Wilson). One answer: runs that end up giving every example one label. "
+        "Good mean: of runs that didn't fail. Failed: runs, share, 95 % interval (Wilson). One answer: runs that "
+        "end up giving every example one label. "
         f"To {settings['target']:g}: median of the steps after which a look at the dev set (one each {_every(about)} "
         "steps) first gave that score, and how many runs did. Kept: norm of all gradients after clipping over that "
         "before, clipped: share of components; both at the median step of all runs.",
         "![scores](scores.png)",
         *_differences(found),
+        *_tests(found),
         *_calibration(chosen),
         "## Figures",
         "![norms](norms.png)",
         "![clip rate](clip_rate.png)",
+        "![held back](held_back.png)" if _capped(arms, found) else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -184,7 +194,7 @@ def _missing(about: Facts, arms: list[Arm], found: Findings, chosen: dict[str, A
 
 
 def _arms_table(found: Findings, about: Facts) -> str:
-    heads = ["arm", "cap", "lr", "runs", "mean", "std", "min", "max", "failed", "one answer"]
+    heads = ["arm", "cap", "lr", "runs", "mean", "std", "min", "max", "good mean", "failed", "one answer"]
     heads += [f"to {about['settings']['target']:g}", "kept", "clipped", "s a run"]
     rows = []
     for label, one in found["arms"].items():
@@ -200,6 +210,7 @@ def _arms_table(found: Findings, about: Facts) -> str:
                 "-" if one["std"] is None else f"{one['std']:.3f}",
                 f"{one['min']:.3f}",
                 f"{one['max']:.3f}",
+                "-" if one["mean_of_good"] is None else f"{one['mean_of_good']:.3f}",
                 f"{one['failed']}, {one['failed_share']:.0%} ({low:.0%} to {high:.0%})",
                 f"{one['one_answer']}",
                 reached,
@@ -213,19 +224,26 @@ def _arms_table(found: Findings, about: Facts) -> str:
 
 def _differences(found: Findings) -> list[str]:
     parts = []
-    heads = ["arm", "against", "seeds", "mean", "std", "share failed"]
+    heads = ["arm", "against", "seeds", "mean", "std", "share failed", "steps to the target", "mean, neither failed"]
     against = {(label, found["baseline"]): one for label, one in found["against_baseline"].items() if one}
     controls = {(label, one["control"]): one for label, one in found["against_control"].items() if "mean" in one}
     for title, pairs in (("baseline", against), ("global control of matched tightness", controls)):
         if pairs:
+            names = ("mean", "std", "failed_share", "steps", "mean_of_good")
             rows = [
-                [label, other, f"{one['runs']}", *(_interval(one[name]) for name in ("mean", "std", "failed_share"))]
+                [
+                    label,
+                    other,
+                    f"{one['runs']}",
+                    *(_interval(one.get(name), 1 if name == "steps" else 3) for name in names),
+                ]
                 for (label, other), one in pairs.items()
             ]
             parts += [f"## Difference from the {title}", _table(heads, rows)]
     if parts:
         parts.append(
-            "In brackets 95 % bootstrap intervals (10,000 draws of seeds, both arms' runs of a seed together)."
+            "In brackets 95 % bootstrap intervals (10,000 draws of seeds, both arms' runs of a seed together). "
+            "Steps: a run that never gets to the target score counts with all its steps."
         )
     return parts
 
@@ -246,8 +264,36 @@ def _calibration(chosen: dict[str, Any]) -> list[str]:
     return ["## Calibration", _table(["arm", "wanted", "tried", "chosen"], rows)]
 
 
-def _interval(one: dict[str, float]) -> str:
-    return f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+def _tests(found: Findings) -> list[str]:
+    if not found["tests"]:
+        return []
+    rows = []
+    for one in found["tests"]:
+        failures = one["of"] == "failures"
+        saw = f"{one['alone'][0]} and {one['alone'][1]} failed alone" if failures else f"{one['mean']:+.4f}"
+        least = (
+            "-"
+            if one["detectable"] is None
+            else f"{one['detectable']:.2f}"
+            if failures
+            else f"{one['detectable']:.3f}"
+        )
+        pair = f"{one['arm']} against {one['control']}"
+        rows.append([pair, one["of"], f"{one['seeds']}", saw, f"{one['p']:.3g}", f"{one['holm']:.3g}", least])
+    return [
+        "## Tests",
+        _table(["", "of", "seeds", "found", "p", "p by Holm", "detectable"], rows),
+        "Failures: McNemar's exact test. Scores: sign-flip permutation test of the mean difference. Holm's "
+        f"correction is over these {len(rows)} tests. Detectable: the difference that the test, at the first of "
+        f"Holm's levels, finds four times in five: in share of failed runs, if {significance.OTHERS:.0%} of the "
+        "seeds go the other way; in mean score, if differences scatter as they did.",
+    ]
+
+
+def _interval(one: dict[str, float] | None, digits: int = 3) -> str:
+    if one is None:
+        return "-"
+    return f"{one['difference']:+.{digits}f} ({one['low']:+.{digits}f} to {one['high']:+.{digits}f})"
 
 
 def _every(about: Facts) -> str:

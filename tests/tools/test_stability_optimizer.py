@@ -117,6 +117,13 @@ def test_the_report_names_it(model_folder):
     for one, is_named in ((settings, True), (dataclasses.replace(settings, optimizer="separate"), False)):
         about = report.facts(one, tasks.load(one), [parse("none")], [1], [1000], "cpu")
         assert about["settings"]["optimizer"] == one.optimizer
-        found = {"arms": {}, "sentences": [], "baseline": "none", "against_baseline": {}, "against_control": {}}
+        found = {
+            "arms": {},
+            "sentences": [],
+            "baseline": "none",
+            "against_baseline": {},
+            "against_control": {},
+            "tests": [],
+        }
         text = report.markdown({**about, "date": "today"}, found, [], {}, "command")
         assert ("`ComponentClipAdamW`" in text) == is_named
