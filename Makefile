@@ -1,4 +1,4 @@
-# make demo | test | test-fast | bench | docs | wheel | lint | clean. Everything lives in .venv, made on first use.
+# make demo | test | test-fast | bench | docs | wheel | release-wheel | matrix | lint | clean. Everything lives in .venv, made on first use.
 #
 # PYTHON  the interpreter that .venv is made from. If it already has torch >= 2.10, that torch is used.
 # TORCH   what is installed otherwise.
@@ -21,6 +21,8 @@ help:
 	@echo "make test-fast  without ranks, builds, compilers, trainers and tools: under a minute"
 	@echo "make bench  speed against torch, as a table"
 	@echo "make wheel  one cp310-abi3 wheel in dist/"
+	@echo "make release-wheel  what is published: wheel, sdist, hashes, bill of materials"
+	@echo "make matrix the suite beside other versions of torch, Python and trainers; the table in docs/versions.md"
 	@echo "make docs   the documentation, in site/"
 	@echo "make lint   ruff and mypy"
 

@@ -45,7 +45,8 @@ def checked_number(
 def checked_int(value: object, name: str, low: int | None = None, kinds: str = "a whole number") -> int:
     """A whole number of any type but bool, as int; at least ``low``."""
     try:
-        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        # Those of older numpys are whole numbers to Python, with a warning; a tensor's always are.
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
             raise TypeError
         number = index(value)  # type: ignore[arg-type]
     except TypeError:
