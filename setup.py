@@ -249,16 +249,18 @@ class BuildWithNvcc(build_ext):
             subprocess.run(command, check=True)
 
         self.compiler.link_shared_object = link  # setuptools would put the C++ compiler in front
-        # What g++ has compiled may read this flag, which glibc has since 2.32: whether threads were ever started.
-        flag = Path(self.build_temp) / "single_threaded.c"
-        flag.parent.mkdir(parents=True, exist_ok=True)
-        flag.write_text('__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n')
-        ext.extra_objects += self.compiler.compile([str(flag)], extra_postargs=["-fPIC", "-g0"])
+        # What newer glibcs have and g++'s objects and libstdc++ refer to: whether threads were ever started (2.32),
+        # and random bytes (2.36), which nothing here asks for.
+        newer = Path(self.build_temp) / "newer_glibc.c"
+        newer.parent.mkdir(parents=True, exist_ok=True)
+        newer.write_text(NEWER_GLIBC)
+        ext.extra_objects += self.compiler.compile([str(newer)], extra_postargs=["-fPIC", "-g0"])
         if "cudart_static" in ext.libraries:  # as a file, since zig would look for a shared one
             ext.libraries.remove("cudart_static")
             ext.extra_link_args.append(_static("libcudart_static.a", ext.library_dirs))
         compiler = os.environ["CXX"].split()[0]
-        for name in ("libstdc++.a", "libgcc_eh.a", "libgcc.a"):
+        # The unwinder is the system's: a static one of a newer compiler looks frames up by what glibc has since 2.35.
+        for name in ("libstdc++.a", "libgcc.a", "libgcc_s.so.1"):
             found = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
             ext.extra_link_args.append(found)
         # zig's linker exports what the version script says, and has no --exclude-libs.
@@ -267,6 +269,14 @@ class BuildWithNvcc(build_ext):
 
 def _static(name: str, folders: list[str]) -> str:
     return next(str(Path(folder) / name) for folder in folders if (Path(folder) / name).exists())
+
+
+NEWER_GLIBC = """\
+#include <unistd.h>
+#define HIDDEN __attribute__((visibility("hidden")))
+HIDDEN char __libc_single_threaded = 0;
+HIDDEN unsigned arc4random(void) { unsigned value; return getentropy(&value, sizeof value) ? 0 : value; }
+"""
 
 
 class WholeSdist(sdist):

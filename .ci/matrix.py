@@ -104,10 +104,10 @@ def tests(python: Path, wheel: Path, hidden: tuple[str, ...], selected: list[str
         subprocess.run([*install, wheel], check=True)
         # As if they weren't installed, in every process that the tests start as well.
         (folder / "installed/sitecustomize.py").write_text(
-            "from functools import partial\n"
             "from importlib.machinery import PathFinder\n"
+            "from types import MethodType\n"
             f"def find_spec(find, name, *rest): return None if name in {hidden!r} else find(name, *rest)\n"
-            "PathFinder.find_spec = partial(find_spec, PathFinder.find_spec)\n"
+            "PathFinder.find_spec = MethodType(find_spec, PathFinder.find_spec)\n"
         )
         command = [
             python,

@@ -36,6 +36,7 @@ def main() -> None:
     sdist = twice("the sdist", build_sdist)
     wheel = twice("the wheel", lambda folder: build_wheel(sdist, folder))
     run(PYTHON, "-m", "abi3audit", "--strict", wheel)
+    check_symbols(wheel)
     shown = output(PYTHON, "-m", "auditwheel", "show", wheel)
     print("\n".join(line for line in shown.splitlines() if "manylinux" in line or "glibc" in line.lower()))
     bill_of_materials(wheel)
@@ -105,6 +106,20 @@ def build_wheel(sdist: Path, folder: Path) -> Path:
     shutil.rmtree(source)
     (repaired,) = folder.glob("*.whl")
     return repaired
+
+
+def check_symbols(wheel: Path) -> None:
+    """Every symbol that has to be found is of a versioned library, Python or torch; auditwheel sees versions alone.
+
+    What a newer glibc has and the linker's list of it doesn't would be left over, and found missing on old nodes only.
+    """
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith(".so"))
+        listed = output("nm", "-D", "--undefined-only", archive.extract(name, folder))
+    strong = [line.split()[1] for line in listed.splitlines() if line.split()[0] == "U"]
+    left = [name for name in strong if "@" not in name and not re.match("_?Py|torch_|aoti_torch_", name)]
+    if left:
+        sys.exit(f"symbols of nobody's: {', '.join(left)}")
 
 
 def bill_of_materials(wheel: Path) -> None:
