@@ -111,7 +111,7 @@ def build_wheel(sdist: Path, folder: Path) -> Path:
 def check_symbols(wheel: Path) -> None:
     """Every symbol that has to be found is of a versioned library, Python or torch; auditwheel sees versions alone.
 
-    What a newer glibc has and the linker's list of it doesn't would be left over, and found missing on old nodes only.
+    What only a newer glibc has would be left over otherwise, and found missing on old nodes.
     """
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         (name,) = (each for each in archive.namelist() if each.endswith(".so"))
