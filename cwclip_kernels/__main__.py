@@ -32,8 +32,11 @@ def main(arguments: Sequence[str]) -> int:
         report()
         return 0
     name, *rest = arguments
+    usage = "python -m cwclip_kernels [doctor | bench | plot RUN | suggest RUN]; each but doctor has --help"
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nusage: {usage}")
+        return 0
     if name not in COMMANDS:
-        usage = "python -m cwclip_kernels [doctor | bench | plot RUN | suggest RUN]; each but doctor has --help"
         print(f"unknown command {name!r}; usage: {usage}", file=sys.stderr)
         return 2
     return int(import_module(f".{COMMANDS[name]}", __package__).main(rest))

@@ -75,7 +75,7 @@ def fused_component_clip_(
         inv_scale: inverse of the loss scale: a number, or a Tensor of one element, used without a sync. Norms and
             caps are those of g * inv_scale, and that is what is left in ``.grad``, clipped, from the same pass. A
             parameter that belongs to no component keeps its scale.
-        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN, otherwise left as it is, as
+        found_inf: Tensor of one element, set to 1 if any gradient of a component is inf or NaN, otherwise left as it is, as
             ``torch.amp.GradScaler`` uses it.
         process_group: for plain tensors of which each rank holds a part (ZeRO partitions; parameters of
             ``FullyShardedDataParallel`` that come without it): the ranks that together hold all. DTensors work
@@ -142,7 +142,7 @@ def component_norms(
     """Norm of each component's gradient, which stays as it is: ``torch.nn.utils.get_total_norm`` by component.
 
     Arguments and errors: :func:`fused_component_clip_`. With ``inv_scale`` the norms are those of g * inv_scale,
-    and ``found_inf`` is set to 1 if any gradient is inf or NaN.
+    and ``found_inf`` is set to 1 if any gradient of a component is inf or NaN.
 
     Returns:
         [K] norms, float32 (float64 if any gradient is), on the gradients' device; no host sync.

@@ -10,13 +10,13 @@ from torch import Tensor
 from .components.gradients import GivenGradients, Grads, given_gradients
 from .components.membership import Components
 from .components.resolve import resolve
-from .components.spec import Grouping
+from .components.spec import ComponentSpec, Grouping
 from .core import differentiable, traced
 from .core.cache import session_for_gradients
 from .core.caps import fixed_caps
 from .core.checks import check_gradients, check_not_leaf
 from .core.loss_scale import LossScale
-from .core.modes import is_traced
+from .core.modes import check_not_recorded, is_traced
 from .core.options import Options, check_options
 from .core.session import ClipSession
 from .distributed.shards import is_dtensor
@@ -58,7 +58,7 @@ def clip_gradients_(
         eps: added to the norm before dividing.
         nonfinite: what becomes of a component whose norm is inf or NaN.
         inv_scale: inverse of the loss scale, taken out in the same pass.
-        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN.
+        found_inf: Tensor of one element, set to 1 if any gradient of a component is inf or NaN.
         backend: None for the best available.
 
     Returns:
@@ -84,7 +84,7 @@ def clip_gradients_(
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale, given = LossScale.of(inv_scale, found_inf), given_gradients(grads)
-    if not is_traced() and differentiable.is_transformed():
+    if differentiable.is_transformed():
         raise RuntimeError(
             "grads: inside of a function that torch.func transforms nothing can be clipped in place; use "
             "clip_gradients, which returns new gradients"
@@ -131,7 +131,7 @@ def clip_gradients(
         eps: added to the norm before dividing.
         nonfinite: what becomes of a component whose norm is inf or NaN.
         inv_scale: inverse of the loss scale, taken out as well.
-        found_inf: Tensor of one element, set to 1 if any gradient is inf or NaN.
+        found_inf: Tensor of one element, set to 1 if any gradient of a component is inf or NaN.
         backend: None for the best available.
 
     Returns:
@@ -151,9 +151,10 @@ def clip_gradients(
     """
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale, given = LossScale.of(inv_scale, found_inf), given_gradients(grads)
-    is_transformed = not is_traced() and differentiable.is_transformed()
-    has_graph = len(_with_graph(given)) > 0 and torch.is_grad_enabled()
-    if is_transformed or has_graph:
+    is_transformed = differentiable.is_transformed()
+    # In a transformed function its own arguments are leaves.
+    has_graph = is_transformed or (len(_with_graph(given)) > 0 and torch.is_grad_enabled())
+    if has_graph or differentiable.has_tangent(given.values):
         new, norms = _differentiable(given, settled(max_norm), options, components, scale, is_transformed)
     else:
         with torch.inference_mode(False):
@@ -190,6 +191,7 @@ def _clip_(
                 "number, a Tensor or a mapping, or clip outside of the compiled function"
             )
         return traced.clip_gradients_(given.values, _resolved(given, grouping), max_norm, options, scale)[0]
+    check_not_recorded()
     session, like = _session(given, max_norm, options, grouping)
     if session.reductions is None and not isinstance(max_norm, Threshold):
         caps = session.caps_for(max_norm, like, options.rule)
@@ -213,17 +215,16 @@ def _differentiable(
         if is_dtensor(grad) or grad.layout != torch.strided:
             kind = "a DTensor" if is_dtensor(grad) else f"{grad.layout}"
             raise TypeError(f"{_named(name)} is {kind}, which can't be clipped with its graph; detach() it")
-    if is_transformed:
+    if is_transformed or is_traced():
         refused = [
             (isinstance(max_norm, Threshold), "max_norm: a threshold"),
             (options.raise_nonfinite, "nonfinite='error'"),
             (scale.found_inf is not None, "found_inf"),
         ]
+        where = "in a function that torch.func transforms" if is_transformed else "for gradients with a graph here"
         for is_given, what in refused:
             if is_given:
-                raise RuntimeError(
-                    f"{what} can't be used in a function that torch.func transforms; clip outside of it"
-                )
+                raise RuntimeError(f"{what} can't be used {where}; clip outside of it")
         resolved = _resolved(given, grouping)
         assert not isinstance(max_norm, Threshold)  # which has been refused
         policy = fixed_caps(max_norm, resolved)
@@ -245,7 +246,22 @@ def _resolved(given: GivenGradients, grouping: Grouping) -> Components:
     for position, problem in resolved.problems:
         if given.values[position] is not None:
             raise ValueError(problem)
+    _check_cuts(given, resolved, grouping)
     return resolved
+
+
+def _check_cuts(given: GivenGradients, resolved: Components, grouping: Grouping) -> None:
+    """ValueError for a gradient that isn't there but is cut: without its shape its components aren't known."""
+    if not isinstance(grouping, ComponentSpec) or all(grad is not None for grad in given.values):
+        return
+    cut = {*resolved.cut, *(position for position, _ in resolved.problems)}
+    if not callable(grouping.base):  # else it may have left it out; cut into numbers, nothing is in no component
+        cut |= {*range(len(given.values))} - resolved.clipped
+    for position, (name, grad) in enumerate(zip(given.given, given.values, strict=True)):
+        if grad is None and position in cut:
+            raise ValueError(
+                f"{_named(name)} is None, but components cuts it, and its shape isn't known; give zeros in its place"
+            )
 
 
 def _session(
@@ -259,7 +275,9 @@ def _session(
         )
     like = _tensors(given)
     named = given.named_tensors(like)
-    return session_for_gradients(named, grouping, lambda: options.in_words(max_norm), lambda: _leaves(given)), like
+    session = session_for_gradients(named, grouping, lambda: options.in_words(max_norm), lambda: _leaves(given))
+    _check_cuts(given, session.components, grouping)
+    return session, like
 
 
 def _tensors(given: GivenGradients) -> list[Tensor]:

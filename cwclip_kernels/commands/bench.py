@@ -8,6 +8,7 @@ memory allows: the time to read all gradients once, as ``torch.dot`` reads (on a
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -40,7 +41,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
     options = parser.parse_args(arguments)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(options.device or accelerator or "cpu")
+    try:
+        device = torch.empty(0, device=options.device or accelerator or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        print(f"bench: --device {options.device}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     print(f"torch {torch.__version__}, {where}; milliseconds of the fastest round, Python included")
     for title, shapes in SETS.items():

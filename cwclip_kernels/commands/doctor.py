@@ -125,7 +125,7 @@ def _extras() -> Iterator[Finding]:
     for line in lines or []:
         requirement = Requirement(line)
         own = {extra for extra in names or [] if requirement.marker and requirement.marker.evaluate({"extra": extra})}
-        if own & {"transformers", "lightning", "accelerate", "deepspeed", "tensorboard", "plot"}:
+        if own & {"transformers", "lightning", "accelerate", "deepspeed", "tensorboard", "plot", "telemetry"}:
             wanted[requirement.name] = requirement
     for name, requirement in sorted(wanted.items()):
         try:

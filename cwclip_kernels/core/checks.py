@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -120,8 +121,52 @@ def overlaps(grad: Tensor) -> bool:
     return False
 
 
+def sharing(grads: Gradients) -> tuple[int, int] | None:
+    """Indices of two gradients that have an element in common, or None; exact, also where elements interleave."""
+    found = share_memory(grads)
+    if found is not None:
+        return found
+    extents = []
+    for i, grad in enumerate(grads):
+        if grad is not None and not grad.is_meta and (values := values_of(grad)).numel():
+            last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+            start = values.data_ptr()
+            extents.append((str(values.device), start, start + (last + 1) * values.element_size(), i, values))
+    extents.sort(key=lambda extent: extent[:4])
+    together: list[tuple[str, int, int, int, Tensor]] = []  # whose extents meet, one after the other
+    for extent in extents:
+        if together and (extent[0] != together[0][0] or extent[1] >= max(end for _, _, end, _, _ in together)):
+            together = []
+        if together and (other := _meets(extent, together)) is not None:
+            return other, extent[3]
+        together.append(extent)
+    return None
+
+
+def _meets(
+    extent: tuple[str, int, int, int, Tensor], others: Sequence[tuple[str, int, int, int, Tensor]]
+) -> int | None:
+    """The index of the first of these tensors that has an element in common with that one."""
+    _, start, end, _, values = extent
+    for _, other_start, other_end, index, other in others:
+        if other_end <= start:
+            continue
+        # Both drawn into one table of the memory that they span, a flag for each unit in which they may be shifted.
+        unit = math.gcd(values.element_size(), other.element_size(), start - other_start)
+        table = torch.zeros((max(end, other_end) - other_start) // unit, dtype=torch.bool, device="cpu")
+        _drawn(table, other, 0, unit).fill_(True)
+        if bool(_drawn(table, values, (start - other_start) // unit, unit).any()):
+            return index
+    return None
+
+
+def _drawn(table: Tensor, values: Tensor, offset: int, unit: int) -> Tensor:
+    width = values.element_size() // unit
+    return table.as_strided((*values.shape, width), (*(stride * width for stride in values.stride()), 1), offset)
+
+
 def share_memory(grads: Gradients) -> tuple[int, int] | None:
-    """Indices of two gradients that share memory, or None. Those with gaps may interleave, but not begin together."""
+    """As ``sharing``, for every call: those with gaps may interleave, but not begin together."""
     places = []
     for i, grad in enumerate(grads):
         if grad is not None and not grad.is_meta and (values := values_of(grad)).numel():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..components.membership import Components
 from ..thresholds.base import StepCaps
@@ -36,17 +37,21 @@ def clipped(
     present = [g for g in map(grads.__getitem__, sorted(components.clipped)) if g is not None]
     device = next((g.device for g in (*present, *grads) if g is not None), torch.device("cpu"))
     scale = loss_scale.on(device)
-    norms = scale.unscaled(_norms(grads, components, rule.norm_type, device)).to(norm_dtype_of(present))
+    dtype = norm_dtype_of(present)
     with torch.no_grad():
-        fixed, caps = run.coefficients_of(norms.detach(), components.names, policy, rule, raise_nonfinite)
+        found = scale.unscaled(
+            _norms([g if g is None else g.detach() for g in grads], components, rule.norm_type, device)
+        ).to(dtype)
+        fixed, caps = run.coefficients_of(found, components.names, policy, rule, raise_nonfinite)
         if scale.found_inf is not None and present:
             finite = torch.stack([g.isfinite().all().to(device) for g in present]).all()
             scale.found_inf.masked_fill_(~finite, 1.0)
-    # Where nothing is clipped, and where a policy decides, the coefficient is a constant. Elsewhere the operands are
-    # replaced, since autograd multiplies what isn't chosen by 0, which makes NaN of inf.
+    # Where nothing is clipped, and where a policy decides, the coefficient is a constant. There even the norm's
+    # operands are replaced, since autograd multiplies what isn't chosen by 0, which makes NaN of inf.
     follows = fixed != 1
     if rule.nonfinite in ("zero", "skip"):
-        follows = follows & norms.detach().isfinite()
+        follows = follows & found.isfinite()
+    norms = scale.unscaled(_norms(grads, components, rule.norm_type, device, follows)).to(dtype)
     eps = rule.eps if policy.eps is None else policy.eps(caps.device)
     padded = torch.where(follows, norms.to(caps.dtype) + eps, 1.0)
     coefs = torch.where(follows, (torch.where(follows, caps, 0.0) / padded).to(norms.dtype), fixed)
@@ -58,11 +63,20 @@ def clipped(
             own = [(component, place) for i, component, place in components.members if i == position]
             new[position] = _scaled(grad, own, factors.to(grad.device), rule.zero_fill)
     loss_scale.deliver(scale)
-    return [g if g is not old or g is None else g.clone() for g, old in zip(new, grads, strict=True)], norms, fixed
+    return [g if g is not old or g is None else g.clone() for g, old in zip(new, grads, strict=True)], found, fixed
 
 
-def _norms(grads: Sequence[Tensor | None], components: Components, norm_type: float, device: torch.device) -> Tensor:
-    """The K norms in ``wide_dtype``; each component's from those of its pieces."""
+def _norms(
+    grads: Sequence[Tensor | None],
+    components: Components,
+    norm_type: float,
+    device: torch.device,
+    follows: Tensor | None = None,
+) -> Tensor:
+    """The K norms in ``wide_dtype``, each of all its pieces at once; those that don't follow the gradients of ones.
+
+    At once, since the norm of a piece that is zero has no second derivative where that of the whole has one.
+    """
     wide = wide_dtype(device)
     parts: list[list[Tensor]] = [[] for _ in components.names]
     for position, component, place in components.members:
@@ -70,16 +84,14 @@ def _norms(grads: Sequence[Tensor | None], components: Components, norm_type: fl
         piece = None if grad is None else narrowed(grad, place)
         if piece is not None and piece.numel():
             values = piece.to(torch.complex128).abs() if piece.is_complex() else piece
-            parts[component].append(torch.linalg.vector_norm(values, norm_type, dtype=wide).to(device))
+            parts[component].append(values.reshape(-1).to(device, wide))
     zero = torch.zeros((), dtype=wide, device=device)
     norms = []
-    for own in parts:
-        if norm_type == 0.0:
-            norms.append(sum(own, zero))
-        elif len(own) > 1:
-            norms.append(torch.linalg.vector_norm(torch.stack(own), norm_type))
-        else:
-            norms.append(own[0] if own else zero)
+    for component, own in enumerate(parts):
+        whole = torch.cat(own) if len(own) > 1 else own[0] if own else None
+        if whole is not None and follows is not None:
+            whole = torch.where(follows[component], whole, 1.0)
+        norms.append(zero if whole is None else torch.linalg.vector_norm(whole, norm_type))
     return torch.stack(norms) if norms else zero.expand(0)
 
 
@@ -101,7 +113,21 @@ def _scaled(
     return torch.view_as_complex(new) if grad.is_complex() else new
 
 
+# While it is traced the levels are those of the function.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_transformed() -> bool:
     """Whether this call is inside of a function that ``torch.func`` transforms."""
     level = getattr(torch._C._functorch, "maybe_current_level", None)
     return level is not None and level() is not None
+
+
+def has_tangent(grads: Sequence[Tensor | None]) -> bool:
+    """Whether any of them is a dual tensor of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(grad is not None and _tangent(grad) is not None for grad in grads)
+
+
+def _tangent(grad: Tensor) -> Tensor | None:
+    unpacked: tuple[Tensor, Tensor | None] = forward_ad.unpack_dual(grad)  # type: ignore[no-untyped-call]
+    return unpacked[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..arguments import check_float_tensor, check_type, checked_number
 from .formula import moved, wide_dtype
+from .modes import can_be_read
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LossScale:
             return self
         inverse, found = self.inverse, self.found_inf
         if isinstance(inverse, Tensor):
-            if inverse.device.type == "cpu":  # elsewhere reading the value would be a host sync
+            if can_be_read(inverse):
                 _checked_number(inverse.item())
             inverse = moved(inverse.reshape(()), device)
         elif inverse is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -19,6 +21,21 @@ is_traced = torch.compiler.is_dynamo_compiling
 def is_recorded() -> bool:
     """Whether this call is traced or captured into a CUDA graph, so that the host can't count steps."""
     return is_traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host can read its values without a sync: it is on the CPU, and neither traced nor in a ``vmap``."""
+    return tensor.device.type == "cpu" and not is_traced() and not torch._C._functorch.is_batchedtensor(tensor)
+
+
+def check_not_recorded() -> None:
+    """RuntimeError where torch.fx records operations, which don't include what our kernels do."""
+    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if recorder is not None and recorder.get_proxy_mode() is not None:
+        raise RuntimeError(
+            "make_fx and torch.export.export(strict=False) can't record clipping, and the graph would do without it; "
+            "use torch.compile, or torch.export.export(strict=True)"
+        )
 
 
 def outside_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -26,8 +26,10 @@ from .checks import (
     norm_dtype_of,
     overlaps,
     share_memory,
+    sharing,
     values_of,
 )
+from .modes import check_not_recorded
 
 
 def home_of(tensors: Sequence[Tensor]) -> torch.device:
@@ -164,10 +166,11 @@ class Plans:
         components, clipped = self.components, self.components.clipped
         present = {i: grad for i, grad in enumerate(grads) if grad is not None and i in clipped}
         values = list(present.values())
+        check_not_recorded()
         if values and all(map(has_no_data, values)):
             raise WithoutData(values)
         check_gradients(components, present, self._what, writes=writes)
-        shared = share_memory(values) if writes else None
+        shared = sharing(values) if writes else None
         if shared is not None:
             one, other = (components.tensor_names[list(present)[i]] for i in shared)
             raise ValueError(

@@ -89,11 +89,18 @@ class Given:
             is_same = max_norm is known
         else:
             max_norm = _as_given(max_norm)
-            is_same = type(max_norm) is type(known) and max_norm == known
+            is_same = _in_order(max_norm) == _in_order(known)
         if not is_same:
             return "max_norm"
         ours, others = self._arguments, {**_DEFAULTS, **arguments}
         return next((name for name in {**ours, **others} if others.get(name) != ours.get(name)), None)
+
+
+def _in_order(max_norm: MaxNorm) -> object:
+    """With types, and of a mapping the order, since the first pattern that matches counts."""
+    if isinstance(max_norm, Mapping):
+        return [(pattern, type(cap), cap) for pattern, cap in max_norm.items()]
+    return type(max_norm), max_norm
 
 
 _DEFAULTS: dict[str, Any] = {"error_if_nonfinite": False, "eps": 1e-6, "nonfinite": "propagate"}

@@ -164,11 +164,19 @@ def suggest(run: str | Path | Run, rate: float = 0.01, *, by: str = "type", skip
     return Suggestion(caps, _mapping(caps), wanted, clip_rate, by, len(used.steps), first, notes)
 
 
+_NUMBERED = re.compile(r"\[\d+(?:,\d+)*\]")
+
+
+def _starred(number: re.Match[str]) -> str:
+    """``[*]`` for a slice's number, ``[*,*]`` for one along two dimensions."""
+    return re.sub(r"\d+", "*", number[0])
+
+
 def _groups(names: tuple[str, ...], by: str) -> dict[str, list[int]]:
     beside = frozenset(names)
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        kind = name if by == "component" else re.sub(r"\[\d+\]", "[*]", type_of(name, beside))
+        kind = name if by == "component" else _NUMBERED.sub(_starred, type_of(name, beside))
         groups.setdefault(kind, []).append(i)
     return groups
 

@@ -52,14 +52,17 @@ class CallWriter:
 
     def __init__(self, log: Callable[[dict[str, float], int], object]) -> None:
         self._log = log
+        self._taken = 0  # of steps that an error broke off, and that come once more: those that were taken
 
     def begin(self) -> None:
         """Nothing to do."""
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Hands over the steps, one after the other."""
-        for step, row in rows:
+        """Hands over the steps, one after the other, each once."""
+        for step, row in rows[self._taken :]:
             self._log(numbers_of(row), step)
+            self._taken += 1
+        self._taken = 0
 
 
 class WandbWriter(CallWriter):

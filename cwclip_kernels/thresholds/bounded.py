@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ class Bounded(Threshold):
         self._low, self._high = _checked(low, "low"), _checked(high, "high")
         self._check_order()
         self._follow()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_threshold": copy(self._threshold)}  # which a copy teaches by itself
 
     def _follow(self) -> None:
         inner = self._threshold

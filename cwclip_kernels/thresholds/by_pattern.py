@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -94,7 +95,10 @@ class ByPattern(Threshold):
         self._parameter_norms: Tensor | None = None  # while caps are computed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_parts": [], "_placed": {}, "_parameter_norms": None}
+        copies = {pattern: copy(one) for pattern, one in self._thresholds.items()}
+        of = {id(one): copies[pattern] for pattern, one in self._thresholds.items()}
+        own = {"_thresholds": copies, "by_pattern": {p: of.get(id(cap), cap) for p, cap in self.by_pattern.items()}}
+        return {**super().__getstate__(), **own, "_parts": [], "_placed": {}, "_parameter_norms": None}
 
     def __str__(self) -> str:
         return f"{{{', '.join(f'{pattern!r}: {cap}' for pattern, cap in self.by_pattern.items())}}}"

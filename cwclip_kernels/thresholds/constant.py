@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import check_float_tensor, check_type, checked_number
 from ..components.patterns import match_patterns
 from ..core.formula import moved, wide_dtype
-from ..core.modes import is_traced
+from ..core.modes import can_be_read
 from .base import Setting, Threshold
 
 MaxNorm: TypeAlias = float | Tensor | Mapping[str, float | Threshold] | Threshold
@@ -101,5 +101,5 @@ def check_patterns(by_pattern: Mapping[str, object]) -> None:
 
 def _check_values(cap: Tensor) -> None:
     # Where reading values would be a host sync, or can't be traced, a bad cap gives NaN coefficients.
-    if cap.device.type == "cpu" and not is_traced() and not bool((cap >= 0).all()):
+    if can_be_read(cap) and not bool((cap >= 0).all()):
         raise ValueError(f"max_norm: expected caps >= 0, not {cap.detach().min().item()}")

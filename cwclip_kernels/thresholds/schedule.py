@@ -115,7 +115,7 @@ class RMS(Threshold):
             setting = self.setting
             # A frozen component's own size, for when it is trained: in the backward pass nothing is bound again.
             sizes = zip(setting.numels, setting.sizes or setting.numels, strict=True)
-            caps = [self._max_rms * max(n or size, 1) ** (1 / setting.norm_type) for n, size in sizes]
+            caps = [self._max_rms * _power(max(n or size, 1), 1 / setting.norm_type) for n, size in sizes]
             self._on[device] = torch.tensor(caps, dtype=wide_dtype(device), device="cpu").to(device)
         return self._on[device]
 
@@ -166,3 +166,10 @@ class FromGlobal(Threshold):
             caps = [self._total * ((weight / whole) ** (1 / setting.norm_type)) for weight in weights]
             self._on[device] = torch.tensor(caps, dtype=wide_dtype(device), device="cpu").to(device)
         return self._on[device]
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return float(base**exponent)
+    except OverflowError:  # an order near 0
+        return math.inf

@@ -297,3 +297,14 @@ def test_several_processes(kind):
             torch.testing.assert_close(
                 full(found[name].detach()), p.detach(), rtol=2e-4, atol=1e-6, check_dtype=False
             )
+
+
+def test_caps_in_another_order_are_other_caps():
+    """The first pattern that matches counts."""
+    fabric, module = made(), nn.Linear(2, 1)
+    model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    for caps, expected in (({"weight": 0.5, "*": 1.0}, 0.5), ({"*": 1.0, "weight": 0.5}, 1.0)):
+        model.zero_grad()
+        fabric.backward(model(torch.tensor([[3.0, 4.0]])).sum())
+        clip_gradients(fabric, model, optimizer, caps)
+        assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)

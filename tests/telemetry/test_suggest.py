@@ -131,6 +131,10 @@ def test_slices_that_are_numbered_share_a_type():
     clipper = ComponentClipper(named, math.inf, components=spec)
     suggestion = suggest(run_of(torch.rand(30, len(clipper.names)) + 1, clipper.names))
     assert [cap.name for cap in suggestion.caps] == ["h.*.qkv[q]", "h.*.qkv[k]", "head[*]"]
+    kernels = ComponentClipper(
+        torch.nn.Conv2d(2, 3, 3), 1.0, components=ComponentSpec().unitwise("weight", (0, 1))
+    ).names
+    assert list(suggest(run_of(lognormal(200, kernels), kernels), 0.1).max_norm) == ["weight[*,*]", "bias"]
     caps = ComponentClipper(named, suggestion.max_norm, components=spec).clip_().caps
     assert caps.isfinite().all()
 

@@ -175,6 +175,26 @@ def test_a_tracker_that_is_out_of_reach_for_a_while(tmp_path):
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_tracker_that_fails_in_between_gets_each_step_once(tmp_path):
+    seen, fails = [], [3]
+
+    def log(numbers, step):
+        if step in fails:
+            fails.remove(step)
+            raise ConnectionError("made up")
+        seen.append(step)
+
+    recorder = ClipRecorder(tmp_path / "run", every=5, writers=log)
+    for _ in range(12):
+        try:
+            recorder.record(result())
+        except ConnectionError:
+            assert seen == [0, 1, 2]
+    recorder.close()
+    assert seen == list(range(12))
+    assert fails == []
+
+
 class Client:
     log_batch = log_metric = print
 

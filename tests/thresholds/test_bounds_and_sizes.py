@@ -1,12 +1,13 @@
 """Bounds around thresholds, and caps by the root mean square."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from cwclip_kernels import ComponentClipper, clip_in_backward, fused_component_clip_
-from cwclip_kernels.thresholds import EMA, RMS, Bounded, FromGlobal, Schedule, Threshold
+from cwclip_kernels.thresholds import EMA, RMS, Bounded, ByPattern, FromGlobal, Schedule, Threshold
 from helpers import BACKENDS, DEVICE, parameter, parameters, random_grad, same_bits
 from no_sync import NoSync
 
@@ -187,3 +188,30 @@ def test_unfrozen_in_the_backward_pass():
         sum(100 * p.sum() for p in params).backward()
         assert handle.last.caps.tolist() == [1.0, 1.5]
         assert [p.grad.norm().item() for p in params] == pytest.approx([1.0, 1.5])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ema: ema,
+        Bounded,
+        lambda ema: ByPattern({"w": ema, "*": ema}),
+        lambda ema: Bounded({"*": Bounded(ema)}),
+    ],
+)
+def test_a_copy_learns_by_itself(make):
+    def taught(clipper, value):
+        p = clipper.parameters[0]
+        p.grad = torch.full_like(p, value)
+        return clipper.clip_().caps.item()
+
+    policy = make(EMA(warmup_steps=0))
+    one, other = (
+        ComponentClipper([("w", torch.nn.Parameter(torch.zeros(2)))], p) for p in (policy, copy.copy(policy))
+    )
+    taught(one, 1.0)
+    before = taught(one, 1.0)
+    for _ in range(50):
+        taught(other, 0.01)
+    assert taught(one, 1.0) == pytest.approx(before, rel=0.1)
+    assert taught(other, 0.01) < before / 5

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cwclip_kernels.__main__ import main
+from cwclip_kernels.__main__ import COMMANDS, main
 from cwclip_kernels.commands import bench, doctor
 
 
@@ -57,3 +57,16 @@ def test_bench(monkeypatch, capsys):
 def test_an_unknown_command(capsys):
     assert main(["frobnicate"]) == 2
     assert "unknown command 'frobnicate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta:x"])
+def test_bench_on_a_device_that_is_not_there(device, capsys):
+    assert main(["bench", "--device", device]) == 2
+    assert capsys.readouterr().err.startswith(f"bench: --device {device}: ")
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_help(asked, capsys):
+    assert main([asked]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("usage: python -m cwclip_kernels", *COMMANDS))
