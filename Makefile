@@ -54,9 +54,11 @@ wheel: $(VENV)/built
 release-wheel: $(VENV)/built $(VENV)/release
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/release.py
 
-# The suite beside other versions of torch (or, by ARGS, of trainers): docs/versions.md. Several GB a row.
-matrix: wheel
+# The suite with the newest wheel in dist/ beside other versions, several GB a row: docs/versions.md.
+matrix: $(VENV)/built
 	$(BIN)/python .ci/matrix.py $(or $(ARGS),torch 2.10 2.11 2.12 2.13 2.14)
+	$(if $(ARGS),,$(BIN)/python .ci/matrix.py trainers transformers==5.3.0,accelerate==1.3.0 accelerate==1.0.0 \
+		lightning==2.4.0 transformers,accelerate,lightning)
 
 # ruff comes before torch and the build, so that what isn't formatted fails within a minute.
 lint: ruff $(VENV)/built

@@ -40,7 +40,7 @@ def main() -> int:
     wheels = sorted((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
     wheel = options.wheel or (wheels[-1] if wheels else None)
     if wheel is None:
-        parser.error("there is no wheel in dist/: make wheel")
+        parser.error("there is no wheel in dist/: make release-wheel")
     rows = []
     for row in options.rows:
         with tempfile.TemporaryDirectory() as name:

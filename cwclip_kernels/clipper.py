@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ComponentClipper(ParameterClipper):
-    """Clips each component's gradient to its own norm, with everything that can be known ahead done once.
+    """Clips each component's gradient by its own norm, with everything that can be known ahead done once.
 
         norm_c = (sum over component c of |g|^p)^(1/p)
         coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g, in place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import check_type
 from .components.parameters import Parameters, named_tensors
@@ -14,8 +14,9 @@ from .components.spec import Grouping
 from .core import traced, traced_scaling
 from .core.cache import session_for
 from .core.loss_scale import LossScale
-from .core.modes import is_traced
+from .core.modes import constant_when_traced, is_traced
 from .core.options import check_norms, check_options, checked_coefs
+from .distributed.units import known_group
 from .thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def fused_component_clip_(
     pp_mesh: ProcessGroup | DeviceMesh | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Clips each component's gradient to its own norm, in place.
+    """Clips each component's gradient by its own norm, in place.
 
         norm_c = (sum over component c of |g|^p)^(1/p)
         coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g
@@ -75,8 +76,8 @@ def fused_component_clip_(
         inv_scale: inverse of the loss scale: a number, or a Tensor of one element, used without a sync. Norms and
             caps are those of g * inv_scale, and that is what is left in ``.grad``, clipped, from the same pass. A
             parameter that belongs to no component keeps its scale.
-        found_inf: Tensor of one element, set to 1 if any gradient of a component is inf or NaN, otherwise left as it is, as
-            ``torch.amp.GradScaler`` uses it.
+        found_inf: Tensor of one element, set to 1 if any gradient of a component is inf or NaN, otherwise left as it
+            is, as ``torch.amp.GradScaler`` uses it.
         process_group: for plain tensors of which each rank holds a part (ZeRO partitions; parameters of
             ``FullyShardedDataParallel`` that come without it): the ranks that together hold all. DTensors work
             without it, with norms and slices of the logical gradient. So does the module that
@@ -120,7 +121,7 @@ def fused_component_clip_(
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale = LossScale.of(inv_scale, found_inf)
     if is_traced():
-        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        _refuse_ranks(parameters, process_group, pp_mesh)
         named = named_tensors(parameters)
         return traced.clip_(named.tensors, resolve(named, components), max_norm, options, scale)[0]
     settings = partial(options.in_words, max_norm, pp_mesh)
@@ -159,7 +160,7 @@ def component_norms(
     """
     options, scale = check_options(norm_type, backend=backend), LossScale.of(inv_scale, found_inf)
     if is_traced():
-        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        _refuse_ranks(parameters, process_group, pp_mesh)
         named = named_tensors(parameters)
         return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend, scale)
     tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
@@ -224,7 +225,7 @@ def component_clip_with_norms_(
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale = LossScale.of(inv_scale, None)
     if is_traced():
-        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        _refuse_ranks(parameters, process_group, pp_mesh)
         named = named_tensors(parameters)
         resolved = resolve(named, components)
         check_norms(norms, len(resolved.names))
@@ -283,7 +284,7 @@ def component_scale_(
     options = check_options(nonfinite="zero" if zero_fill else "propagate", backend=backend)
     scale = LossScale.of(inv_scale, None)
     if is_traced():
-        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
+        _refuse_ranks(parameters, process_group, pp_mesh)
         named = named_tensors(parameters)
         resolved = resolve(named, components)
         coefs = checked_coefs(coefs, len(resolved.names))
@@ -291,3 +292,14 @@ def component_scale_(
         return
     tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
     session.scale_(tensors, checked_coefs(coefs, len(session.components.names)), options, scale)
+
+
+def _refuse_ranks(parameters: Parameters, process_group: object, pp_mesh: object) -> None:
+    """As eager calls look at a model, for compiled ones, where ranks can't be served."""
+    is_spread = process_group is not None or pp_mesh is not None
+    traced.refuse_ranks(is_spread or (isinstance(parameters, nn.Module) and _is_held_in_parts(parameters)))
+
+
+@constant_when_traced
+def _is_held_in_parts(model: nn.Module) -> bool:
+    return known_group(model, None) is not None

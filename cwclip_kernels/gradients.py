@@ -38,7 +38,7 @@ def clip_gradients_(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Clips each component of gradients that hang on no parameter to its own norm, in place.
+    """Clips each component of gradients that hang on no parameter by its own norm, in place.
 
         norm_c = (sum over component c of |g|^p)^(1/p)
         coef_c = min(1, max_norm_c / (norm_c + eps));  g <- coef_c * g

@@ -23,6 +23,7 @@ from .bucket import narrowed
 from .checks import norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import LossScale
+from .modes import constant_when_traced
 
 
 def clipped(
@@ -113,8 +114,7 @@ def _scaled(
     return torch.view_as_complex(new) if grad.is_complex() else new
 
 
-# While it is traced the levels are those of the function.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced  # when the levels are those of the function
 def is_transformed() -> bool:
     """Whether this call is inside of a function that ``torch.func`` transforms."""
     level = getattr(torch._C._functorch, "maybe_current_level", None)

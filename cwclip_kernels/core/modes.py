@@ -23,6 +23,12 @@ def is_recorded() -> bool:
     return is_traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+def constant_when_traced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``torch.compiler.assume_constant_result``, which imports the compiler already when it decorates."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def can_be_read(tensor: Tensor) -> bool:
     """Whether the host can read its values without a sync: it is on the CPU, and neither traced nor in a ``vmap``."""
     return tensor.device.type == "cpu" and not is_traced() and not torch._C._functorch.is_batchedtensor(tensor)

@@ -39,7 +39,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     **options: Unpack[ClipOptions],
 ) -> Tensor:
-    """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
+    """Clips each component's gradient by its own norm, in place, and returns the norm of all of them together.
 
     Call it where ``accelerator.clip_grad_norm_(parameters, max_norm)`` would be: after ``accelerator.backward``,
     under ``if accelerator.sync_gradients:``, before the optimizer's step. Gradients of a scaled loss are unscaled

@@ -45,7 +45,7 @@ def clip_gradients(
     on_clip: OnClip | None = None,
     **options: Unpack[ClipOptions],
 ) -> Tensor:
-    """Clips the gradients that an optimizer owns, each component's to its own norm, in place.
+    """Clips the gradients that an optimizer owns, each component's by its own norm, in place.
 
     Call it where ``fabric.clip_gradients(module, optimizer, max_norm=...)`` would be: after ``fabric.backward``,
     outside of ``fabric.no_backward_sync``, before the optimizer's step. Gradients of a scaled loss are unscaled

@@ -31,7 +31,7 @@ def clip_grad_norm_(
     ep_enabled: bool = False,
     **options: Unpack[ClipOptions],
 ) -> Tensor:
-    """Clips each component's gradient to its own norm, in place, and returns the norm of all of them together.
+    """Clips each component's gradient by its own norm, in place, and returns the norm of all of them together.
 
     Under any of torchtitan's parallelisms norms are those of the logical gradients.
 

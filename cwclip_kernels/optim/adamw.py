@@ -31,7 +31,7 @@ from .update import AdamWUpdate, check_capture, forget_loss_scale, loss_scale_of
 
 
 class ComponentClipAdamW(AdamW):
-    """``torch.optim.AdamW`` whose step clips each component's gradient to its own norm, at no extra cost.
+    """``torch.optim.AdamW`` whose step clips each component's gradient by its own norm.
 
         norm_c = (sum over component c of |g|^p)^(1/p)
         coef_c = min(1, max_norm_c / (norm_c + clip_eps))

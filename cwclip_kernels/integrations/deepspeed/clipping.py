@@ -38,7 +38,7 @@ def attach(
     on_clip: Callable[[ClipResult], object] | None = None,
     **options: Unpack[ClipOptions],
 ) -> EngineClipping:
-    """Clips each component's gradient to its own norm at every ``engine.step()`` that updates parameters.
+    """Clips each component's gradient by its own norm at every ``engine.step()`` that updates parameters.
 
     Norms are those of whole parameters and of averaged gradients without the loss scale, wherever ZeRO's partitions
     cut them. They take one all-reduce of K numbers; nothing is gathered, and no gradient is copied beside what

@@ -38,7 +38,7 @@ else:
 
 
 class ComponentClip(Callback):  # type: ignore[misc]  # mypy doesn't look into Lightning
-    """Clips each component's gradient to its own norm before every optimizer step of a ``Trainer``.
+    """Clips each component's gradient by its own norm before every optimizer step of a ``Trainer``.
 
     It runs in ``on_before_optimizer_step``: after accumulation and unscaling, once for each step, under automatic and
     manual optimization. With several optimizers each step clips what its optimizer owns. It supports one device,
@@ -227,7 +227,7 @@ def configure_gradient_clipping(
     error_if_nonfinite: bool = False,
     **options: Unpack[ClipOptions],
 ) -> ClipResult | None:
-    """Clips the gradients that an optimizer owns, each component's to its own norm, in place.
+    """Clips the gradients that an optimizer owns, each component's by its own norm, in place.
 
     For the body of ``LightningModule.configure_gradient_clipping``; or, under manual optimization, where Lightning
     doesn't call that, of ``on_before_optimizer_step(self, optimizer)``. Names are read again whenever arguments

@@ -25,7 +25,7 @@ from .step_log import warn_of_max_grad_norm
 
 
 class ComponentClipCallback(TrainerCallback):  # type: ignore[misc]  # mypy doesn't look into transformers
-    """Clips each component's gradient to its own norm, for a Trainer that can't be subclassed.
+    """Clips each component's gradient by its own norm, for a Trainer that can't be subclassed.
 
     Set ``max_grad_norm=0``, or Trainer clips all by one norm before. Even then it first measures the gradients, by
     clipping them to inf, which makes all of them NaN if one has an inf; only ``ComponentClipTrainerMixin`` avoids

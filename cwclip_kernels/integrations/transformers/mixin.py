@@ -33,7 +33,7 @@ else:
 
 
 class ComponentClipTrainerMixin(_Base):  # type: ignore[misc]  # mypy doesn't look into transformers
-    """A ``Trainer`` that clips each component's gradient to its own norm, where it would clip all by one.
+    """A ``Trainer`` that clips each component's gradient by its own norm, where it would clip all by one.
 
     Put it before ``Trainer``, or any class derived from it. The cap of each component is ``max_grad_norm`` of the
     ``TrainingArguments`` (0 clips nothing), unless ``component_clipping`` has a ``max_norm``. It clips once per
