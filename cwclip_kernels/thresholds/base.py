@@ -193,8 +193,11 @@ class Threshold(ABC):
     def allocate(self, device: torch.device) -> object:  # noqa: B027  # not every threshold has state
         """Makes all state that the threshold will need: later steps may be traced or captured."""
 
-    def adds_eps_to(self) -> tuple[bool, ...] | None:
-        """Of each component whether eps is added to its norm, where that differs; None where ``adds_eps`` says it."""
+    def adds_eps_to(self, *, bounded: bool = False) -> tuple[bool, ...] | None:
+        """Of each component whether eps is added to its norm, where that differs; None where ``adds_eps`` says it.
+
+        ``bounded``: a cap of inf, which takes either, may become another.
+        """
         return None
 
     @property

@@ -85,6 +85,8 @@ class Bounded(Threshold):
     def bind(self, setting: Setting) -> None:
         self._threshold.bind(setting)
         self._follow()
+        if (own := self._threshold.adds_eps_to(bounded=True)) is not None:
+            self.adds_eps = any(own)
         super().bind(setting)
 
     def check_fits(self, setting: Setting) -> None:
@@ -93,8 +95,9 @@ class Bounded(Threshold):
     def is_bound_to(self, setting: Setting) -> bool:
         return self._setting is setting and self._threshold.is_bound_to(setting)
 
-    def adds_eps_to(self) -> tuple[bool, ...] | None:
-        return self._threshold.adds_eps_to()
+    def adds_eps_to(self, *, bounded: bool = False) -> tuple[bool, ...] | None:
+        own = self._threshold.adds_eps_to(bounded=True)
+        return own if own is not None and len(set(own)) > 1 else None
 
     @property
     def learns(self) -> bool:

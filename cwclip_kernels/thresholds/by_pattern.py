@@ -91,6 +91,7 @@ class ByPattern(Threshold):
         self._parts: list[_Part] = []
         self._numbers: list[float] = []
         self._adds_eps: tuple[bool, ...] | None = None
+        self._adds_eps_bounded: tuple[bool, ...] | None = None
         self._placed: dict[torch.device, _Placed] = {}
         self._parameter_norms: Tensor | None = None  # while caps are computed
 
@@ -141,7 +142,8 @@ class ByPattern(Threshold):
             for i, one in zip(part.own, theirs, strict=True):
                 adds[i] = one
         self.adds_eps = any(adds)
-        self._adds_eps = tuple(one is not False for one in adds) if self.adds_eps and False in adds else None
+        self._adds_eps_bounded = tuple(one is not False for one in adds) if False in adds else None
+        self._adds_eps = self._adds_eps_bounded if self.adds_eps else None
         self._numbers, self._parts = numbers, parts
         self._placed.clear()
         if setting.device.type != "meta":
@@ -167,8 +169,8 @@ class ByPattern(Threshold):
         norms = self._parameter_norms
         return norms[self._place(norms.device).own[part]]
 
-    def adds_eps_to(self) -> tuple[bool, ...] | None:
-        return self._adds_eps
+    def adds_eps_to(self, *, bounded: bool = False) -> tuple[bool, ...] | None:
+        return self._adds_eps_bounded if bounded else self._adds_eps
 
     @property
     def learns(self) -> bool:

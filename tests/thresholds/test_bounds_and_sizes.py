@@ -215,3 +215,24 @@ def test_a_copy_learns_by_itself(make):
         taught(other, 0.01)
     assert taught(one, 1.0) == pytest.approx(before, rel=0.1)
     assert taught(other, 0.01) < before / 5
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ({}, [0.5] * 3),
+        ({"a": EMA}, [1.0, 0.5, 0.5]),
+        ({"a": EMA, "c": number}, [1.0, 0.5, 0.5]),
+        ({"*": EMA}, [1.0] * 3),
+    ],
+)
+def test_eps_of_one_component_does_not_depend_on_the_others(others, expected):
+    """b has no cap but the bound, which is a number, and numbers add eps."""
+    made = {EMA: lambda: EMA(warmup_steps=0), number: lambda: 1.0}
+    caps = {
+        **{pattern: made[kind]() for pattern, kind in others.items()},
+        **({} if "*" in others else {"b": math.inf}),
+    }
+    params = [(name, parameter(torch.ones(1, device=DEVICE))) for name in "abc"]
+    clipper = ComponentClipper(params, Bounded(caps, high=1.0), eps=1.0)
+    assert clipper.clip_().coefs.tolist() == pytest.approx(expected)
