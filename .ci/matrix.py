@@ -109,7 +109,7 @@ def tests(python: Path, wheel: Path, hidden: tuple[str, ...], selected: list[str
             f"def find_spec(find, name, *rest): return None if name in {hidden!r} else find(name, *rest)\n"
             "PathFinder.find_spec = MethodType(find_spec, PathFinder.find_spec)\n"
         )
-        options = "-q -n 2 --dist worksteal -p no:cacheprovider".split()
+        options = ["-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
         command = [python, "-m", "pytest", *options, *selected]
         done = run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder / "installed")})
         found = re.findall(r"\d+ (?:failed|passed|errors?)\b", done.stdout.strip().rpartition("\n")[2])
