@@ -127,7 +127,7 @@ def print_steps(console: Console, times: StepTimes, steps: int) -> None:
     whole = times.model + alone
     table = _table(f"Clipping and AdamW's step: median of {steps} training steps with each way, in turns")
     table.add_column("", overflow="fold")
-    for heading in ("update ms", "for clipping ms", "of the step"):
+    for heading in ("update ms", "clipping ms", "of the step"):
         table.add_column(heading, justify="right", no_wrap=True)
     for way, taken in times.update.items():
         added = ("", "") if way == UNCLIPPED else (f"{taken - alone:+.1f}", f"{(taken - alone) / whole:+.1%}")
