@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import check_type
 from .components.parameters import Parameters, named_tensors
@@ -14,9 +14,8 @@ from .components.spec import Grouping
 from .core import traced, traced_scaling
 from .core.cache import session_for
 from .core.loss_scale import LossScale
-from .core.modes import constant_when_traced, is_traced
+from .core.modes import is_traced
 from .core.options import check_norms, check_options, checked_coefs
-from .distributed.units import known_group
 from .thresholds.constant import MaxNorm
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def fused_component_clip_(
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale = LossScale.of(inv_scale, found_inf)
     if is_traced():
-        _refuse_ranks(parameters, process_group, pp_mesh)
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return traced.clip_(named.tensors, resolve(named, components), max_norm, options, scale)[0]
     settings = partial(options.in_words, max_norm, pp_mesh)
@@ -160,7 +159,7 @@ def component_norms(
     """
     options, scale = check_options(norm_type, backend=backend), LossScale.of(inv_scale, found_inf)
     if is_traced():
-        _refuse_ranks(parameters, process_group, pp_mesh)
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         return traced.norms_of(named.tensors, resolve(named, components), options.rule.norm_type, backend, scale)
     tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
@@ -225,7 +224,7 @@ def component_clip_with_norms_(
     options = check_options(norm_type, error_if_nonfinite, eps, nonfinite, backend)
     scale = LossScale.of(inv_scale, None)
     if is_traced():
-        _refuse_ranks(parameters, process_group, pp_mesh)
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         resolved = resolve(named, components)
         check_norms(norms, len(resolved.names))
@@ -284,7 +283,7 @@ def component_scale_(
     options = check_options(nonfinite="zero" if zero_fill else "propagate", backend=backend)
     scale = LossScale.of(inv_scale, None)
     if is_traced():
-        _refuse_ranks(parameters, process_group, pp_mesh)
+        traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
         resolved = resolve(named, components)
         coefs = checked_coefs(coefs, len(resolved.names))
@@ -292,14 +291,3 @@ def component_scale_(
         return
     tensors, session = session_for(parameters, components, options.in_words, process_group, pp_mesh)
     session.scale_(tensors, checked_coefs(coefs, len(session.components.names)), options, scale)
-
-
-def _refuse_ranks(parameters: Parameters, process_group: object, pp_mesh: object) -> None:
-    """As eager calls look at a model, for compiled ones, where ranks can't be served."""
-    is_spread = process_group is not None or pp_mesh is not None
-    traced.refuse_ranks(is_spread or (isinstance(parameters, nn.Module) and _is_held_in_parts(parameters)))
-
-
-@constant_when_traced
-def _is_held_in_parts(model: nn.Module) -> bool:
-    return known_group(model, None) is not None

@@ -160,22 +160,3 @@ def test_nobody_is_asked_in_a_single_process():
     assert ComponentClipper(model, 0.1)._session.reductions is None
     with pytest.raises(TypeError, match=re.escape("process_group: expected a ProcessGroup")):
         ComponentClipper(model, 0.1, process_group="world")
-
-
-@pytest.mark.parametrize("call", [fused_component_clip_, component_norms])
-def test_a_compiled_call_looks_at_the_model_as_any_other(monkeypatch, call):
-    from cwclip_kernels.distributed import units
-
-    model = torch.nn.Linear(2, 1)
-    model.weight.grad = torch.ones(1, 2)
-    arguments = (1.0,) if call is fused_component_clip_ else ()
-    compiled = torch.compile(lambda: call(model, *arguments), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(), torch.tensor([2**0.5, 0.0]))
-
-    def refuse(model):
-        raise ValueError("cut by a plan")
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(units, "check_model", refuse)
-    with pytest.raises(Exception, match="cut by a plan"):
-        compiled()
