@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,9 +122,17 @@ def overlaps(grad: Tensor) -> bool:
     return False
 
 
+class _Extent(NamedTuple):
+    device: str
+    start: int  # in bytes
+    end: int
+    place: int  # among the gradients
+    values: Tensor
+
+
 def sharing(grads: Gradients) -> tuple[int, int] | None:
     """Indices of two gradients that have an element in common, or None; exact, also where elements interleave."""
-    found = share_memory(grads)
+    found = share_memory(grads)  # which needs no table, as below
     if found is not None:
         return found
     extents = []
@@ -131,38 +140,38 @@ def sharing(grads: Gradients) -> tuple[int, int] | None:
         if grad is not None and not grad.is_meta and (values := values_of(grad)).numel():
             last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
             start = values.data_ptr()
-            extents.append((str(values.device), start, start + (last + 1) * values.element_size(), i, values))
-    extents.sort(key=lambda extent: extent[:4])
-    together: list[tuple[str, int, int, int, Tensor]] = []  # whose extents meet, one after the other
-    for extent in extents:
-        if together and (extent[0] != together[0][0] or extent[1] >= max(end for _, _, end, _, _ in together)):
-            together = []
-        if together and (other := _meets(extent, together)) is not None:
-            return other, extent[3]
-        together.append(extent)
+            end = start + (last + 1) * values.element_size()
+            extents.append(_Extent(str(values.device), start, end, i, values))
+    groups: list[list[_Extent]] = []  # whose extents meet, one after the other
+    reach = 0
+    for extent in sorted(extents, key=lambda extent: extent[:4]):
+        if groups and extent.device == groups[-1][0].device and extent.start < reach:
+            groups[-1].append(extent)
+            reach = max(reach, extent.end)
+        else:
+            groups.append([extent])
+            reach = extent.end
+    return next((pair for group in groups if len(group) > 1 and (pair := _meeting(group)) is not None), None)
+
+
+def _meeting(group: Sequence[_Extent]) -> tuple[int, int] | None:
+    """Indices of the first two that have an element in common.
+
+    All are drawn into one table of the memory that they span, with a flag for each unit by which they may be shifted.
+    """
+    base = group[0].start
+    unit = math.gcd(*(n for extent in group for n in (extent.values.element_size(), extent.start - base)))
+    table = torch.zeros((max(extent.end for extent in group) - base) // unit, dtype=torch.bool, device="cpu")
+    for i, (_, start, _, place, values) in enumerate(group):
+        width = values.element_size() // unit
+        strides = *(stride * width for stride in values.stride()), 1
+        drawn = table.as_strided((*values.shape, width), strides, (start - base) // unit)
+        if bool(drawn.any()):
+            others = group[:i]
+            other = others[0] if i == 1 else next(one for one in others if _meeting([one, group[i]]) is not None)
+            return other.place, place
+        drawn.fill_(True)
     return None
-
-
-def _meets(
-    extent: tuple[str, int, int, int, Tensor], others: Sequence[tuple[str, int, int, int, Tensor]]
-) -> int | None:
-    """The index of the first of these tensors that has an element in common with that one."""
-    _, start, end, _, values = extent
-    for _, other_start, other_end, index, other in others:
-        if other_end <= start:
-            continue
-        # Both drawn into one table of the memory that they span, a flag for each unit in which they may be shifted.
-        unit = math.gcd(values.element_size(), other.element_size(), start - other_start)
-        table = torch.zeros((max(end, other_end) - other_start) // unit, dtype=torch.bool, device="cpu")
-        _drawn(table, other, 0, unit).fill_(True)
-        if bool(_drawn(table, values, (start - other_start) // unit, unit).any()):
-            return index
-    return None
-
-
-def _drawn(table: Tensor, values: Tensor, offset: int, unit: int) -> Tensor:
-    width = values.element_size() // unit
-    return table.as_strided((*values.shape, width), (*(stride * width for stride in values.stride()), 1), offset)
 
 
 def share_memory(grads: Gradients) -> tuple[int, int] | None:

@@ -40,9 +40,7 @@ def clipped(
     scale = loss_scale.on(device)
     dtype = norm_dtype_of(present)
     with torch.no_grad():
-        found = scale.unscaled(
-            _norms([g if g is None else g.detach() for g in grads], components, rule.norm_type, device)
-        ).to(dtype)
+        found = scale.unscaled(_norms(grads, components, rule.norm_type, device)).detach().to(dtype)
         fixed, caps = run.coefficients_of(found, components.names, policy, rule, raise_nonfinite)
         if scale.found_inf is not None and present:
             finite = torch.stack([g.isfinite().all().to(device) for g in present]).all()
