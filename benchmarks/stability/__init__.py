@@ -12,6 +12,8 @@ runs.py         finished runs on disk
 schedule.py     many runs, several processes, a progress bar
 calibrate.py    what is chosen before judging, on seeds of its own
 statistics.py   summaries of an arm, bootstrap intervals
+gradients.py    where in the model failed runs differ, and what caps hold back
+significance.py the tests of a component cap against its global control
 findings.py     what the runs say, as numbers and sentences
 report.py       Markdown, JSON, the terminal; figures.py the PNGs
 """

@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure  # not pyplot, which wants a display
 
+from .gradients import place
 from .runs import Run
 
 MAX_TYPES = 6
@@ -113,12 +114,8 @@ def held_back(runs: Runs) -> bytes:
     names = next(iter(runs.values()))[0]["components"]
     layered: dict[str, dict[int, int]] = defaultdict(dict)
     for i, name in enumerate(names):
-        parts = name.split(".")
-        at = next((k for k in reversed(range(len(parts))) if parts[k].isdigit()), None)
-        if at is None:
-            layered[".".join(parts[-3:])][0] = i
-        else:
-            layered[".".join(parts[at + 1 :])][int(parts[at])] = i
+        layer, kind = place(name)
+        layered[".".join(kind.split(".")[-3:]) if layer is None else kind][layer or 0] = i
     layers = 1 + max(layer for members in layered.values() for layer in members)
     size = (1.2 + 3.2 + len(runs) * 0.42 * layers, 1.2 + 0.21 * len(layered))
     figure = Figure(figsize=size, layout="constrained")
@@ -145,10 +142,9 @@ def _types(names: list[str]) -> dict[str, list[int]]:
     """Type of a weight matrix -> its components, first layer first; where nothing has layers, each by itself."""
     found: dict[str, list[int]] = defaultdict(list)
     for i, name in enumerate(names):
-        parts = name.split(".")
-        digits = [at for at, part in enumerate(parts) if part.isdigit()]
-        if digits and parts[-1] == "weight" and "norm" not in name.lower():
-            found[".".join(parts[digits[-1] + 1 : -1]).replace("attention.", "att. ")].append(i)
+        layer, kind = place(name)
+        if layer is not None and kind.endswith(".weight") and "norm" not in name.lower():
+            found[kind.removesuffix(".weight").replace("attention.", "att. ")].append(i)
     if not found:
         found.update({name: [i] for i, name in enumerate(names) if name.endswith("weight")} or {names[0]: [0]})
     return dict(list(found.items())[:MAX_TYPES])

@@ -78,6 +78,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         default="separate",
         help="fused: ComponentClipAdamW clips and steps in one pass, but for global norms (default: separate)",
     )
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: forward and backward passes under torch.autocast (default: float32)",
+    )
     add("--evaluations", type=count, default=6, metavar="N", help="looks at the dev set in a run (default: 6)")
     add("--target", type=float, metavar="X", help="the score of 'steps to a score'")
     add("--limit", type=count, metavar="N", help="training examples at most")
@@ -110,6 +116,7 @@ def settle(args: Namespace) -> tuple[Settings, list[Arm], list[int], list[int]]:
         eps=args.eps,
         bias_correction=args.bias_correction,
         optimizer=args.optimizer,
+        precision=args.precision,
         evaluations=args.evaluations,
         **{**own, **given},
     )

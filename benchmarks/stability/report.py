@@ -16,7 +16,7 @@ from rich.table import Table
 
 import cwclip_kernels
 
-from . import figures, significance
+from . import figures, gradients, significance
 from .arms import Arm
 from .findings import Findings, gather
 from .runs import Run, write_whole
@@ -73,8 +73,10 @@ def write(
         "norms.png": figures.norms(runs, _shown(baseline, arms, runs)),
         "clip_rate.png": figures.clip_rate(runs),
     }
-    if capped := _capped(arms, found):
-        pictures["held_back.png"] = figures.held_back({label: runs[label] for label in capped})
+    capped = {label: runs[label] for label in _capped(arms, found)}
+    if capped:
+        pictures["held_back.png"] = figures.held_back(capped)
+    found["gradients"] = gradients.compare(runs[baseline], capped)
     for name, picture in pictures.items():
         write_whole(folder / name, picture)
     brief = (
@@ -118,6 +120,7 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
     """The whole report."""
     settings = about["settings"]
     correction = "with" if settings["bias_correction"] else "without"
+    lower = ", bfloat16 autocast" if settings.get("precision") == "bfloat16" else ""
     fused = settings.get("optimizer") == "fused"
     one_pass = ", with clipping in its step (`ComponentClipAdamW`) in arms without a global norm" if fused else ""
     model = settings["model"]
@@ -131,10 +134,10 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
         f"- Score: {about['metric']} on the dev set after the last step. The commonest label scores "
         f"{about['majority']:.3f}; a run that does not beat {about['cutoff']:.3f} has failed.{_lenient(about)}",
         f"- Training: {model}, {settings['epochs']} epochs of batches of {settings['batch_size']}, at most "
-        f"{settings['max_length']} tokens, AdamW {correction} bias correction (eps {settings['eps']:g}, weight decay "
-        f"{settings['weight_decay']:g}, not on biases and normalisation){one_pass}, learning rate {settings['lr']:g} "
-        f"with linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of the data and dropout "
-        "depend on the seed alone and are the same in each arm.",
+        f"{settings['max_length']} tokens{lower}, AdamW {correction} bias correction (eps {settings['eps']:g}, "
+        f"weight decay {settings['weight_decay']:g}, not on biases and normalisation){one_pass}, learning rate "
+        f"{settings['lr']:g} with linear decay, warm-up over {settings['warmup']:.0%} of the steps. Head, order of "
+        "the data and dropout depend on the seed alone and are the same in each arm.",
         f"- Judged seeds: {_ranges(about['seeds'])}. {_before(about, chosen)}",
         _missing(about, arms, found, chosen),
         "## What comes out",
@@ -150,6 +153,7 @@ def markdown(about: Facts, found: Findings, arms: list[Arm], chosen: dict[str, A
         *_differences(found),
         *_tests(found),
         *_calibration(chosen),
+        *_gradients(found),
         "## Figures",
         "![norms](norms.png)",
         "![clip rate](clip_rate.png)",
@@ -288,6 +292,29 @@ def _tests(found: Findings) -> list[str]:
         f"Holm's levels, finds four times in five: in share of failed runs, if {significance.OTHERS:.0%} of the "
         "seeds go the other way; in mean score, if differences scatter as they did.",
     ]
+
+
+def _gradients(found: Findings) -> list[str]:
+    compared = found["gradients"]
+    parts = ["## Where failed runs differ, and what caps hold back"]
+    labels = list(compared["depth"][0]["kept"]) if compared["depth"] else []
+    for heading, rows in (("depth", compared["depth"]), ("type, all layers", compared["type"])):
+        heads = [heading, "components", "early, failed", "early, good", "late, failed", "late, good"]
+        heads += [f"kept by {label}" for label in labels]
+        table = []
+        for row in rows:
+            norms = [row[when][word] for when in ("early", "late") for word in ("failed", "good")]
+            kept = [row["kept"][label] for label in labels]
+            cells = ["-" if value is None else f"{value:.2g}" for value in (*norms, *kept)]
+            table.append([row["part"], f"{row['components']}", *cells])
+        if table:
+            parts.append(_table(heads, table))
+    parts.append(
+        "Early, late: median norm of the part's gradient before clipping in the first and the last third of the "
+        f"steps, in failed and in good runs of `{found['baseline']}`. Kept: the part's norm after clipping over that "
+        "before, the median step of the median run."
+    )
+    return parts
 
 
 def _interval(one: dict[str, float] | None, digits: int = 3) -> str:

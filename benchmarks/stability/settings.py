@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LATER = {"optimizer": "separate"}  # settings that older experiments don't record, and what they were
+LATER = {
+    "optimizer": "separate",
+    "precision": "float32",
+}  # settings that older experiments don't record, and what they were
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Settings:
         bias_correction: of Adam.
         optimizer: "separate" clips, then steps; "fused" does both in one pass, `optim.ComponentClipAdamW`, where an
             arm clips by component or not at all.
+        precision: of matrix products, "float32" or "bfloat16" (autocast; weights, gradients and Adam's moments stay
+            float32).
         evaluations: how many times the dev set is looked at, evenly spread; the last is the score.
         target: the score that "steps to a score" is about.
     """
@@ -38,6 +43,7 @@ class Settings:
     eps: float
     bias_correction: bool
     optimizer: str
+    precision: str
     evaluations: int
     target: float
 

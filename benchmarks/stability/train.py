@@ -63,7 +63,8 @@ class Trainer:
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate(step - 1, steps, settings.warmup)
-            loss = model(**{field: values.to(device) for field, values in next(batches).items()}).loss
+            with self._precision():
+                loss = model(**{field: values.to(device) for field, values in next(batches).items()}).loss
             loss.backward()
             before, coef = stepping.step()
             optimizer.zero_grad()
@@ -99,6 +100,10 @@ class Trainer:
             },
         }
 
+    def _precision(self) -> torch.autocast:
+        lower = self._settings.precision == "bfloat16"
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=lower)
+
     def _tokens(self, rows: list[Row]) -> list[dict[str, list[int]]]:
         texts = [list(column) for column in zip(*(texts for texts, _ in rows), strict=True)]
         longest = min(self._settings.max_length, self._tokenizer.model_max_length)
@@ -124,9 +129,11 @@ class Trainer:
     @torch.no_grad()
     def _guesses(self, model: nn.Module) -> list[int]:
         model.eval()
-        logits = [
-            model(**{f: v.to(self._device) for f, v in batch.items() if f != "labels"}).logits for batch in self._dev
-        ]
+        with self._precision():
+            logits = [
+                model(**{f: v.to(self._device) for f, v in batch.items() if f != "labels"}).logits
+                for batch in self._dev
+            ]
         model.train()
         guesses = [0] * len(self._order)
         for at, guess in zip(self._order, torch.cat(logits).argmax(-1).tolist(), strict=True):

@@ -124,6 +124,7 @@ def test_the_report_names_it(model_folder):
             "against_baseline": {},
             "against_control": {},
             "tests": [],
+            "gradients": {"depth": [], "type": []},
         }
         text = report.markdown({**about, "date": "today"}, found, [], {}, "command")
         assert ("`ComponentClipAdamW`" in text) == is_named
