@@ -4,8 +4,9 @@
     def test_something(dtype):
         ...  # the body runs on every rank, with the same random numbers on all
 
-A test fails if it fails on any rank. Its ranks are then ended, since they may wait for each other, and started anew
-for the next test. ``CWCLIP_RANKS="8"`` runs those tests that take several sizes on eight ranks too.
+A test fails if it fails on any rank, and is skipped if it skips itself on all. After a failure the ranks are ended,
+since they may wait for each other, and started anew for the next test. ``CWCLIP_RANKS="8"`` runs those tests that
+take several sizes on eight ranks too.
 
 The ranks but for the last are forked from a process that has imported what takes seconds to import.
 """
@@ -76,6 +77,10 @@ def told_by_launcher(**more: str):
         os.environ.update(before)
 
 
+class Skipped(str):
+    """A rank's answer where the test skipped itself: why."""
+
+
 class Pool:
     """Processes that are ranks 0 to size - 1."""
 
@@ -101,11 +106,18 @@ class Pool:
                     answers[self.pipes.index(pipe)] = pipe.recv()
                 except EOFError:
                     answers[self.pipes.index(pipe)] = "ended without a word"
-        failures = [f"--- rank {rank}: {text}" for rank, text in sorted(answers.items()) if text is not None]
+        skipped = [text for text in answers.values() if isinstance(text, Skipped)]
+        failures = [
+            f"--- rank {rank}: {text}"
+            for rank, text in sorted(answers.items())
+            if text is not None and (not isinstance(text, Skipped) or len(skipped) < self.size)
+        ]
         stuck = [rank for rank in range(self.size) if rank not in answers]
         if failures or stuck:
             self.stop()
             pytest.fail("\n".join([*failures, *(f"--- rank {rank} got stuck" for rank in stuck)]), pytrace=False)
+        if skipped:
+            pytest.skip(skipped[0])
 
     def start(self) -> None:
         contexts = [multiprocessing.get_context(method) for method in ("forkserver", "spawn")]
@@ -155,5 +167,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             torch.manual_seed(seed)
             test(**arguments)
             pipe.send(None)
+        except pytest.skip.Exception as skipped:
+            pipe.send(Skipped(skipped.msg))
         except BaseException:
             pipe.send(traceback.format_exc())
