@@ -18,7 +18,7 @@ from cwclip_kernels.distributed.groups import RankGroup
 from helpers import assert_norms, random_grad, same_bits
 from ranks import on_ranks
 from seed import LONGER
-from sharded_tensors import assert_same, both_ways, full, sharded
+from sharded_tensors import assert_same, both_ways, full, plain, sharded
 
 BACKENDS = ("cpu", "triton", "foreach", "reference")
 
@@ -87,7 +87,9 @@ def test_backends_and_dtypes(backend, dtype):
     expected = fused_component_clip_(theirs, 1.0, backend="reference")
     assert_norms(norms, expected, dtype)
     assert_same(ours, theirs, dtype)
-    assert_norms(component_norms(ours, backend=backend), component_norms(theirs, backend="reference"), dtype)
+    # Of ours, whole: one element rounded the other way moves the norm of a float16 gradient by more than the table's.
+    clipped = [(name, plain(full(p.grad))) for name, p in ours]
+    assert_norms(component_norms(ours, backend=backend), component_norms(clipped, backend="reference"), dtype)
 
 
 def cut_everywhere(names):
