@@ -26,7 +26,7 @@ from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
 from .options import Options
-from .plan import ClipPlan, Plans, home_of
+from .plan import Plans, home_of
 
 
 def clip_(
@@ -224,7 +224,7 @@ def _component_clip_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, found = plans_for(grads, components).get(list(grads), grads, norm_type, backend)
-    policy = policy_of(components, plan, caps, patterns, values, eps, exempt)
+    policy = policy_of(components, caps, patterns, values, eps, exempt)
     scale = LossScale.of(inv_scale, found_inf)
     scale_here = scale.on(plan.device)
     rule = ClipRule(norm_type, eps, nonfinite)
@@ -235,7 +235,6 @@ def _component_clip_(
 
 def policy_of(
     components: str,
-    plan: ClipPlan,
     caps: Tensor | None,
     patterns: str,
     values: Sequence[float],
@@ -243,11 +242,12 @@ def policy_of(
     exempt: Sequence[int],
 ) -> StepCaps:
     """The caps that an operator got from ``caps_for`` and ``eps_of``."""
-    policy = _policy(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, plan.components)
+    known = read(components)
+    policy = _policy(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, known)
     if not exempt:
         return policy
     without = set(exempt)
-    added = [0.0 if i in without else eps for i in range(len(plan.components.names))]
+    added = [0.0 if i in without else eps for i in range(len(known.names))]
     return policy._replace(eps=lambda device: torch.tensor(added, dtype=wide_dtype(device), device=device))
 
 
@@ -262,8 +262,13 @@ def fake_outcome(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norms, coefficients and caps without values."""
     norms = _fake_component_norms(grads, components)
+    return norms, torch.empty_like(norms), fake_caps(norms, caps, patterns)
+
+
+def fake_caps(norms: Tensor, caps: Tensor | None, patterns: str) -> Tensor:
+    """Caps without values."""
     shape = (norms.shape if patterns else ()) if caps is None else caps.shape
-    return norms, torch.empty_like(norms), norms.new_empty(shape, dtype=wide_dtype(norms.device))
+    return norms.new_empty(shape, dtype=wide_dtype(norms.device))
 
 
 def _component_norms(

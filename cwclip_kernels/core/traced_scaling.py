@@ -47,24 +47,18 @@ def clip_with_norms_(
     device = grads[0].device if grads else home_of(tensors)
     with torch.no_grad():
         norms = norms.detach()
-        caps, patterns, values = traced.caps_for(tensors, components, cap, options, scale, device, norms.to(device))
-        if not grads:
-            return traced.no_outcome(tensors, components)
-        eps, exempt = traced.eps_of(cap, rule)
-        norms, coefs, used = torch.ops.cwclip_kernels.component_clip_with_norms_(
-            grads,
-            text,
-            norms,
-            caps,
-            patterns,
-            values,
-            traced.inverse_of(scale, device),
-            rule.norm_type,
-            eps,
-            exempt,
-            options.nonfinite,
-            options.backend,
-        )
+        caps = traced.caps_for(tensors, components, cap, options, scale, device, norms.to(device))
+        added = rule.norm_type, *traced.eps_of(cap, rule)
+        if grads:
+            inverse = traced.inverse_of(scale, device)
+            norms, coefs, used = torch.ops.cwclip_kernels.component_clip_with_norms_(
+                grads, text, norms, *caps, inverse, *added, options.nonfinite, options.backend
+            )
+        else:
+            norms = norms.to(device, torch.promote_types(norms.dtype, torch.float32))
+            coefs, used = torch.ops.cwclip_kernels.component_coefficients(
+                text, norms, *caps, *added, options.nonfinite
+            )
         if threshold is not None:
             threshold.update_(norms, coefs)
     return norms, coefs, used
@@ -102,13 +96,12 @@ def _component_clip_with_norms_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan, found = traced.plans_for(grads, components).get(list(grads), grads, norm_type, backend)
-    policy = traced.policy_of(components, plan, caps, patterns, values, eps, exempt)
-    rule, names = ClipRule(norm_type, eps, nonfinite), plan.components.names
     norms = run.known_norms(norms, plan)
-    coefs, used = run.coefficients_of(norms, names, policy, rule, nonfinite == "error")
-    factors = run.factors_of(coefs, len(names), plan.device, LossScale.of(inv_scale, None))
-    run.apply_(plan, found, factors, rule)
-    return norms.clone(), coefs, used.clone()  # an operator may not return its input, nor what is kept
+    given = components, norms, caps, patterns, values, norm_type, eps, exempt, nonfinite
+    coefs, used = _component_coefficients(*given)
+    factors = run.factors_of(coefs, len(norms), plan.device, LossScale.of(inv_scale, None))
+    run.apply_(plan, found, factors, ClipRule(norm_type, eps, nonfinite))
+    return norms.clone(), coefs, used  # an operator may not return its input
 
 
 def _fake_component_clip_with_norms_(
@@ -124,6 +117,29 @@ def _fake_component_clip_with_norms_(
     return found, torch.empty_like(found), used
 
 
+def _component_coefficients(
+    components: str,
+    norms: Tensor,
+    caps: Tensor | None,
+    patterns: str,
+    values: list[float],
+    norm_type: float,
+    eps: float,
+    exempt: list[int],
+    nonfinite: str,
+) -> tuple[Tensor, Tensor]:
+    policy = traced.policy_of(components, caps, patterns, values, eps, exempt)
+    rule, names = ClipRule(norm_type, eps, nonfinite), traced.read(components).names
+    coefs, used = run.coefficients_of(norms, names, policy, rule, nonfinite == "error")
+    return coefs, used.clone()  # an operator may not return what is kept
+
+
+def _fake_component_coefficients(
+    components: str, norms: Tensor, caps: Tensor | None, patterns: str, *others: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(norms), traced.fake_caps(norms, caps, patterns)
+
+
 traced.define("cwclip_kernels::component_scale_", _component_scale_, lambda *_: None, ("grads",))
 traced.define(
     "cwclip_kernels::component_clip_with_norms_",
@@ -131,3 +147,4 @@ traced.define(
     _fake_component_clip_with_norms_,
     ("grads",),
 )
+traced.define("cwclip_kernels::component_coefficients", _component_coefficients, _fake_component_coefficients)

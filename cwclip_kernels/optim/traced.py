@@ -128,7 +128,7 @@ def _component_clip_adamw_(
         update.prepare(plan.buckets, found)
         calls.append((plan, found))
     (plan, found), rest = calls
-    fixed = traced.policy_of(components, plan, caps, patterns, values, eps, exempt)
+    fixed = traced.policy_of(components, caps, patterns, values, eps, exempt)
     scale = LossScale.of(inv_scale, None)
     rule = ClipRule(norm_type, eps, nonfinite)
     norms, coefs, used = run.clip_(plan, found, fixed, rule, nonfinite == "error", scale.on(plan.device), update)

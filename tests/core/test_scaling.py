@@ -262,6 +262,35 @@ def test_compiled(max_norm, compiler):
 
 
 @pytest.mark.builds
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of importing inductor
+@pytest.mark.parametrize("max_norm", [0.3, {"0": 0.3}, "tensor", "EMA"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_compiled_where_no_gradient_exists(max_norm, dtype):
+    """Coefficients are of the norms given, and thresholds learn from these, as in eager calls."""
+    torch._dynamo.reset()
+    outcomes = []
+    for mode in ("eager", "compiled"):
+        params = [parameter(None, (5,)), parameter(None, (2, 3))]
+        cap = {"tensor": torch.tensor([0.3, 4.0], device=DEVICE), "EMA": thresholds.EMA(warmup_steps=1)}
+        clipper = ComponentClipper(params, cap[max_norm] if isinstance(max_norm, str) else max_norm)
+        call = clipper.clip_with_norms_
+        if mode == "compiled":
+            call = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for values in ([3.0, 0.1], [6.0, 8.0]):
+            result = call(torch.tensor(values, dtype=dtype, device=DEVICE), inv_scale=0.5)
+        learnt = clipper.max_norm.state_dict()["tensors"] if max_norm == "EMA" else {}
+        outcomes.append((result.norms, result.coefs, result.caps, *learnt.values()))
+    for eager, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.0, atol=0.0)
+    assert outcomes[0][1][0] < 1
+    with pytest.raises(RuntimeError, match="non-finite for 1 of 2"):
+        torch.compile(component_clip_with_norms_, fullgraph=True, backend="aot_eager")(
+            params, 0.3, torch.tensor([math.inf, 1.0], device=DEVICE), error_if_nonfinite=True
+        )
+    torch._dynamo.reset()
+
+
+@pytest.mark.builds
 def test_operators():
     words = repr((("a", "b"), ("a", "b"), ((0, 0, ()), (1, 1, ())), (), (), ()))
     ops = torch.ops.cwclip_kernels
@@ -274,6 +303,9 @@ def test_operators():
         for caps, patterns, values in ((coefs, "", []), (None, "['a']", [0.3]), (None, "", [0.3])):
             arguments = grads, words, coefs, caps, patterns, values, inv_scale, 2.0, 1e-6, [1], "propagate", None
             torch.library.opcheck(ops.component_clip_with_norms_.default, arguments)
+    for caps, patterns, values in ((coefs, "", []), (None, "['a']", [0.3]), (None, "", [0.3])):
+        arguments = repr((("a", "b"), (), (), (), (), ())), coefs, caps, patterns, values, 2.0, 1e-6, [1], "propagate"
+        torch.library.opcheck(ops.component_coefficients.default, arguments)
 
 
 def test_fused_clip_is_what_it_was():
