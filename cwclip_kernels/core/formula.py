@@ -52,9 +52,14 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
     return tensor.detach().to(device, dtype or wide_dtype(device), non_blocking=device.type != "cpu")
 
 
+def is_extremum(norm_type: float) -> bool:
+    """Whether the norm is the largest or the smallest element."""
+    return abs(norm_type) == math.inf  # not math.isinf, which can't be traced where Dynamo takes orders for variables
+
+
 def merged(sums: Tensor, norm_type: float) -> Tensor:
     """Power sums of disjoint parts, along the last dimension, as one: added in a fixed order; NaN wins."""
-    if math.isinf(norm_type):
+    if is_extremum(norm_type):
         return sums.amax(-1) if norm_type > 0 else sums.amin(-1)
     return sums.sum(-1)
 
@@ -62,10 +67,15 @@ def merged(sums: Tensor, norm_type: float) -> Tensor:
 def total(norms: Tensor, norm_type: float) -> Tensor:
     """The power sum of all components together, [], from their norms."""
     wide = norms.to(wide_dtype(norms.device))
-    powers = wide if norm_type == 0.0 or math.isinf(norm_type) else wide**norm_type
+    powers = wide if norm_type == 0.0 or is_extremum(norm_type) else wide**norm_type
     if norm_type < 0:  # a component without elements has norm 0
         powers = torch.where(norms == 0, neutral(norm_type), powers)
     return merged(torch.cat((powers, powers.new_full((1,), neutral(norm_type)))), norm_type)
+
+
+def total_norm(norms: Tensor, norm_type: float) -> Tensor:
+    """The norm of all components together, [], from their norms and in the dtype of these."""
+    return root(total(norms, norm_type), norm_type).to(norms.dtype)
 
 
 def neutral(norm_type: float) -> float:
@@ -77,7 +87,7 @@ def root(sums: Tensor, norm_type: float) -> Tensor:
     """(sum |g|^p)^(1/p); the extremum itself for p = +-inf, the number of non-zeros for p = 0."""
     if norm_type == 2.0:
         return sums.sqrt()
-    if norm_type in (0.0, 1.0) or math.isinf(norm_type):
+    if norm_type in (0.0, 1.0) or is_extremum(norm_type):
         return sums
     return sums ** (1.0 / norm_type)
 

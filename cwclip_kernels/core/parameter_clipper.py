@@ -17,6 +17,7 @@ from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
 from ..thresholds.learning import learnt, load_learnt
 from . import traced
+from .formula import total_norm
 from .loss_scale import LossScale
 from .modes import is_traced
 from .options import Options
@@ -130,7 +131,12 @@ class ParameterClipper:
 
         With ``pp_mesh`` it is that of all its ranks, which make this call together. No host sync.
         """
-        return self._session.total(norms, self._options.rule.norm_type)
+        order = self._options.rule.norm_type
+        if not is_traced():
+            return self._session.total(norms, order)
+        traced.refuse_ranks(self.is_spread)
+        with torch.no_grad():
+            return total_norm(norms, order)
 
     def explain(self) -> str:
         """Which backend serves which gradients, and why, for people to read."""

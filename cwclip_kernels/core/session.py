@@ -286,7 +286,7 @@ class ClipSession:
         """The norm of all components together, [], from those of each."""
         if self.reductions is not None:
             return self.reductions.total(norms, norm_type)
-        return formula.root(formula.total(norms, norm_type), norm_type).to(norms.dtype)
+        return formula.total_norm(norms, norm_type)
 
     def _gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """What this rank holds of each gradient."""

@@ -7,7 +7,6 @@ it writes the gradients. When the compiled function runs, the operator does what
 
 from __future__ import annotations
 
-import math
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -76,15 +75,18 @@ def clip_present_(
     device = grads[0].device if grads else home_of(tensors)
     threshold = cap if isinstance(cap, Threshold) else None
     with torch.no_grad():
-        caps, patterns, values = caps_for(tensors, components, cap, options, scale, device)
+        caps = caps_for(tensors, components, cap, options, scale, device)
+        added = rule.norm_type, *eps_of(cap, rule)
         if grads:
-            eps, exempt = eps_of(cap, rule)
             scaled = inverse_of(scale, device), scale.found_inf
             norms, coefs, used = torch.ops.cwclip_kernels.component_clip_(
-                grads, text, caps, patterns, values, *scaled, rule.norm_type, eps, exempt, options.nonfinite, backend
+                grads, text, *caps, *scaled, *added, options.nonfinite, backend
             )
         else:
-            norms, coefs, used = no_outcome(tensors, components)
+            norms = without_gradients(components, device)
+            coefs, used = torch.ops.cwclip_kernels.component_coefficients(
+                text, norms, *caps, *added, options.nonfinite
+            )
         if threshold is not None:
             threshold.update_(norms, coefs)
     return norms, coefs, used
@@ -129,7 +131,7 @@ def norms_of(
     """Norms [K] of the tensors' unscaled gradients."""
     grads, text = present(tensors, components)
     if not grads:
-        return no_outcome(tensors, components)[0]
+        return without_gradients(components, home_of(tensors))
     with torch.no_grad():
         inverse = inverse_of(scale, grads[0].device)
         arguments = grads, text, norm_type, inverse, backend
@@ -199,11 +201,9 @@ def in_words(own: Components) -> str:
     return repr((own.names, own.tensor_names, own.members, (), own.aliases, own.spellings))
 
 
-def no_outcome(tensors: Sequence[Tensor], components: Components) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms, coefficients and caps where there is no gradient."""
-    home = home_of(tensors)
-    norms = torch.zeros(len(components.names), device=home, dtype=torch.float32)
-    return norms, torch.ones_like(norms), torch.full((), math.inf, dtype=wide_dtype(home), device=home)
+def without_gradients(components: Components, device: torch.device) -> Tensor:
+    """Norms where there is no gradient, [K]."""
+    return torch.zeros(len(components.names), device=device, dtype=torch.float32)
 
 
 # The operators themselves, which Dynamo doesn't look into.
@@ -303,6 +303,30 @@ def _fake_component_norms(grads: list[Tensor], components: str, *_: object) -> T
     return grads[0].new_empty(len(read(components).names), dtype=norm_dtype_of(grads))
 
 
+def component_coefficients(
+    components: str,
+    norms: Tensor,
+    caps: Tensor | None,
+    patterns: str,
+    values: list[float],
+    norm_type: float,
+    eps: float,
+    exempt: list[int],
+    nonfinite: str,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients and caps from norms that are known; an operator by itself where there is no gradient."""
+    policy = policy_of(components, caps, patterns, values, eps, exempt)
+    rule, names = ClipRule(norm_type, eps, nonfinite), read(components).names
+    coefs, used = run.coefficients_of(norms, names, policy, rule, nonfinite == "error")
+    return coefs, used.clone()  # an operator may not return what is kept
+
+
+def _fake_component_coefficients(
+    components: str, norms: Tensor, caps: Tensor | None, patterns: str, *others: object
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(norms), fake_caps(norms, caps, patterns)
+
+
 def plans_for(grads: list[Tensor], components: str) -> Plans:
     """The plans of an operator's gradients, kept from call to call."""
     # The first gradient tells apart models whose parameters came without names, that is numbered alike.
@@ -346,3 +370,4 @@ def define(
 define("cwclip_kernels::component_clip_", _component_clip_, _fake_component_clip_, ("grads", "found_inf"))
 define("cwclip_kernels::component_norms", _component_norms, _fake_component_norms)
 define("cwclip_kernels::component_norms_and_inf", _component_norms_and_inf, _fake_component_norms, ("found_inf",))
+define("cwclip_kernels::component_coefficients", component_coefficients, _fake_component_coefficients)

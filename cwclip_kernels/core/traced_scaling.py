@@ -98,7 +98,7 @@ def _component_clip_with_norms_(
     plan, found = traced.plans_for(grads, components).get(list(grads), grads, norm_type, backend)
     norms = run.known_norms(norms, plan)
     given = components, norms, caps, patterns, values, norm_type, eps, exempt, nonfinite
-    coefs, used = _component_coefficients(*given)
+    coefs, used = traced.component_coefficients(*given)
     factors = run.factors_of(coefs, len(norms), plan.device, LossScale.of(inv_scale, None))
     run.apply_(plan, found, factors, ClipRule(norm_type, eps, nonfinite))
     return norms.clone(), coefs, used  # an operator may not return its input
@@ -117,29 +117,6 @@ def _fake_component_clip_with_norms_(
     return found, torch.empty_like(found), used
 
 
-def _component_coefficients(
-    components: str,
-    norms: Tensor,
-    caps: Tensor | None,
-    patterns: str,
-    values: list[float],
-    norm_type: float,
-    eps: float,
-    exempt: list[int],
-    nonfinite: str,
-) -> tuple[Tensor, Tensor]:
-    policy = traced.policy_of(components, caps, patterns, values, eps, exempt)
-    rule, names = ClipRule(norm_type, eps, nonfinite), traced.read(components).names
-    coefs, used = run.coefficients_of(norms, names, policy, rule, nonfinite == "error")
-    return coefs, used.clone()  # an operator may not return what is kept
-
-
-def _fake_component_coefficients(
-    components: str, norms: Tensor, caps: Tensor | None, patterns: str, *others: object
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(norms), traced.fake_caps(norms, caps, patterns)
-
-
 traced.define("cwclip_kernels::component_scale_", _component_scale_, lambda *_: None, ("grads",))
 traced.define(
     "cwclip_kernels::component_clip_with_norms_",
@@ -147,4 +124,3 @@ traced.define(
     _fake_component_clip_with_norms_,
     ("grads",),
 )
-traced.define("cwclip_kernels::component_coefficients", _component_coefficients, _fake_component_coefficients)

@@ -7,7 +7,7 @@ import torch
 import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_
+from cwclip_kernels import ComponentClipper, component_norms, fused_component_clip_, thresholds
 from helpers import BACKENDS, DEVICE, copy_of, grads_of, parameter, parameters, random_grad, same_bits
 
 # Importing inductor does this, in some versions of torch.
@@ -100,7 +100,7 @@ def test_clipper_in_a_whole_step(compiler):
         for p in model.parameters():
             with torch.no_grad():
                 p.sub_(p.grad, alpha=0.1)
-        return before, result.norms, (result.coefs < 1).sum()
+        return before, result.norms, (result.coefs < 1).sum(), clipper.total_norm(before)
 
     step, counter = compiled(update, compiler)
     for _ in range(3):
@@ -132,6 +132,42 @@ def test_gradients_that_come_and_go():
         p.grad = None
     assert step().tolist() == [0.0] * 4
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("max_norm", [0.3, {"0": 0.3}, "tensor", "EMA"])
+@pytest.mark.parametrize("norm_type", [2.0, 0.0, -1.0])
+def test_without_gradients(max_norm, norm_type):
+    """Caps are those of the step all the same, and thresholds are told."""
+    outcomes = []
+    for mode in ("eager", "compiled"):
+        params = [parameter(None, n) for n in SIZES]
+        cap = {"tensor": torch.arange(1.0, 1 + len(SIZES), device=DEVICE), "EMA": thresholds.EMA(warmup_steps=1)}
+        clipper = ComponentClipper(params, cap.get(str(max_norm), max_norm), norm_type)
+        step = clipper.clip_ if mode == "eager" else compiled(clipper.clip_, "aot_eager")[0]
+        step()
+        result = step()
+        outcomes.append((result.norms, result.coefs, result.caps))
+    for ours, eager in zip(outcomes[1], outcomes[0], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("max_norm", [0.3, "EMA"])
+def test_orders_one_after_another(max_norm):
+    """From the second on Dynamo takes the order for a variable."""
+    for norm_type in (2.0, math.inf, 3.0, 1.0, 0.0, -1.0, -math.inf):
+        params = parameters(SIZES)
+        expected = copy_of(params)
+        caps = [thresholds.EMA(warmup_steps=5) if max_norm == "EMA" else max_norm for _ in range(2)]
+        clippers = [ComponentClipper(p, c, norm_type) for p, c in zip((params, expected), caps, strict=True)]
+
+        def step(clipper):
+            result = clipper.clip_()
+            return result.norms, result.coefs, result.caps, clipper.total_norm(result.norms)
+
+        ours, eager = torch.compile(step, fullgraph=True, backend="aot_eager")(clippers[0]), step(clippers[1])
+        for a, b in zip(ours, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
+        assert all(same_bits(a, b) for a, b in zip(grads_of(params), grads_of(expected), strict=True))
 
 
 def test_norms_alone_write_nothing():
