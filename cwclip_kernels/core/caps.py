@@ -56,7 +56,7 @@ def fixed_caps(
 class BoundThreshold:
     """A threshold bound to components. Between calls it keeps neither the threshold nor the parameters alive.
 
-    The threshold may serve other parameters in between, with the same component names.
+    A threshold that doesn't learn may serve other parameters in between, with the same component names.
     """
 
     def __init__(
@@ -148,7 +148,8 @@ class BoundThreshold:
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
-        return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes))
+        first = weakref.ref(tensors[0]) if tensors else None
+        return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes), first)
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

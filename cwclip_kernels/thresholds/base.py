@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ class Setting:
         everywhere: names of the components of all ranks, where other ranks have others.
         members: of each component, the positions in ``trained`` of the parameters that it has elements of; or ().
         sizes: elements of each component, frozen parameters included; or ().
+        first: the first parameter, which tells apart models whose components have the same names; or None.
     """
 
     names: tuple[str, ...]
@@ -62,6 +64,7 @@ class Setting:
     everywhere: tuple[str, ...] | None = None
     members: tuple[tuple[int, ...], ...] = ()
     sizes: tuple[int, ...] = ()
+    first: weakref.ref[Tensor] | None = None
 
     def only(
         self,
@@ -101,8 +104,11 @@ class Threshold(ABC):
         coefs = min(1, caps / norms)
         threshold.update_(norms, coefs)
 
-    One object serves one set of components. A threshold of your own defines ``caps``; if it learns, ``update_``; if
-    it depends on the step's own norms, ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
+    One object serves one set of components. One that learns can go on with another model that has the same
+    components, but not go back and forth between two.
+
+    A threshold of your own defines ``caps``; if it learns, ``update_``; if it depends on the step's own norms,
+    ``needs_norms``. Tensors made by ``self.state(...)`` are saved and loaded.
 
     The clipper's ``eps`` is not added to these norms, unless ``adds_eps`` says so. Beside caps that follow the norms
     it would clip small gradients that are below their cap, and a threshold that learns the clipped norm would shrink
@@ -135,12 +141,20 @@ class Threshold(ABC):
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
         self._on: dict[torch.device, Tensor] = {}  # caps by device, for those that stay the same
+        self._former: list[weakref.ref[Tensor]] = []  # ``Setting.first`` of those that it has left for others
         self.within: object = None  # the ``ByPattern`` that a mapping with this threshold has become
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't bound: the state goes along, and waits for a clipper.
         loaded, names = self._tensors(), self._names()
-        unbound = {"_setting": None, "_state": {}, "_loaded": loaded, "_loaded_names": names, "_on": {}}
+        unbound = {
+            "_setting": None,
+            "_state": {},
+            "_loaded": loaded,
+            "_loaded_names": names,
+            "_on": {},
+            "_former": [],
+        }
         return {**self.__dict__, **unbound, "within": None}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -160,6 +174,9 @@ class Threshold(ABC):
         """Called by a clipper that uses this threshold; ValueError if this, or its state, is for other components."""
         self.check_fits(setting)
         before, self._setting = self._setting, setting
+        left = None if before is None or before.first is None else before.first()
+        if left is not None and setting.first is not None and left is not setting.first():
+            self._former = [former for former in self._former if former() is not None] + [weakref.ref(left)]
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
         known = {*self._state, *self._loaded}
@@ -179,7 +196,13 @@ class Threshold(ABC):
             raise
 
     def check_fits(self, setting: Setting) -> None:
-        """Raises ValueError if this, or its state, is for other components."""
+        """Raises ValueError if this, or its state, is for other components, or in use for another model."""
+        first = None if setting.first is None else setting.first()
+        if self.learns and first is not None and any(former() is first for former in self._former):
+            raise ValueError(
+                f"max_norm: this {type_name(self)} learns from two sets of parameters in turn, whose components have "
+                "the same names; make one for each"
+            )
         if (names := self._names()) is not None and not are_same_names(names, setting.names):
             is_for = "has loaded the state of" if self._setting is None else "is in use for"
             difference = difference_of(names, setting.names)
