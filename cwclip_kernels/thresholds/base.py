@@ -147,7 +147,7 @@ class Threshold(ABC):
     def __getstate__(self) -> dict[str, Any]:
         # A copy isn't bound: the state goes along, and waits for a clipper.
         loaded, names = self._tensors(), self._names()
-        unbound = {
+        unbound: dict[str, Any] = {
             "_setting": None,
             "_state": {},
             "_loaded": loaded,
