@@ -211,7 +211,7 @@ class ComponentClipper(ParameterClipper):
         scale, session, options = LossScale.of(inv_scale, None), self._session, self._options
         check_norms(norms, len(self.names))
         if is_traced():
-            traced.refuse_ranks(self.is_spread)
+            self.check_traced()
             own = self._all(), session.components, norms, self.max_norm, options, scale
             return ClipResult(self.names, *traced_scaling.clip_with_norms_(*own))
         if self._watches:

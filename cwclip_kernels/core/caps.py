@@ -68,6 +68,7 @@ class BoundThreshold:
                 "pp_mesh has others; use a threshold that looks at each by itself"
             )
         self._threshold = weakref.ref(threshold)
+        self._ref = weakref.ref(self)
         self._components = components
         self._reductions = reductions
         self._rule = rule
@@ -87,9 +88,13 @@ class BoundThreshold:
         form = trained_of(tensors), native.form_of(list(tensors))
         if self._setting is None or form != self._form:
             self._form, self._setting = form, self._make_setting(tensors)
-        if not threshold.is_bound_to(self._setting):
-            threshold.bind(self._setting)
+        self.bind_again(threshold)
         return self.measuring(threshold, partial(self._norms_of, tensors))
+
+    def bind_again(self, threshold: Threshold) -> None:
+        """Binds the threshold as it was, if it has been used for other parameters since."""
+        if self._setting is not None and not threshold.is_bound_to(self._setting):
+            threshold.bind(self._setting)
 
     def measuring(self, threshold: Threshold, measure: Callable[[], Tensor] | None) -> StepCaps:
         """The threshold's caps, with the parameters' norms from ``measure``; None if it can't ask for these."""
@@ -148,8 +153,8 @@ class BoundThreshold:
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
-        first = weakref.ref(tensors[0]) if tensors else None
-        return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes), first)
+        own_members = tuple(map(tuple, members))
+        return Setting(components.names, *own, *others, own_members, tuple(sizes), self._ref, id(tensors[0]))
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -59,7 +59,7 @@ class ParameterClipper:
     def clip(self, scale: LossScale, *, learns: bool = True) -> ClipResult:
         """Clips the gradients that are there now, in place; unless it ``learns``, call ``learn`` later."""
         if is_traced():
-            traced.refuse_ranks(self.is_spread)
+            self.check_traced()
             outcome = traced.clip_(self._all(), self._session.components, self.max_norm, self._options, scale)
         else:
             if self._watches:
@@ -67,6 +67,12 @@ class ParameterClipper:
             caps = self._fixed or self._caps()
             outcome = self._session.clip_(self._tensors, caps, self._options, scale, learns)
         return ClipResult(self.names, *outcome)
+
+    def check_traced(self) -> None:
+        """Raises for what a compiled function can't clip."""
+        traced.refuse_ranks(self.is_spread)
+        whole = self if self._whole is None else self._whole
+        traced.check_bound(self.max_norm, whole._all())
 
     def _before_clip(self) -> None:
         """May replace the tensors."""

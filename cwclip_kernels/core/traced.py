@@ -103,7 +103,6 @@ def caps_for(
 ) -> tuple[Tensor | None, str, list[float]]:
     """The caps of a call as operators take them; a threshold is asked for them here, with these norms if known."""
     if isinstance(max_norm, Threshold):
-        _check(max_norm, tensors)
         if not max_norm.needs_norms:
             norms = None
         elif norms is None:
@@ -160,10 +159,21 @@ def refuse_ranks(is_distributed: bool) -> None:
         )
 
 
-def _check(threshold: Threshold, tensors: Sequence[Tensor]) -> None:
-    """Raises if the threshold can't be traced, or was bound to parameters in another state."""
+def check_bound(max_norm: MaxNorm, tensors: Sequence[Tensor]) -> None:
+    """Raises for a threshold that can't be traced, or is bound to other parameters than these, or as they were once.
+
+    Binding it can't be traced, and eager calls do it when it is necessary.
+    """
+    threshold = settled(max_norm)
+    if not isinstance(threshold, Threshold):
+        return
     if threshold.untraceable is not None:
         raise RuntimeError(f"max_norm: {threshold.untraceable}")
+    if not threshold.serves(id(tensors[0])):
+        raise RuntimeError(
+            "max_norm: the threshold has been used for other parameters since; make one for each, or clip once "
+            "outside of the compiled function, and then call it again"
+        )
     if threshold.setting.trained != trained_of(tensors):
         raise RuntimeError(
             "max_norm: parameters have been frozen or unfrozen since the threshold was bound to them; clip once "

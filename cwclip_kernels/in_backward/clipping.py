@@ -211,6 +211,7 @@ class BackwardClipping(Handle):
         if caps.needs_norms:
             raise ValueError(_needs_norms(max_norm))
         self._max_norm: MaxNorm = max_norm
+        self._bound = bound
         self._caps, self._caps_from, self._counts_trained = caps, caps_from, counts_trained
 
     def remove(self) -> None:
@@ -225,8 +226,12 @@ class BackwardClipping(Handle):
 
     def _begin(self) -> None:
         """Called before a graph task's first gradient; raises for what has changed since set-up."""
-        if isinstance(self._max_norm, Threshold) and self._max_norm.needs_norms:  # an earlier state was loaded
-            raise RuntimeError(_needs_norms(self._max_norm))
+        threshold = self._max_norm
+        if isinstance(threshold, Threshold):
+            if self._bound is not None:
+                self._bound.bind_again(threshold)
+            if threshold.needs_norms:  # an earlier state was loaded
+                raise RuntimeError(_needs_norms(threshold))
         if self._steps is not None:
             self._steps.begin()
             if self._own is not None:

@@ -237,6 +237,7 @@ class ComponentClipAdamW(AdamW):
         present = [i for i, p in enumerate(whole) if p.grad is not None]
         if present:
             max_norm = self.param_groups[0]["max_norm"]
+            core_traced.check_bound(max_norm, whole)
             clipping.last = traced.clip_adamw_(
                 whole,
                 components,

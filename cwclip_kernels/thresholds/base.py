@@ -49,7 +49,8 @@ class Setting:
         everywhere: names of the components of all ranks, where other ranks have others.
         members: of each component, the positions in ``trained`` of the parameters that it has elements of; or ().
         sizes: elements of each component, frozen parameters included; or ().
-        first: the first parameter, which tells apart models whose components have the same names; or None.
+        user: what binds the threshold, and ``first`` the id of its first parameter: they tell apart models whose
+            components have the same names. (A parameter with a weak reference couldn't be swapped.)
     """
 
     names: tuple[str, ...]
@@ -64,7 +65,8 @@ class Setting:
     everywhere: tuple[str, ...] | None = None
     members: tuple[tuple[int, ...], ...] = ()
     sizes: tuple[int, ...] = ()
-    first: weakref.ref[Tensor] | None = None
+    user: weakref.ref[Any] | None = None
+    first: int = 0
 
     def only(
         self,
@@ -141,7 +143,7 @@ class Threshold(ABC):
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
         self._on: dict[torch.device, Tensor] = {}  # caps by device, for those that stay the same
-        self._former: list[weakref.ref[Tensor]] = []  # ``Setting.first`` of those that it has left for others
+        self._former: list[weakref.ref[Any]] = []  # ``Setting.user`` of those that it has left for others
         self.within: object = None  # the ``ByPattern`` that a mapping with this threshold has become
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,9 +176,9 @@ class Threshold(ABC):
         """Called by a clipper that uses this threshold; ValueError if this, or its state, is for other components."""
         self.check_fits(setting)
         before, self._setting = self._setting, setting
-        left = None if before is None or before.first is None else before.first()
-        if left is not None and setting.first is not None and left is not setting.first():
-            self._former = [former for former in self._former if former() is not None] + [weakref.ref(left)]
+        if before is not None and before.user is not None and before.user is not setting.user:
+            left = before.user()
+            self._former = [*(ref for ref in self._former if ref() not in (None, left)), before.user]
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
         known = {*self._state, *self._loaded}
@@ -197,8 +199,9 @@ class Threshold(ABC):
 
     def check_fits(self, setting: Setting) -> None:
         """Raises ValueError if this, or its state, is for other components, or in use for another model."""
-        first = None if setting.first is None else setting.first()
-        if self.learns and first is not None and any(former() is first for former in self._former):
+        before, user = self._setting, None if setting.user is None else setting.user()
+        returns = user is not None and any(ref() is user for ref in self._former)
+        if self.learns and returns and before is not None and before.first != setting.first:
             raise ValueError(
                 f"max_norm: this {type_name(self)} learns from two sets of parameters in turn, whose components have "
                 "the same names; make one for each"
@@ -212,6 +215,10 @@ class Threshold(ABC):
     def is_bound_to(self, setting: Setting) -> bool:
         """Whether this is the last setting that it was bound to."""
         return self._setting is setting
+
+    def serves(self, first: int) -> bool:
+        """Whether it is bound to the model whose first parameter has this id; RuntimeError if to none."""
+        return self.setting.first == first
 
     def allocate(self, device: torch.device) -> object:  # noqa: B027  # not every threshold has state
         """Makes all state that the threshold will need: later steps may be traced or captured."""

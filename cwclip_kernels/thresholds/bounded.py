@@ -95,6 +95,9 @@ class Bounded(Threshold):
     def is_bound_to(self, setting: Setting) -> bool:
         return self._setting is setting and self._threshold.is_bound_to(setting)
 
+    def serves(self, first: int) -> bool:
+        return self.setting.first == first and self._threshold.serves(first)
+
     def adds_eps_to(self, *, bounded: bool = False) -> tuple[bool, ...] | None:
         own = self._threshold.adds_eps_to(bounded=True)
         return own if own is not None and len(set(own)) > 1 else None

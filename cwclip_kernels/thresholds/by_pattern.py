@@ -154,6 +154,9 @@ class ByPattern(Threshold):
         """Also of each threshold, which may have been used elsewhere since."""
         return self._setting is setting and all(part.threshold.is_bound_to(part.setting) for part in self._parts)
 
+    def serves(self, first: int) -> bool:
+        return self.setting.first == first and all(part.threshold.serves(first) for part in self._parts)
+
     def _place(self, device: torch.device) -> _Placed:
         placed = self._placed.get(device)
         if placed is None:
