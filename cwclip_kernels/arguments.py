@@ -35,7 +35,7 @@ def checked_number(
         number = float(value)
     except OverflowError:
         raise ValueError(f"{name}: {value} is too large for a float{'' if finite else '; use math.inf'}") from None
-    if not low <= number <= high or (above_low and number == low) or (finite and math.isinf(number)):
+    if not low <= number <= high or (above_low and number == low) or (finite and abs(number) == math.inf):
         bounds = "" if low == -math.inf else f" {'>' if above_low else '>='} {low:g}"
         bounds += f" and <= {high:g}" if high < math.inf else ""
         raise ValueError(f"{name}: expected a {'finite ' if finite else ''}number{bounds}, not {number}")

@@ -38,6 +38,11 @@ def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
     return () if all(trained) else trained
 
 
+def identity_of(tensors: Sequence[Tensor]) -> int:
+    """What tells these parameters from those of another model; 0 for what stands for gradients without parameters."""
+    return id(tensors[0]) if tensors and isinstance(tensors[0], torch.nn.Parameter) else 0
+
+
 def fixed_caps(
     max_norm: float | Tensor | Mapping[str, float], components: Components, everywhere: tuple[str, ...] | None = None
 ) -> StepCaps:
@@ -153,8 +158,8 @@ class BoundThreshold:
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
-        own_members = tuple(map(tuple, members))
-        return Setting(components.names, *own, *others, own_members, tuple(sizes), self._ref, id(tensors[0]))
+        own_members, first = tuple(map(tuple, members)), identity_of(tensors)
+        return Setting(components.names, *own, *others, own_members, tuple(sizes), self._ref, first)
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -38,9 +38,9 @@ def clipped(
     present = [g for g in map(grads.__getitem__, sorted(components.clipped)) if g is not None]
     device = next((g.device for g in (*present, *grads) if g is not None), torch.device("cpu"))
     scale = loss_scale.on(device)
-    dtype = norm_dtype_of(present)
+    dtype, order = norm_dtype_of(present), rule.norm_type
     with torch.no_grad():
-        found = scale.unscaled(_norms(grads, components, rule.norm_type, device)).detach().to(dtype)
+        found = scale.unscaled(_norms(grads, components, order, device), order).detach().to(dtype)
         fixed, caps = run.coefficients_of(found, components.names, policy, rule, raise_nonfinite)
         if scale.found_inf is not None and present:
             finite = torch.stack([g.isfinite().all().to(device) for g in present]).all()
@@ -50,7 +50,7 @@ def clipped(
     follows = fixed != 1
     if rule.nonfinite in ("zero", "skip"):
         follows = follows & found.isfinite()
-    norms = scale.unscaled(_norms(grads, components, rule.norm_type, device, follows)).to(dtype)
+    norms = scale.unscaled(_norms(grads, components, order, device, follows), order).to(dtype)
     eps = rule.eps if policy.eps is None else policy.eps(caps.device)
     padded = torch.where(follows, norms.to(caps.dtype) + eps, 1.0)
     coefs = torch.where(follows, (torch.where(follows, caps, 0.0) / padded).to(norms.dtype), fixed)

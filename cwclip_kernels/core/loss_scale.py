@@ -60,9 +60,9 @@ class LossScale:
             found = (ours != 0).to(theirs.device, non_blocking=theirs.device.type != "cpu")
             theirs.detach().masked_fill_(found.reshape(theirs.shape), 1.0)
 
-    def unscaled(self, norms: Tensor) -> Tensor:
-        """Norms of the unscaled gradients from those of the scaled ones."""
-        return norms if self.inverse is None else norms * self.inverse
+    def unscaled(self, norms: Tensor, norm_type: float) -> Tensor:
+        """Norms of the unscaled gradients from those of the scaled ones; a number of non-zeros has no scale."""
+        return norms if self.inverse is None or norm_type == 0.0 else norms * self.inverse
 
     def factors(self, coefs: Tensor) -> Tensor:
         """The factors [K] that unscale and clip gradients, from coefficients."""

@@ -37,7 +37,7 @@ class ParameterClipper:
         self.names: tuple[str, ...] = session.components.names
         max_norm = settled(max_norm)
         # A mapping as it is now, like the caps.
-        self.max_norm: MaxNorm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
+        self._max_norm: MaxNorm = dict(max_norm) if isinstance(max_norm, Mapping) else max_norm
         self._session = session
         self._tensors = tensors
         self._options = options
@@ -46,6 +46,18 @@ class ParameterClipper:
         caps = self._caps()  # checks max_norm, and binds a threshold
         if not isinstance(max_norm, Threshold):
             self._fixed = caps
+
+    @property
+    def max_norm(self) -> MaxNorm:
+        """As given, a mapping with thresholds as a ``thresholds.ByPattern``."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: object) -> None:
+        raise AttributeError(
+            "max_norm: can't be assigned, since parts and hooks share it; give a tensor, and change that in place, "
+            "or a thresholds.Schedule, or make another clipper"
+        )
 
     def _caps(self) -> StepCaps:
         if self._whole is not None:

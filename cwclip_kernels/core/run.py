@@ -48,7 +48,7 @@ def norms_of(
 ) -> Tensor:
     """The K norms, from the gradients or their power sums; changes nothing. No host sync."""
     sums = power_sums(plan, found, norm_type) if sums is None else sums
-    norms = scale.unscaled(formula.root(sums, norm_type)).to(plan.norm_dtype)
+    norms = scale.unscaled(formula.root(sums, norm_type), norm_type).to(plan.norm_dtype)
     if norm_type < 0:  # where there are no elements, the root of the sum is inf
         norms[[c for c, has in enumerate(has_elements(plan, found)) if not has]] = 0.0
     return norms

@@ -78,18 +78,20 @@ class ClipSession:
         """The caps that ``max_norm`` stands for, checked. Those of numbers are kept until these change."""
         cap = settled(max_norm)
         if isinstance(cap, Threshold):
-            if self.bound is None or not self.bound.is_for(cap, rule):
-                self.bound = BoundThreshold(cap, self.components, self.reductions, rule)
-            return self.bound.for_call(cap, tensors)
+            bound = self.bound  # another thread may replace it
+            if bound is None or not bound.is_for(cap, rule):
+                self.bound = bound = BoundThreshold(cap, self.components, self.reductions, rule)
+            return bound.for_call(cap, tensors)
         if isinstance(cap, Tensor):
             return fixed_caps(cap, self.components)
         # With types, compared first: True equals 1 but is no cap, and comparing with a tensor may raise.
         named = cap.items() if isinstance(cap, Mapping) else [(None, cap)]
         items = [(pattern, type(value), value) for pattern, value in named]
-        if self._last_fixed is None or self._last_fixed[0] != items:
+        last = self._last_fixed  # another thread may replace it
+        if last is None or last[0] != items:
             everywhere = None if self.reductions is None else self.reductions.all_names
-            self._last_fixed = items, fixed_caps(cap, self.components, everywhere)
-        return self._last_fixed[1]
+            self._last_fixed = last = items, fixed_caps(cap, self.components, everywhere)
+        return last[1]
 
     def clip_(
         self,

@@ -20,7 +20,7 @@ from ..thresholds.base import StepCaps
 from ..thresholds.by_pattern import Settled, settled
 from ..thresholds.constant import MaxNorm, checked_cap, checked_caps
 from . import run
-from .caps import fixed_caps, trained_of
+from .caps import fixed_caps, identity_of, trained_of
 from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
 from .loss_scale import UNSCALED, LossScale
@@ -106,7 +106,8 @@ def caps_for(
         if not max_norm.needs_norms:
             norms = None
         elif norms is None:
-            norms = scale.unscaled(norms_of(tensors, components, options.rule.norm_type, options.backend))
+            order = options.rule.norm_type
+            norms = scale.unscaled(norms_of(tensors, components, order, options.backend), order)
         max_norm = max_norm.caps(device, norms)
     return _split(max_norm)
 
@@ -169,7 +170,7 @@ def check_bound(max_norm: MaxNorm, tensors: Sequence[Tensor]) -> None:
         return
     if threshold.untraceable is not None:
         raise RuntimeError(f"max_norm: {threshold.untraceable}")
-    if not threshold.serves(id(tensors[0])):
+    if not threshold.serves(identity_of(tensors)):
         raise RuntimeError(
             "max_norm: the threshold has been used for other parameters since; make one for each, or clip once "
             "outside of the compiled function, and then call it again"

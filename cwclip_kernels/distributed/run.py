@@ -93,7 +93,7 @@ class DistributedCall:
         if scaled.found_inf is not None:
             found_inf = self.reductions.is_true_anywhere(~sums[-1].isfinite().all())
             self._loss_scale.report(torch.where(found_inf > 0, math.inf, 0.0))
-        norms = self._loss_scale.unscaled(formula.root(sums[0], order))
+        norms = self._loss_scale.unscaled(formula.root(sums[0], order), order)
         return norms.to(self.reductions.norm_dtype(self.tensors))
 
     def _power_sums(self, orders: Sequence[float], scaled: LossScale, *, of_parameters: bool) -> list[Tensor]:

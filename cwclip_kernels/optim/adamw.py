@@ -225,7 +225,7 @@ class ComponentClipAdamW(AdamW):
         """The same under ``torch.compile``. Which parameters have gradients becomes part of the compiled function."""
         clipping = self._clipping
         core_traced.refuse_ranks(clipping.is_spread)
-        whole, components = clipping.whole()
+        whole, components = clipping.whole(self.param_groups)
         states = traced.States([], [], [], [], [], [])
         rule_of: list[int] = []
         for i, group in enumerate(self.param_groups):
@@ -235,20 +235,10 @@ class ComponentClipAdamW(AdamW):
                 known += found
             rule_of += [i] * len(own[0])
         present = [i for i, p in enumerate(whole) if p.grad is not None]
-        if present:
-            max_norm = self.param_groups[0]["max_norm"]
-            core_traced.check_bound(max_norm, whole)
-            clipping.last = traced.clip_adamw_(
-                whole,
-                components,
-                present,
-                max_norm,
-                clipping.options,
-                states,
-                self.param_groups,
-                rule_of,
-                *loss_scale_of(self),
-            )
+        max_norm = self.param_groups[0]["max_norm"]
+        core_traced.check_bound(max_norm, whole)
+        call = whole, components, present, max_norm, clipping.options
+        clipping.last = traced.clip_adamw_(*call, states, self.param_groups, rule_of, *loss_scale_of(self))
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """Parameters with gradients, these, and their states: what Dynamo asks torch's optimizers for."""
@@ -296,7 +286,7 @@ class ComponentClipAdamW(AdamW):
         self._units()
         if self._clipping.is_spread:
             raise ValueError("optimizer: its norms are added up over ranks, which can't be done in the backward pass")
-        tensors, components = self._clipping.whole()
+        tensors, components = self._clipping.whole(self.param_groups)
         session = ClipSession(components, tensors)
         return ParameterClipper(tensors, session, self.param_groups[0]["max_norm"], self._clipping.options)
 
@@ -336,7 +326,7 @@ class ComponentClipAdamW(AdamW):
                 caps.caps(plan.device, None)  # a threshold's own code
             if unit.clips and options.raise_nonfinite:
                 norms = unit.session.norms(unit.tensors, options.rule.norm_type, options.backend)
-                norms = scale.on(norms.device).unscaled(norms)
+                norms = scale.on(norms.device).unscaled(norms, options.rule.norm_type)
                 names = unit.session.components.names
                 bad = [name for name, ok in zip(names, norms.isfinite().tolist(), strict=True) if not ok]
                 if bad:

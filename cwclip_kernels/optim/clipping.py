@@ -65,7 +65,7 @@ class Clipping:
     _units: tuple[Unit, ...] = ()
     _given: set[tuple[int, ...]] = field(default_factory=set)  # shapes of the parameters that users gave
     _made_for: object = None
-    _whole: tuple[tuple[Tensor, ...], Components, bool] = ((), Components((), (), ()), True)
+    _whole: tuple[tuple[Tensor, ...], Components] = ((), Components((), (), ()))
 
     def units_of(self, groups: Sequence[Mapping[str, Any]], *, are_given: bool = False) -> tuple[Unit, ...]:
         """The groups' parameters by ``max_norm``, those that no component has last.
@@ -85,15 +85,19 @@ class Clipping:
             self._made_for = sharing, [list(group["params"]) for group in groups]
         return self._units
 
-    def whole(self) -> tuple[tuple[Tensor, ...], Components]:
-        """All parameters of the last ``units_of`` and their components, where one call can serve them.
+    def whole(self, groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, ...], Components]:
+        """All parameters of the groups, which are those of the last ``units_of``, and their components.
 
         Raises:
-            ValueError: param groups have different ``max_norm``.
+            ValueError: groups have different ``max_norm``, so that one call can't serve them.
+            RuntimeError: their parameters are others now.
         """
-        tensors, components, has_one_cap = self._whole
-        if not has_one_cap:
+        if not all(are_equal(groups[0]["max_norm"], group["max_norm"]) for group in groups[1:]):
             raise ValueError("optimizer: its param groups have different max_norm; give them one, a mapping perhaps")
+        tensors, components = self._whole
+        now = [p for group in groups for p in group["params"]]
+        if len(now) != len(tensors) or any(p is not known for p, known in zip(now, tensors, strict=True)):
+            raise RuntimeError("optimizer: its param groups have other parameters than before; step once eagerly")
         return tensors, components
 
     @property
@@ -124,7 +128,7 @@ class Clipping:
                     "the same, or choose components that lie within one group"
                 )
         _check_flat(named, everything)
-        self._whole = tuple(tensors), everything, len(set(sharing)) <= 1
+        self._whole = tuple(tensors), everything
         clipped = everything.clipped
         units = []
         for cap in dict.fromkeys(sharing):

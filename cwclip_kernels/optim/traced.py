@@ -21,6 +21,7 @@ from ..result import ClipResult
 from ..thresholds import Threshold
 from ..thresholds.by_pattern import settled
 from ..thresholds.constant import MaxNorm
+from .clipping import is_known_to_hold
 from .update import AdamWUpdate
 
 
@@ -51,6 +52,10 @@ def clip_adamw_(
 
     A learning rate that is a number becomes part of the compiled function; a tensor is read whenever that runs.
     """
+    if not present:
+        words = traced.in_words(components.only(present))
+        outcome = traced.clip_present_(tensors, [], words, components, max_norm, options, scale)
+        return ClipResult(components.names, *outcome)
     check_gradients(components, dict(zip(present, states.grads, strict=True)), writes=False)
     rates: list[Tensor] = []
     numbers: list[float] = []
@@ -84,8 +89,17 @@ def clip_adamw_(
         options.backend,
     )
     if threshold is not None:
-        threshold.update_(norms, coefs)
+        _learn(threshold, norms, coefs, skip)
     return ClipResult(components.names, norms, coefs, used)
+
+
+def _learn(threshold: Threshold, norms: Tensor, coefs: Tensor, skip: Tensor | None) -> None:
+    """A step that is skipped, of which only the device knows, teaches nothing."""
+    before = [] if skip is None else [(tensor, tensor.clone()) for tensor in threshold.state_tensors()]
+    threshold.update_(norms, coefs)
+    for tensor, old in before:
+        assert skip is not None
+        tensor.copy_(torch.where(skip.to(tensor.device) != 0, old, tensor))
 
 
 # The operator itself, which Dynamo doesn't look into.
@@ -128,6 +142,8 @@ def _component_clip_adamw_(
         update.prepare(plan.buckets, found)
         calls.append((plan, found))
     (plan, found), rest = calls
+    if nonfinite == "error" and is_known_to_hold(found_inf, True):  # for the scaler inf is no error
+        nonfinite = "propagate"
     fixed = traced.policy_of(components, caps, patterns, values, eps, exempt)
     scale = LossScale.of(inv_scale, None)
     rule = ClipRule(norm_type, eps, nonfinite)

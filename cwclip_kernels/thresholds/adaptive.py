@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_type, check_word, checked_int, checked_number
-from ..core.formula import root
+from ..core.formula import total_norm
 from ..core.modes import is_recorded, is_traced
 from .base import Threshold, as_wide, observed
 from .constant import checked_cap
@@ -113,8 +113,7 @@ class EMA(Threshold):
             return later
         order, wide, is_known = self.setting.norm_type, as_wide(norms), observed(norms)
         known = torch.where(is_known, wide, 0.0)
-        together = known.amax() if order == math.inf else root((known**order).sum(), order)
-        share = self._warmup_norm / together
+        share = self._warmup_norm / total_norm(known, order)
         first = torch.where(share < 1.0, share * wide, math.inf)
         return torch.where(steps < self._warmup_steps, torch.where(is_known, first, self._warmup_norm), later)
 

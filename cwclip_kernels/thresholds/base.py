@@ -49,8 +49,8 @@ class Setting:
         everywhere: names of the components of all ranks, where other ranks have others.
         members: of each component, the positions in ``trained`` of the parameters that it has elements of; or ().
         sizes: elements of each component, frozen parameters included; or ().
-        user: what binds the threshold, and ``first`` the id of its first parameter: they tell apart models whose
-            components have the same names. (A parameter with a weak reference couldn't be swapped.)
+        user: what binds the threshold, and ``first`` the id of its first parameter, 0 if it has none: they tell apart
+            models whose components have the same names. (A parameter with a weak reference couldn't be swapped.)
     """
 
     names: tuple[str, ...]
@@ -201,7 +201,8 @@ class Threshold(ABC):
         """Raises ValueError if this, or its state, is for other components, or in use for another model."""
         before, user = self._setting, None if setting.user is None else setting.user()
         returns = user is not None and any(ref() is user for ref in self._former)
-        if self.learns and returns and before is not None and before.first != setting.first:
+        is_other = before is not None and before.first != setting.first and 0 not in (before.first, setting.first)
+        if self.learns and returns and is_other:
             raise ValueError(
                 f"max_norm: this {type_name(self)} learns from two sets of parameters in turn, whose components have "
                 "the same names; make one for each"
@@ -269,6 +270,10 @@ class Threshold(ABC):
                 found = torch.full(shape, fill, dtype=wide_dtype(device), device=device)
         self._state[name] = found
         return found
+
+    def state_tensors(self) -> list[Tensor]:
+        """All of its state that lies on a device, each tensor as it is and not as a copy."""
+        return list(self._state.values())
 
     def _check_shape(self, name: str, theirs: torch.Size, ours: torch.Size) -> None:
         if theirs != ours:

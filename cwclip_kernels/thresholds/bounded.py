@@ -95,6 +95,9 @@ class Bounded(Threshold):
     def is_bound_to(self, setting: Setting) -> bool:
         return self._setting is setting and self._threshold.is_bound_to(setting)
 
+    def state_tensors(self) -> list[Tensor]:
+        return self._threshold.state_tensors()
+
     def serves(self, first: int) -> bool:
         return self.setting.first == first and self._threshold.serves(first)
 

@@ -154,6 +154,9 @@ class ByPattern(Threshold):
         """Also of each threshold, which may have been used elsewhere since."""
         return self._setting is setting and all(part.threshold.is_bound_to(part.setting) for part in self._parts)
 
+    def state_tensors(self) -> list[Tensor]:
+        return [tensor for part in self._parts for tensor in part.threshold.state_tensors()]
+
     def serves(self, first: int) -> bool:
         return self.setting.first == first and all(part.threshold.serves(first) for part in self._parts)
 

@@ -65,7 +65,10 @@ class Fixed(Threshold):
         cap = self._cap
         if isinstance(cap, Tensor):
             _check_values(cap)
-            return moved(cap, device).contiguous()
+            now = moved(cap, device).contiguous()
+            # Not the caller's own, who may change it: results have the caps of their step.
+            is_own = cap.dtype == now.dtype and cap.device == device and cap.is_contiguous()
+            return now.clone() if is_own else now
         caps = self._on.get(device)
         if caps is None:
             if isinstance(cap, dict):
