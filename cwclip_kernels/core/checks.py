@@ -114,11 +114,13 @@ def overlaps(grad: Tensor) -> bool:
     """Whether two elements may share memory: each stride must step over all that the smaller ones span."""
     if grad.numel() < 2 or grad.is_contiguous():
         return False
-    span = 0
-    for stride, size in sorted((st, sz) for st, sz in zip(grad.stride(), grad.shape, strict=True) if sz > 1):
-        if stride <= span:
+    # Dynamo may take strides for variables: it can't sort them then, nor, in torch 2.13, read them from .grad itself.
+    grad = torch.ops.aten.alias(grad) if is_traced() else grad
+    steps = [(grad.stride(dim), size) for dim, size in enumerate(grad.shape) if size > 1]
+    for i, (stride, _) in enumerate(steps):
+        smaller = (step for j, step in enumerate(steps) if step[0] < stride or (step[0] == stride and j < i))
+        if stride <= sum(other * (size - 1) for other, size in smaller):
             return True
-        span += stride * (size - 1)
     return False
 
 

@@ -120,6 +120,28 @@ def test_clipper_in_a_whole_step(compiler):
         torch.testing.assert_close(ours, eager)
 
 
+LAYOUTS = {
+    "transposed": lambda: random_grad((20, 30)).t(),
+    "every other column": lambda: random_grad((30, 40))[:, ::2],
+    "permuted": lambda: random_grad((4, 20, 30)).permute(2, 0, 1),
+    "a row of a buffer": lambda: random_grad((3, 30, 20))[1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_unlike_the_parameters(layout):
+    params = [parameter(None, tuple(LAYOUTS[layout]().shape)), *parameters([(7,)])]
+    step, _ = compiled(lambda: fused_component_clip_(params, 0.1), "aot_eager")
+    for _ in range(2):
+        params[0].grad = LAYOUTS[layout]()
+        expected = copy_of(params)
+        assert same_bits(step(), fused_component_clip_(expected, 0.1))
+        assert all(same_bits(a, b) for a, b in zip(grads_of(params), grads_of(expected), strict=True))
+    params[0].grad = random_grad((1,)).expand(params[0].shape)
+    with pytest.raises(Exception, match="several elements on one place"):  # one of Dynamo's, around ours
+        step()
+
+
 def test_gradients_that_come_and_go():
     params = parameters(SIZES)
     step, counter = compiled(lambda: fused_component_clip_(params, 0.1), "aot_eager")
