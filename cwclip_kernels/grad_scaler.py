@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn, SupportsIndex
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .core.loss_scale import UNSCALED, LossScale
 from .core.modes import is_recorded
 from .core.optimizers import OptimizerPart, OptimizerParts, attached_clippers, clipping_optimizer, parameters_of
 from .core.parameter_clipper import ParameterClipper
+from .in_backward.passes import Mark
 from .result import ClipResult
 
 # Steps without anything to clip before a warning: a GAN may take 100 with one of its optimizers first.
@@ -96,7 +97,8 @@ class ComponentClipGradScaler(GradScaler):
         self._parts = OptimizerParts(clipper)
         self._unlearnt: dict[int, tuple[ParameterClipper, ClipResult]] = {}  # by optimizer, until its step is taken
         self._unscaling = False
-        self._clipped: WeakSet[Optimizer] = WeakSet()  # since their last step; used while disabled
+        # Gradients as they were clipped since the last step; used while disabled.
+        self._clipped: WeakKeyDictionary[Optimizer, list[Mark]] = WeakKeyDictionary()
         self._steps_without = 0
 
     @property
@@ -117,8 +119,10 @@ class ComponentClipGradScaler(GradScaler):
         if not part.clipped:
             self._count_without()
         if not self.is_enabled():
+            if self._is_clipped(optimizer):
+                raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
             self._clip(part, UNSCALED)
-            self._clipped.add(optimizer)
+            self._clipped[optimizer] = [Mark(grad) for grad in _gradients_of(optimizer)]
             return
         self._unscaling = True
         try:
@@ -132,11 +136,11 @@ class ComponentClipGradScaler(GradScaler):
         if any(map(callable, (closure, *args))):
             raise RuntimeError("a closure's gradients can't be clipped here; use ComponentClipper.attach(optimizer)")
         # Also for optimizers that can unscale by themselves: gradients must be unscaled to be clipped.
-        if self._is_ready(optimizer) if self.is_enabled() else optimizer not in self._clipped:
+        if self._is_ready(optimizer) if self.is_enabled() else not self._is_clipped(optimizer):
             self.unscale_(optimizer)
         else:
             _check_alone(self._parts.of(optimizer), optimizer)
-        self._clipped.discard(optimizer)
+        self._clipped.pop(optimizer, None)
         return super().step(optimizer, *args, **kwargs)
 
     def _maybe_opt_step(
@@ -178,12 +182,20 @@ class ComponentClipGradScaler(GradScaler):
             raise RuntimeError("a ComponentClipGradScaler can't be copied between unscale_() and step()")
         state = self.__getstate__()  # raises in the middle of an iteration
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
-        new.__dict__.update(_on_clip=state.pop("_on_clip"), _parts=None, _unlearnt={}, _clipped=WeakSet())
+        new.__dict__.update(_on_clip=state.pop("_on_clip"), _parts=None, _unlearnt={}, _clipped=WeakKeyDictionary())
         if self.is_enabled():
             new._per_optimizer_states = copy.copy(state.pop("_per_optimizer_states"))
         new.__dict__.update({name: how(value) for name, value in state.items() if name not in new.__dict__})
         new._parts = OptimizerParts(new._clipper)
         return new
+
+    def _is_clipped(self, optimizer: Optimizer) -> bool:
+        """While disabled: whether its gradients are what ``unscale_`` left, and not of a later backward pass."""
+        marks = self._clipped.get(optimizer)
+        if marks is None:
+            return False
+        grads = _gradients_of(optimizer)
+        return len(marks) == len(grads) and all(m.writes(g) == 0 for m, g in zip(marks, grads, strict=True))
 
     def _is_ready(self, optimizer: Optimizer) -> bool:
         state = self._per_optimizer_states[id(optimizer)]
@@ -195,7 +207,7 @@ class ComponentClipGradScaler(GradScaler):
         if not self._unscaling:  # torch calls this only to look for inf and NaN
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         part = self._parts.of(optimizer)
-        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+        grads = _gradients_of(optimizer)
         if any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients: keep parameters in float32, use torch.autocast")
         others_may_have = bool(part.clipped) and part.clipper.is_spread  # on other ranks
@@ -227,6 +239,10 @@ class ComponentClipGradScaler(GradScaler):
                 f"ComponentClipGradScaler has clipped nothing in {_STEPS_WITHOUT} steps: its optimizers own none of "
                 "the clipper's parameters. Was the clipper made from another copy of the model?"
             )
+
+
+def _gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
 
 
 def _check_alone(part: OptimizerPart, optimizer: Optimizer) -> None:

@@ -122,6 +122,27 @@ def test_disabled_it_still_clips_once():
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_disabled_it_clips_the_gradients_of_a_later_pass(set_to_none):
+    """After a step that the loop has left out between unscale_() and step()."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = ComponentClipGradScaler(ComponentClipper(model, 0.1), device="cpu", enabled=False)
+
+    def backward():
+        (model(torch.tensor([[3.0, 4.0]])).sum()).backward()
+
+    backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="already been called"):
+        scaler.unscale_(optimizer)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert model.weight.grad.norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
 def test_two_optimizers_and_what_is_not_clipped():
     model, twin = model_of(), None
     twin = copy.deepcopy(model)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -23,7 +22,7 @@ from ..backends.native import form_of
 from ..components.parameters import NamedTensors, Parameters, as_items, named_tensors
 from ..components.spec import ComponentSpec, Grouping
 from ..distributed.groups import as_group
-from ..distributed.local import local_value
+from ..distributed.local import storage_of
 from ..distributed.units import Units, known_group
 from .session import ClipSession
 
@@ -49,7 +48,7 @@ class _Entry:
         if self.session.reductions is None or self.storage is None:
             return True
         # Ranks make their sessions together, but an id may be reused on one rank and not on another.
-        now = _storage_of(tensors)
+        now = storage_of(tensors[0]) if tensors else None
         return now is not None and not self.is_dead() and now.cdata == self.storage.cdata
 
 
@@ -92,7 +91,7 @@ def session_for(
         if isinstance(source, nn.Module):
             module = weakref.ref(source, lambda _: _entries.pop(key, None))
         else:
-            storage = _storage_of(named.tensors)
+            storage = storage_of(named.tensors[0]) if named.tensors else None
         _remember(key, _Entry(session, form, sorted(first.values()), module, storage))
     return named.tensors, session
 
@@ -114,13 +113,6 @@ def session_for_gradients(
     if key is not None:
         _remember(key, _Entry(session, form, list(range(len(named.tensors))), None, None))
     return session
-
-
-def _storage_of(tensors: Sequence[Tensor]) -> StorageWeakRef | None:
-    first: Any = local_value(tensors[0]) if tensors else None
-    if type(first) not in (Tensor, nn.Parameter) or first.layout != torch.strided or first.is_nested:
-        return None
-    return StorageWeakRef(first.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _recalled(key: Hashable) -> _Entry | None:

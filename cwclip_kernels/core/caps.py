@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..backends import native
 from ..components.membership import Components
 from ..distributed import local
+from ..distributed.local import is_trained, storage_of
 from ..distributed.reduction_plan import ReductionPlan
 from ..distributed.run import DistributedCall
 from ..thresholds import Fixed, Setting, Threshold
@@ -22,12 +23,8 @@ from ..thresholds.constant import checked_cap
 from . import run
 from .checks import has_no_data
 from .formula import ClipRule, wide_dtype
+from .identity import Owner, ids_of
 from .plan import Plans, home_of
-
-
-def is_trained(tensor: Tensor) -> bool:
-    """Whether a gradient is to be expected; frozen parameters are neither measured nor counted."""
-    return tensor.requires_grad or tensor.grad is not None
 
 
 def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -36,11 +33,6 @@ def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
         return ()
     trained = tuple(map(is_trained, tensors))
     return () if all(trained) else trained
-
-
-def identity_of(tensors: Sequence[Tensor]) -> int:
-    """What tells these parameters from those of another model; 0 for what stands for gradients without parameters."""
-    return id(tensors[0]) if tensors and isinstance(tensors[0], torch.nn.Parameter) else 0
 
 
 def fixed_caps(
@@ -73,7 +65,6 @@ class BoundThreshold:
                 "pp_mesh has others; use a threshold that looks at each by itself"
             )
         self._threshold = weakref.ref(threshold)
-        self._ref = weakref.ref(self)
         self._components = components
         self._reductions = reductions
         self._rule = rule
@@ -158,8 +149,9 @@ class BoundThreshold:
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
-        own_members, first = tuple(map(tuple, members)), identity_of(tensors)
-        return Setting(components.names, *own, *others, own_members, tuple(sizes), self._ref, first)
+        owner = Owner(ids, storage_of(tensors[-1])) if (ids := ids_of(tensors)) else None
+        spanning = () if reductions is None else reductions.spanning
+        return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes), spanning, owner)
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:

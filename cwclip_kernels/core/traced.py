@@ -20,9 +20,10 @@ from ..thresholds.base import StepCaps
 from ..thresholds.by_pattern import Settled, settled
 from ..thresholds.constant import MaxNorm, checked_cap, checked_caps
 from . import run
-from .caps import fixed_caps, identity_of, trained_of
+from .caps import fixed_caps, trained_of
 from .checks import check_gradients, norm_dtype_of
 from .formula import ClipRule, wide_dtype
+from .identity import ids_of
 from .loss_scale import UNSCALED, LossScale
 from .options import Options
 from .plan import Plans, home_of
@@ -170,7 +171,7 @@ def check_bound(max_norm: MaxNorm, tensors: Sequence[Tensor]) -> None:
         return
     if threshold.untraceable is not None:
         raise RuntimeError(f"max_norm: {threshold.untraceable}")
-    if not threshold.serves(identity_of(tensors)):
+    if not threshold.serves(ids_of(tensors)):
         raise RuntimeError(
             "max_norm: the threshold has been used for other parameters since; make one for each, or clip once "
             "outside of the compiled function, and then call it again"

@@ -7,7 +7,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from ..arguments import type_name
@@ -21,6 +22,19 @@ Shards = Sequence[LocalShard | None]  # one for each tensor; None for a plain te
 def local_value(tensor: Any) -> Tensor:
     """The local tensor of a DTensor; a plain tensor as it is."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+    """A weak reference to the memory of what this rank holds; None where there is no such thing."""
+    local: Any = local_value(tensor)
+    if type(local) not in (Tensor, nn.Parameter) or local.layout != torch.strided or local.is_nested:
+        return None
+    return StorageWeakRef(local.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def is_trained(tensor: Tensor) -> bool:
+    """Whether a gradient is to be expected; frozen parameters are neither measured nor counted."""
+    return tensor.requires_grad or tensor.grad is not None
 
 
 def member_numels(components: Components, tensors: Sequence[Tensor], shards: Shards | None = None) -> list[int]:

@@ -14,7 +14,7 @@ from ..arguments import some_of
 from ..components.membership import Components, Member
 from ..core import formula
 from .groups import RankGroup, group_over, in_order
-from .local import LocalGradients, Shards, gradients_of, is_wide, local_value, member_numels
+from .local import LocalGradients, Shards, gradients_of, is_trained, is_wide, local_value, member_numels
 from .partitions import Partitions
 from .reduction import Indices, Reduction, decode, encode
 
@@ -77,6 +77,7 @@ class ReductionPlan:
             ranks that holds parts of it, so that one pass over the gradients yields all sums that are sent.
         member_numels: number of elements of each member of the components, over all ranks.
         has_stages: whether other ranks have other components.
+        spanning: components of which several stages have parts, by name, the same on all ranks.
         all_names: of the components of all ranks.
         all_parameters: names of the parameters of all ranks.
     """
@@ -94,6 +95,7 @@ class ReductionPlan:
         self._names, self._shards, self._stages = components.names, shards, stages
         self._partitions = partitions
         self.has_stages = stages is not None
+        self.spanning = () if stages is None else stages.shared
         self.all_names = components.names if stages is None else stages.names
         self.all_parameters = components.tensor_names if stages is None else stages.parameters
 
@@ -155,7 +157,7 @@ class ReductionPlan:
         """What this rank holds of the tensors themselves, in place of gradients; None of those that are frozen."""
         if self._partitions is not None:
             return LocalGradients(self._partitions.values(), ())
-        return LocalGradients([local_value(t).detach() if t.requires_grad else None for t in tensors], ())
+        return LocalGradients([local_value(t).detach() if is_trained(t) else None for t in tensors], ())
 
     def norm_dtype(self, tensors: Sequence[Tensor]) -> torch.dtype:
         """Of norms, the same on all ranks: by all trained parameters, since a rank may lack a gradient."""

@@ -88,18 +88,22 @@ def _read_json_lines(path: Path, lines: list[str]) -> tuple[tuple[str, ...], _St
 
 
 def _read_csv(path: Path, lines: list[str]) -> tuple[tuple[str, ...], _Steps]:
-    steps: _Steps = {}
+    takes: dict[int, list[dict[str, tuple[float, float, float]]]] = {}  # of each step, as often as it was recorded
     rows = csv.reader(lines)
     if tuple(next(rows, ())) != CSV_COLUMNS:
         raise ValueError(f"{path}, line 1: expected the columns {', '.join(CSV_COLUMNS)}")
     for number, row in enumerate(rows, start=2):
         try:
             step, name, norm, cap, coef, _, _ = row
-            steps.setdefault(int(step), {})[name] = float(norm), float(cap), float(coef)
+            own = takes.setdefault(int(step), [{}])
+            if name in own[-1]:
+                own.append({})
+            own[-1][name] = float(norm), float(cap), float(coef)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not a step of a run ({error})") from None
-    names = _names(steps)
-    return names, {step: own for step, own in steps.items() if len(own) == len(names)}
+    names = _names(dict(enumerate(take for own in takes.values() for take in own)))
+    whole = {step: [take for take in own if len(take) == len(names)] for step, own in takes.items()}
+    return names, {step: own[-1] for step, own in whole.items() if own}
 
 
 def _read_status_files(folder: Path) -> tuple[tuple[str, ...], _Steps]:

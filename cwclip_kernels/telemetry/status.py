@@ -25,7 +25,8 @@ def write_status_json(folder: str | Path, step: int, parameters: Parameters, res
     The file holds ``step``, and for each parameter that has a gradient and a component of its own name: ``shape``,
     ``n_element``, ``clipped_num`` (n_element if it was clipped, else 0), ``previous_grad_norm``,
     ``current_grad_norm``, ``current_param_norm``, ``{max,min,mean}_{grad,param}_value``. ``current_grad_norm`` is
-    measured; the paper's trainer writes the cap, clipped or not. The paper's plotting script looks for these files in
+    measured, times the coefficient where an optimizer clips in its step; the paper's trainer writes the cap, clipped
+    or not. The paper's plotting script looks for these files in
     the folder ``gradClipMemoryJsons`` of each ``seed*`` folder. Waits for the device: call it every 20 steps, say.
     With DTensors all ranks have to call it; each tensor is gathered in turn, and rank 0 writes.
 
@@ -65,6 +66,8 @@ def write_status_json(folder: str | Path, step: int, parameters: Parameters, res
         rows = [torch.cat((_statistics(p.grad, device), _statistics(p, device))) for p in params.values()]
         for (name, p), row in zip(params.items(), torch.stack(rows).tolist(), strict=True):
             norm, coef = found[name]
+            if abs(row[0] - norm) < abs(row[0] - norm * coef):  # ComponentClipAdamW leaves gradients as they were
+                row[:4] = [coef * value for value in row[:4]]
             status[name] = {
                 "shape": list(p.shape),
                 "n_element": p.numel(),

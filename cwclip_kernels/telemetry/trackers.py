@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any, TypeAlias
 
 import torch
@@ -39,7 +40,7 @@ class EventWriter:
             for tag, value in numbers_of(row).items():
                 self.events.add_scalar(tag, value, step)
         step, (norms, *_) = rows[-1]
-        finite = [norm for norm in norms if math.isfinite(norm)]
+        finite = [norm for norm in norms if norm != 0 and math.isfinite(norm)]
         if finite:
             self.events.add_histogram("clip/norms", torch.tensor(finite), step)
         self.events.flush()
@@ -129,9 +130,12 @@ def _has(writer: object, *methods: str) -> bool:
 def numbers_of(row: Sequence[list[float]]) -> dict[str, float]:
     """What trackers get of a step: norm statistics, and the clip rate, of components with a gradient."""
     norms, _, coefs = row
-    finite = sorted(filter(math.isfinite, norms))
+    finite = [norm for norm in norms if norm != 0 and math.isfinite(norm)]
     clipped = [coef != 1 for norm, coef in zip(norms, coefs, strict=True) if norm != 0]
-    numbers = {RATE: sum(clipped) / max(1, len(clipped)), "clip/nonfinite": len(norms) - len(finite)}
+    numbers = {
+        RATE: sum(clipped) / max(1, len(clipped)),
+        "clip/nonfinite": sum(not math.isfinite(norm) for norm in norms),
+    }
     if finite:
-        numbers |= {"clip/median_norm": finite[len(finite) // 2], "clip/max_norm": finite[-1]}
+        numbers |= {"clip/median_norm": median(finite), "clip/max_norm": max(finite)}
     return numbers

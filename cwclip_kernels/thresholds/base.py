@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..arguments import some_of, type_name
 from ..components.naming import Aliases, are_same_names
 from ..core.formula import ClipRule, coefficients, wide_dtype
+from ..core.identity import Owner
 
 
 class StepCaps(NamedTuple):
@@ -49,8 +49,9 @@ class Setting:
         everywhere: names of the components of all ranks, where other ranks have others.
         members: of each component, the positions in ``trained`` of the parameters that it has elements of; or ().
         sizes: elements of each component, frozen parameters included; or ().
-        user: what binds the threshold, and ``first`` the id of its first parameter, 0 if it has none: they tell apart
-            models whose components have the same names. (A parameter with a weak reference couldn't be swapped.)
+        spanning: components of which several ranks of ``pp_mesh`` have parts, by name; of these ``numels`` and
+            ``sizes`` count this rank's alone.
+        owner: tells apart models whose components have the same names; None for gradients without parameters.
     """
 
     names: tuple[str, ...]
@@ -65,8 +66,8 @@ class Setting:
     everywhere: tuple[str, ...] | None = None
     members: tuple[tuple[int, ...], ...] = ()
     sizes: tuple[int, ...] = ()
-    user: weakref.ref[Any] | None = None
-    first: int = 0
+    spanning: tuple[str, ...] = ()
+    owner: Owner | None = None
 
     def only(
         self,
@@ -94,6 +95,7 @@ class Setting:
             everywhere=everywhere,
             members=tuple(tuple(positions[p] for p in each) for each in members),
             sizes=some(self.sizes),
+            spanning=tuple(name for name in self.spanning if name in (everywhere or ())),
         )
 
 
@@ -143,7 +145,7 @@ class Threshold(ABC):
         self._loaded: dict[str, Tensor] = {}  # until the device is known
         self._loaded_names: tuple[str, ...] | None = None
         self._on: dict[torch.device, Tensor] = {}  # caps by device, for those that stay the same
-        self._former: list[weakref.ref[Any]] = []  # ``Setting.user`` of those that it has left for others
+        self._former: list[Owner] = []  # those that it has left for others
         self.within: object = None  # the ``ByPattern`` that a mapping with this threshold has become
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,9 +178,9 @@ class Threshold(ABC):
         """Called by a clipper that uses this threshold; ValueError if this, or its state, is for other components."""
         self.check_fits(setting)
         before, self._setting = self._setting, setting
-        if before is not None and before.user is not None and before.user is not setting.user:
-            left = before.user()
-            self._former = [*(ref for ref in self._former if ref() not in (None, left)), before.user]
+        left = None if before is None else before.owner
+        if left is not None and (setting.owner is None or left.ids != setting.owner.ids):
+            self._former = [*(one for one in self._former if one.is_alive and one.ids != left.ids), left]
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
         known = {*self._state, *self._loaded}
@@ -199,10 +201,10 @@ class Threshold(ABC):
 
     def check_fits(self, setting: Setting) -> None:
         """Raises ValueError if this, or its state, is for other components, or in use for another model."""
-        before, user = self._setting, None if setting.user is None else setting.user()
-        returns = user is not None and any(ref() is user for ref in self._former)
-        is_other = before is not None and before.first != setting.first and 0 not in (before.first, setting.first)
-        if self.learns and returns and is_other:
+        self.check_sizes(setting.spanning)
+        last, owner = None if self._setting is None else self._setting.owner, setting.owner
+        is_other = last is not None and owner is not None and last.ids != owner.ids
+        if self.learns and is_other and any(one.is_same(owner) for one in self._former if owner is not None):
             raise ValueError(
                 f"max_norm: this {type_name(self)} learns from two sets of parameters in turn, whose components have "
                 "the same names; make one for each"
@@ -217,9 +219,13 @@ class Threshold(ABC):
         """Whether this is the last setting that it was bound to."""
         return self._setting is setting
 
-    def serves(self, first: int) -> bool:
-        """Whether it is bound to the model whose first parameter has this id; RuntimeError if to none."""
-        return self.setting.first == first
+    def serves(self, ids: tuple[int, ...]) -> bool:
+        """Whether it is bound to the parameters of these ``ids_of``; RuntimeError if to none."""
+        owner = self.setting.owner
+        return (() if owner is None else owner.ids) == ids
+
+    def check_sizes(self, spanning: tuple[str, ...]) -> None:  # noqa: B027  # most don't read them
+        """Raises ValueError if caps need sizes of components that nobody knows: those that span stages."""
 
     def allocate(self, device: torch.device) -> object:  # noqa: B027  # not every threshold has state
         """Makes all state that the threshold will need: later steps may be traced or captured."""

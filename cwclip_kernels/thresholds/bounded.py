@@ -98,8 +98,11 @@ class Bounded(Threshold):
     def state_tensors(self) -> list[Tensor]:
         return self._threshold.state_tensors()
 
-    def serves(self, first: int) -> bool:
-        return self.setting.first == first and self._threshold.serves(first)
+    def serves(self, ids: tuple[int, ...]) -> bool:
+        return super().serves(ids) and self._threshold.serves(ids)
+
+    def check_sizes(self, spanning: tuple[str, ...]) -> None:
+        self._threshold.check_sizes(spanning)
 
     def adds_eps_to(self, *, bounded: bool = False) -> tuple[bool, ...] | None:
         own = self._threshold.adds_eps_to(bounded=True)

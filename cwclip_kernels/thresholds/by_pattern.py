@@ -126,6 +126,8 @@ class ByPattern(Threshold):
                 norms = partial(self._norms_of, len(parts))
                 all_own = setting.everywhere and tuple(n for n in setting.everywhere if found.get(n) is threshold)
                 parts.append(_Part(threshold, own, setting.only(own, norms, all_own)))
+        for threshold in self._thresholds.values():  # on all ranks alike
+            threshold.check_sizes(tuple(name for name in setting.spanning if found.get(name) is threshold))
         for part in parts:
             part.threshold.check_fits(part.setting)
         for part in parts:
@@ -157,8 +159,8 @@ class ByPattern(Threshold):
     def state_tensors(self) -> list[Tensor]:
         return [tensor for part in self._parts for tensor in part.threshold.state_tensors()]
 
-    def serves(self, first: int) -> bool:
-        return self.setting.first == first and all(part.threshold.serves(first) for part in self._parts)
+    def serves(self, ids: tuple[int, ...]) -> bool:
+        return super().serves(ids) and all(part.threshold.serves(ids) for part in self._parts)
 
     def _place(self, device: torch.device) -> _Placed:
         placed = self._placed.get(device)

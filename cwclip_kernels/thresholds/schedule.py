@@ -18,7 +18,8 @@ from .constant import checked_cap
 class Schedule(Threshold):
     """One cap for all components, from a function of the step.
 
-    The function runs on the host, once a step. A captured CUDA graph reads the cap that ``at`` has written instead.
+    The function runs on the host, once a call: where several optimizers or clippers share a step, go to it by ``at``
+    before each. A captured CUDA graph reads the cap that ``at`` has written instead.
 
     Args:
         fn: gets the step, counted from 0, and returns the cap, a number >= 0.
@@ -121,6 +122,13 @@ class RMS(Threshold):
             raise ValueError(f"max_norm: RMS needs norm_type > 0, not {setting.norm_type:g}")
         super().bind(setting)
         self._on.clear()
+
+    def check_sizes(self, spanning: tuple[str, ...]) -> None:
+        if spanning:
+            raise ValueError(
+                f"max_norm: RMS needs the size of each component, but several ranks of pp_mesh have parts of "
+                f"{spanning[0]!r}; choose components that lie within one stage"
+            )
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
         if device not in self._on:

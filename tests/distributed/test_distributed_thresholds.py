@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from collectives import counted
 from cwclip_kernels import ComponentClipper, ComponentSpec, fused_component_clip_
 from cwclip_kernels.thresholds import EMA, RMS, Bounded, ByPattern, ParamRelative, ZScore
-from helpers import assert_norms, random_grad, same_bits
+from helpers import assert_norms, parameter, random_grad, same_bits
 from ranks import on_ranks
 from sharded_tensors import assert_same, both_ways, full, plain
 
@@ -118,3 +118,36 @@ def test_units_along_several_dims_of_shards(dim):
     assert clipper.names[6] == "p0[1,1]"
     sizes = full(ours[0][1].detach()).norm(dim=2).flatten().clamp(min=1e-3) * 0.01
     torch.testing.assert_close(clipper.clip_().caps.float(), sizes)
+
+
+@on_ranks(2)
+def test_sizes_of_components_that_span_stages_are_not_known():
+    """Each rank made its own cap from the elements that it has."""
+    rank = dist.get_rank()
+    parameters = [(f"h.{rank}.weight", plain(torch.ones(100 + 200 * rank))), (f"h.{rank}.bias", plain(torch.ones(3)))]
+    common = {"components": "type", "pp_mesh": dist.group.WORLD}
+    for caps in (RMS(0.5), Bounded(RMS(0.5), high=1.0), {"*weight": RMS(0.5)}, {"*": Bounded(RMS(0.5), low=0.1)}):
+        with pytest.raises(ValueError, match="RMS needs the size of each component, but several ranks of pp_mesh"):
+            ComponentClipper(parameters, caps, **common)
+    ComponentClipper(parameters, ParamRelative(0.5), **common).clip_()
+    # One that lies within a stage has a size.
+    own = [(f"stage{rank}.weight", plain(torch.ones(100 + 200 * rank)))]
+    result = ComponentClipper(own, RMS(0.5), pp_mesh=dist.group.WORLD).clip_()
+    assert result.caps.item() == pytest.approx(0.5 * (100 + 200 * rank) ** 0.5)
+
+
+@on_ranks(2)
+def test_a_frozen_parameter_that_still_has_its_gradient():
+    """torch's optimizers step it; ParamRelative's cap is by its own norm, sharded or not."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, values = torch.ones(5, 3), torch.full((5, 3), 2.0)
+    alone = parameter(whole.clone())
+    alone.data.copy_(values)
+    sharded = torch.nn.Parameter(distribute_tensor(values, mesh, [Shard(0)], src_data_rank=None))
+    sharded.grad = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+    caps = []
+    for p in (alone, sharded):
+        p.requires_grad_(False)
+        caps.append(ComponentClipper([("weight", p)], ParamRelative(0.1)).clip_().caps)
+    torch.testing.assert_close(caps[1], caps[0], rtol=1e-6, atol=0.0)
+    assert caps[0].item() == pytest.approx(0.1 * values.norm().item())

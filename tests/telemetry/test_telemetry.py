@@ -13,6 +13,7 @@ from torch import nn
 
 from cwclip_kernels import ComponentClipper, ComponentSpec
 from cwclip_kernels.__main__ import main
+from cwclip_kernels.optim import ComponentClipAdamW
 from cwclip_kernels.telemetry import ClipRecorder, plot_run, read_run, write_status_json
 from helpers import DEVICE, parameter, random_grad
 from no_sync import NoSync
@@ -299,6 +300,22 @@ def test_status_of_the_figures_own_arithmetic(tmp_path):
     torch.testing.assert_close(run.coefs[1], outcome.coefs.double().cpu(), rtol=1e-5, atol=0)
 
 
+def test_status_of_an_optimizer_that_clips_in_its_step(tmp_path):
+    """It leaves gradients as they were; the file says what was applied."""
+    params = [
+        ("w", parameter(torch.tensor([3.0, 4.0], device=DEVICE))),
+        ("b", parameter(torch.ones(1, device=DEVICE))),
+    ]
+    optimizer = ComponentClipAdamW(params, max_norm={"w": 1.0}, clip_eps=0.0)
+    optimizer.step()
+    status = json.loads(write_status_json(tmp_path, 1, params, optimizer.last).read_text())
+    assert status["w"]["previous_grad_norm"] == 5.0
+    assert status["w"]["current_grad_norm"] == pytest.approx(1.0)
+    assert status["w"]["max_grad_value"] == pytest.approx(0.8)
+    assert status["b"]["current_grad_norm"] == 1.0
+    assert read_run(tmp_path).coefs[0].tolist() == pytest.approx([0.2, 1.0])
+
+
 def test_status_of_sparse_and_empty_gradients(tmp_path):
     sparse = torch.sparse_coo_tensor([[0, 0]], torch.ones(2, 2), (3, 2), check_invariants=True).to(DEVICE)
     params = [("e", parameter(sparse)), ("0", parameter(torch.zeros(0, device=DEVICE)))]
@@ -359,3 +376,16 @@ def test_figures_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plot", str(tmp_path / "run.jsonl")]) == 2
     assert "plots need matplotlib" in capsys.readouterr().err
+
+
+def test_a_step_that_was_recorded_twice_and_cut_off(tmp_path):
+    """A run that went on from an older checkpoint, and was killed within a line: the whole recording counts."""
+    header, file = "step,component,norm,cap,coef,clipped,nonfinite\n", tmp_path / "run.csv"
+    first = [f"{step},{name},{step + 1},9,1,0,0\n" for step in range(3) for name in "ab"]
+    again = "1,a,100,9,0.09,1,0\n"
+    file.write_text(header + "".join(first) + again)
+    run = read_run(file)
+    assert run.steps == [0, 1, 2]
+    assert run.norms.tolist() == [[1, 1], [2, 2], [3, 3]]
+    file.write_text(header + "".join(first) + again + "1,b,50,9,0.18,1,0\n")
+    assert read_run(file).norms.tolist() == [[1, 1], [100, 50], [3, 3]]

@@ -105,13 +105,13 @@ class Function:
 
 
 def numbers_of(r):
-    finite = r.norms[r.norms.isfinite()].double()
+    finite = r.norms[r.norms.isfinite() & (r.norms != 0)].double()  # 0: no gradient
     statistics = ClipStatistics()
     statistics.add(r)
-    found = {"clip/rate": statistics.clip_rate.item(), "clip/nonfinite": len(r.norms) - len(finite)}
+    found = {"clip/rate": statistics.clip_rate.item(), "clip/nonfinite": (~r.norms.isfinite()).sum().item()}
     if len(finite):
         found |= {
-            "clip/median_norm": finite.sort().values[len(finite) // 2].item(),
+            "clip/median_norm": finite.quantile(0.5).item(),
             "clip/max_norm": finite.max().item(),
         }
     return found
@@ -221,3 +221,14 @@ def test_a_recorder_for_nothing():
         ClipRecorder()
     with pytest.raises(TypeError, match="live: expected a bool or a LiveLine, not str"):
         ClipRecorder("run", live="yes")
+
+
+def test_statistics_are_of_components_with_a_gradient():
+    """Of adapters most components are frozen."""
+    found = Function()
+    norms = torch.tensor([0.0] * 9 + [1.0, 3.0])
+    with ClipRecorder(None, writers=found) as recorder:
+        recorder.record(ClipResult(tuple(map(str, range(11))), norms, torch.ones(11), torch.tensor(9.0)))
+    (numbers,) = found.numbers.values()
+    assert numbers["clip/median_norm"] == 2.0
+    assert numbers["clip/max_norm"] == 3.0

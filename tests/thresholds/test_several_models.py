@@ -65,6 +65,44 @@ def test_two_models_in_turn_share_what_does_not_learn(kind, way):
         way(model, max_norm)()
 
 
+def clip_by_a_new_clipper(params, max_norm):
+    return lambda: ComponentClipper(params, max_norm).clip_()
+
+
+def clip_by_a_grouping(params, max_norm):
+    return lambda: fused_component_clip_(params, max_norm, components=lambda name, _: name)
+
+
+@pytest.mark.parametrize("way", [*WAYS, clip_by_a_new_clipper, clip_by_a_grouping])
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_models_in_turn_are_refused_in_each_way(way, shared):
+    """Also where they share their first parameter, as two heads on one encoder."""
+    ema = thresholds.EMA()
+    first, second = parameters([(4,), (3, 2)]), parameters([(4,), (3, 2)])
+    if shared:
+        second[0] = first[0]
+    one = way(first, ema)
+    one()
+    way(second, ema)()
+    with pytest.raises(ValueError, match="learns from two sets of parameters in turn"):
+        one()
+
+
+def test_models_one_after_another_whose_ids_come_again():
+    """As folds of a cross-validation, with parameters small enough that Python gives their places to the next."""
+    ema, known, again = thresholds.EMA(), [], 0
+    for _ in range(1000):
+        (p,) = parameters([(4, 4)])
+        for _ in range(2):
+            fused_component_clip_([p], ema)
+        again += id(p) in known[:-1]
+        known.append(id(p))
+        del p
+        if again == 3:
+            break
+    assert again, "no id came again, so that nothing was shown"
+
+
 @pytest.mark.parametrize("kind", LEARN)
 def test_one_model_in_several_ways(kind):
     """By the function, by clippers, from several places: it is the same model."""

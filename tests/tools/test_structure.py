@@ -23,7 +23,7 @@ ORDER = [
     name
     for line in """
     _C _version arguments result
-    core/modes core/formula
+    core/modes core/formula core/identity
     components/naming components/grouping components/patterns components/membership components/parameters
     components/gradients
     components/spec
