@@ -122,8 +122,9 @@ def fused_component_clip_(
     if is_traced():
         traced.refuse_ranks(process_group is not None or pp_mesh is not None)
         named = named_tensors(parameters)
-        traced.check_bound(max_norm, named.tensors)
-        return traced.clip_(named.tensors, resolve(named, components), max_norm, options, scale)[0]
+        resolved = resolve(named, components)
+        traced.check_bound(max_norm, named.tensors, resolved)
+        return traced.clip_(named.tensors, resolved, max_norm, options, scale)[0]
     settings = partial(options.in_words, max_norm, pp_mesh)
     tensors, session = session_for(parameters, components, settings, process_group, pp_mesh)
     return session.clip_(tensors, session.caps_for(max_norm, tensors, options.rule), options, scale)[0]
@@ -229,7 +230,7 @@ def component_clip_with_norms_(
         named = named_tensors(parameters)
         resolved = resolve(named, components)
         check_norms(norms, len(resolved.names))
-        traced.check_bound(max_norm, named.tensors)
+        traced.check_bound(max_norm, named.tensors, resolved)
         return traced_scaling.clip_with_norms_(named.tensors, resolved, norms, max_norm, options, scale)[1]
     settings = partial(options.in_words, max_norm, pp_mesh)
     tensors, session = session_for(parameters, components, settings, process_group, pp_mesh)

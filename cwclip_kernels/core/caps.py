@@ -149,7 +149,8 @@ class BoundThreshold:
         device = torch.device("meta") if any(map(has_no_data, tensors)) else home_of(tensors)
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
-        owner = Owner(ids, storage_of(tensors[-1])) if (ids := ids_of(tensors)) else None
+        clipped = [tensors[i] for i in sorted(components.clipped)]  # the same, whatever else an optimizer steps
+        owner = Owner(ids, storage_of(clipped[-1])) if (ids := ids_of(clipped)) else None
         spanning = () if reductions is None else reductions.spanning
         return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes), spanning, owner)
 

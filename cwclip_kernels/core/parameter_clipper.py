@@ -84,7 +84,7 @@ class ParameterClipper:
         """Raises for what a compiled function can't clip."""
         traced.refuse_ranks(self.is_spread)
         whole = self if self._whole is None else self._whole
-        traced.check_bound(self.max_norm, whole._all())
+        traced.check_bound(self.max_norm, whole._all(), whole._session.components)
 
     def _before_clip(self) -> None:
         """May replace the tensors."""

@@ -161,7 +161,7 @@ def refuse_ranks(is_distributed: bool) -> None:
         )
 
 
-def check_bound(max_norm: MaxNorm, tensors: Sequence[Tensor]) -> None:
+def check_bound(max_norm: MaxNorm, tensors: Sequence[Tensor], components: Components) -> None:
     """Raises for a threshold that can't be traced, or is bound to other parameters than these, or as they were once.
 
     Binding it can't be traced, and eager calls do it when it is necessary.
@@ -171,7 +171,7 @@ def check_bound(max_norm: MaxNorm, tensors: Sequence[Tensor]) -> None:
         return
     if threshold.untraceable is not None:
         raise RuntimeError(f"max_norm: {threshold.untraceable}")
-    if not threshold.serves(ids_of(tensors)):
+    if not threshold.serves(ids_of([tensors[i] for i in sorted(components.clipped)])):
         raise RuntimeError(
             "max_norm: the threshold has been used for other parameters since; make one for each, or clip once "
             "outside of the compiled function, and then call it again"

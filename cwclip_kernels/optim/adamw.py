@@ -236,7 +236,8 @@ class ComponentClipAdamW(AdamW):
             rule_of += [i] * len(own[0])
         present = [i for i, p in enumerate(whole) if p.grad is not None]
         max_norm = self.param_groups[0]["max_norm"]
-        core_traced.check_bound(max_norm, whole)
+        clipped = sorted(components.clipped)
+        core_traced.check_bound(max_norm, [whole[i] for i in clipped], components.only(clipped))
         call = whole, components, present, max_norm, clipping.options
         clipping.last = traced.clip_adamw_(*call, states, self.param_groups, rule_of, *loss_scale_of(self))
 

@@ -52,6 +52,10 @@ ARGUMENTS = {
     "amsgrad": lambda: {"amsgrad": True, "maximize": True, "correct_bias": False, "weight_decay": 0.1},
     "layers": lambda: {"components": "layer", "max_norm": {"layers.0": 0.1, "layers.1": math.inf}},
     "some alone": lambda: {"components": lambda name, p: None if p.ndim == 1 else name},
+    "a threshold, some alone": lambda: {
+        "components": lambda name, p: None if p.ndim == 1 else name,
+        "max_norm": thresholds.EMA(warmup_steps=1),
+    },
     "none alone": lambda: {"components": lambda name, p: None},
     "patterns": lambda: {"max_norm": {"layers.0.*": thresholds.EMA(warmup_steps=0), "*": 0.3}, "clip_eps": 0.25},
     "foreach": lambda: {"backend": "foreach"},
