@@ -24,6 +24,7 @@ from ..components.spec import ComponentSpec, Grouping
 from ..distributed.groups import as_group
 from ..distributed.local import storage_of
 from ..distributed.units import Units, known_group
+from .identity import is_alive, is_same_memory
 from .session import ClipSession
 
 
@@ -39,7 +40,7 @@ class _Entry:
 
     def is_dead(self) -> bool:
         """Whether the parameters' memory is gone, so that the entry is hardly of use."""
-        return self.storage is not None and bool(self.storage.expired())  # type: ignore[no-untyped-call]
+        return self.storage is not None and not is_alive(self.storage)
 
     def is_for(self, tensors: Sequence[Tensor], form: object) -> bool:
         """Whether it serves these parameters, which have the ids of those that it was made for."""
@@ -48,8 +49,7 @@ class _Entry:
         if self.session.reductions is None or self.storage is None:
             return True
         # Ranks make their sessions together, but an id may be reused on one rank and not on another.
-        now = storage_of(tensors[0]) if tensors else None
-        return now is not None and not self.is_dead() and now.cdata == self.storage.cdata
+        return is_same_memory(self.storage, storage_of(tensors[0]) if tensors else None)
 
 
 _KEPT = 1024  # enough for a program that calls once for each parameter

@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 from ..backends import native
 from ..components.membership import Components
 from ..distributed import local
-from ..distributed.local import is_trained, storage_of
 from ..distributed.reduction_plan import ReductionPlan
 from ..distributed.run import DistributedCall
 from ..thresholds import Fixed, Setting, Threshold
@@ -31,7 +30,7 @@ def trained_of(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
     """Which of the parameters are trained; () if all are."""
     if False not in [t.requires_grad for t in tensors]:  # faster than asking for each gradient as well
         return ()
-    trained = tuple(map(is_trained, tensors))
+    trained = tuple(map(local.is_trained, tensors))
     return () if all(trained) else trained
 
 
@@ -150,12 +149,12 @@ class BoundThreshold:
         others = components.spellings, components.aliases, None if reductions is None else reductions.all_names
         own = tuple(numels), rule.norm_type, rule.eps, device, self._parameter_norms, trained
         clipped = [tensors[i] for i in sorted(components.clipped)]  # the same, whatever else an optimizer steps
-        owner = Owner(ids, storage_of(clipped[-1])) if (ids := ids_of(clipped)) else None
+        owner = Owner(ids, local.storage_of(clipped[-1])) if (ids := ids_of(clipped)) else None
         spanning = () if reductions is None else reductions.spanning
         return Setting(components.names, *own, *others, tuple(map(tuple, members)), tuple(sizes), spanning, owner)
 
 
 def norms_of_trained(plans: Plans, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The norms of the parameters themselves, [K]; 0 for frozen ones, which aren't read."""
-    values = [t.detach() if is_trained(t) else None for t in tensors]
+    values = [t.detach() if local.is_trained(t) else None for t in tensors]
     return run.norms_of(*plans.measured(values, tensors, norm_type, None), norm_type)

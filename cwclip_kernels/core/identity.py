@@ -20,19 +20,22 @@ def ids_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return id(tensors[0]), id(tensors[-1])
 
 
+def is_alive(storage: StorageWeakRef | None) -> bool:
+    """Whether the memory is still in use; False where it couldn't be told."""
+    return storage is not None and not storage.expired()  # type: ignore[no-untyped-call]
+
+
+def is_same_memory(one: StorageWeakRef | None, other: StorageWeakRef | None) -> bool:
+    """Whether both are surely the same memory, and in use."""
+    return one is not None and other is not None and is_alive(one) and one.cdata == other.cdata
+
+
 class Owner(NamedTuple):
     """The parameters of one model."""
 
     ids: tuple[int, ...]
     storage: StorageWeakRef | None  # of the last one; None if it has none that could be told
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether its memory is still in use."""
-        return self.storage is not None and not self.storage.expired()  # type: ignore[no-untyped-call]
-
     def is_same(self, other: Owner) -> bool:
         """Whether these are the same parameters, surely."""
-        if self.ids != other.ids or self.storage is None or other.storage is None:
-            return False
-        return self.is_alive and self.storage.cdata == other.storage.cdata
+        return self.ids == other.ids and is_same_memory(self.storage, other.storage)

@@ -254,12 +254,11 @@ def policy_of(
     exempt: Sequence[int],
 ) -> StepCaps:
     """The caps that an operator got from ``caps_for`` and ``eps_of``."""
-    known = read(components)
-    policy = _policy(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, known)
+    policy = _policy(components, patterns, tuple(values)) if caps is None else fixed_caps(caps, read(components))
     if not exempt:
         return policy
     without = set(exempt)
-    added = [0.0 if i in without else eps for i in range(len(known.names))]
+    added = [0.0 if i in without else eps for i in range(len(read(components).names))]
     return policy._replace(eps=lambda device: torch.tensor(added, dtype=wide_dtype(device), device=device))
 
 

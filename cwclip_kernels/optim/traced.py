@@ -95,10 +95,12 @@ def clip_adamw_(
 
 def _learn(threshold: Threshold, norms: Tensor, coefs: Tensor, skip: Tensor | None) -> None:
     """A step that is skipped, of which only the device knows, teaches nothing."""
-    before = [] if skip is None else [(tensor, tensor.clone()) for tensor in threshold.state_tensors()]
+    if skip is None:
+        threshold.update_(norms, coefs)
+        return
+    before = [(tensor, tensor.clone()) for tensor in threshold.state_tensors()]
     threshold.update_(norms, coefs)
     for tensor, old in before:
-        assert skip is not None
         tensor.copy_(torch.where(skip.to(tensor.device) != 0, old, tensor))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def _read_csv(path: Path, lines: list[str]) -> tuple[tuple[str, ...], _Steps]:
             own[-1][name] = float(norm), float(cap), float(coef)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not a step of a run ({error})") from None
-    names = _names(dict(enumerate(take for own in takes.values() for take in own)))
+    names = _names(take for own in takes.values() for take in own)
     whole = {step: [take for take in own if len(take) == len(names)] for step, own in takes.items()}
     return names, {step: own[-1] for step, own in whole.items() if own}
 
@@ -123,8 +124,8 @@ def _read_status_files(folder: Path) -> tuple[tuple[str, ...], _Steps]:
                 own[name] = norm, math.nan, coef
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a status file ({error!r})") from None
-    return _names(steps), steps
+    return _names(steps.values()), steps
 
 
-def _names(steps: _Steps) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for own in steps.values() for name in own))
+def _names(steps: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for own in steps for name in own))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..arguments import some_of, type_name
 from ..components.naming import Aliases, are_same_names
 from ..core.formula import ClipRule, coefficients, wide_dtype
-from ..core.identity import Owner
+from ..core.identity import Owner, is_alive
 
 
 class StepCaps(NamedTuple):
@@ -180,7 +180,7 @@ class Threshold(ABC):
         before, self._setting = self._setting, setting
         left = None if before is None else before.owner
         if left is not None and (setting.owner is None or left.ids != setting.owner.ids):
-            self._former = [*(one for one in self._former if one.is_alive and one.ids != left.ids), left]
+            self._former = [*(one for one in self._former if is_alive(one.storage) and one.ids != left.ids), left]
         if setting.device.type == "meta":  # state is made when the parameters have moved to where gradients are
             return
         known = {*self._state, *self._loaded}
@@ -204,7 +204,8 @@ class Threshold(ABC):
         self.check_sizes(setting.spanning)
         last, owner = None if self._setting is None else self._setting.owner, setting.owner
         is_other = last is not None and owner is not None and last.ids != owner.ids
-        if self.learns and is_other and any(one.is_same(owner) for one in self._former if owner is not None):
+        returns = owner is not None and any(one.is_same(owner) for one in self._former)
+        if self.learns and is_other and returns:
             raise ValueError(
                 f"max_norm: this {type_name(self)} learns from two sets of parameters in turn, whose components have "
                 "the same names; make one for each"

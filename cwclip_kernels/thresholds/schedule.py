@@ -45,7 +45,6 @@ class Schedule(Threshold):
         self._fn = fn
         self._step = 0
         self._cap = math.nan
-        self._now: dict[torch.device, tuple[float, Tensor]] = {}
 
     def at(self, step: int) -> None:
         """Goes to a step; what captured graphs read is set to its cap."""
@@ -53,22 +52,12 @@ class Schedule(Threshold):
         self._evaluate()
 
     def caps(self, device: torch.device, norms: Tensor | None) -> Tensor:
-        if is_recorded():
-            return self._recorded(device)
-        self._evaluate()
-        self._recorded(device)  # is made before a graph is captured
-        # Another tensor for another cap: results of earlier steps have theirs.
-        known = self._now.get(device)
-        if known is None or known[0] != self._cap:
-            known = self._cap, torch.full((), self._cap, dtype=wide_dtype(device), device=device)
-            self._now[device] = known
-        return known[1]
-
-    def _recorded(self, device: torch.device) -> Tensor:
-        """What captured graphs read, and ``at`` sets."""
+        if not is_recorded():
+            self._evaluate()
         if device not in self._on:
             self._on[device] = torch.full((), self._cap, dtype=wide_dtype(device), device=device)
-        return self._on[device]
+        cap = self._on[device]  # which captured graphs read, and later steps overwrite
+        return cap if is_recorded() else cap.clone()
 
     def update_(self, norms: Tensor, coefs: Tensor) -> None:
         if not is_recorded():
